@@ -1,0 +1,22 @@
+// Package doctor owns the form of a finding and how a list of checks is run. What is checked
+// belongs to each capability: doctor runs the same checks as the commands do, so it cannot drift.
+package doctor
+
+// Severity of a finding.
+type Severity string
+
+// The severities. Only Fail makes `banger doctor` exit non-zero.
+const (
+	Pass Severity = "pass"
+	Warn Severity = "warn"
+	Fail Severity = "fail"
+)
+
+// Finding is the result of one check. Code is stable, Fix says what to type.
+type Finding struct {
+	Code     string
+	Severity Severity
+	Title    string
+	Detail   string
+	Fix      string
+}

@@ -1,0 +1,123 @@
+// Package vmm owns the port between banger and the programs that run virtual machines: what a
+// machine is made of, and what a driver must be able to do with one.
+//
+// One VMM process runs one VM, in a session of its own, and lives on when the daemon dies. The
+// port never decides when a VM starts or stops, never touches the store, and never edits a disk.
+// Drivers live in subpackages; vmmtest is the conformance suite that each of them passes.
+package vmm
+
+import (
+	"context"
+	"net"
+	"time"
+)
+
+// Role names what a drive is for. It is also the drive's serial where the VMM has serials.
+type Role string
+
+// The drives, in the order in which they are attached (vda, vdb, ...). Firecracker tells drives
+// apart only by this order.
+const (
+	RoleBase    Role = "base"    // base root filesystem, shared, read-only
+	RoleSystem  Role = "system"  // system overlay, rw
+	RoleWork    Role = "work"    // work disk, rw, /root
+	RoleModules Role = "modules" // kernel modules, shared, read-only
+	RoleConfig  Role = "config"  // config drive: a raw tar, read-only
+)
+
+// Drive is one raw disk image. Drives that are not ReadOnly hold a user's data: a guest's flush
+// must reach the host's disk before it is acknowledged, and a full host must stop the guest
+// instead of failing its writes.
+type Drive struct {
+	Role     Role
+	Path     string
+	ReadOnly bool
+}
+
+// Spec describes a machine to start. Paths are absolute and outlive the machine.
+type Spec struct {
+	ID        string // VM id; appears on the VMM's command line so that people can tell VMMs apart
+	Owner     string // installation id; an adopted process must carry it
+	Name      string
+	RunDir    string // exists, 0700, private to this VM; sockets and pidfile go here
+	Kernel    string // vmlinux
+	Initrd    string
+	Cmdline   string // the guest's part; the driver adds what its machine type needs
+	VCPU      int
+	MemoryMiB int64
+	Drives    []Drive
+	CID       uint32
+	Log       string // console and VMM output are appended here
+}
+
+// State is what a driver knows of a machine's execution.
+type State string
+
+// What a VMM process may be doing.
+const (
+	Running State = "running"
+	Paused  State = "paused" // stopped by the VMM, e.g. because the host's disk is full
+)
+
+// Exit says how a machine ended.
+type Exit struct {
+	Reason string // "guest-shutdown", "guest-reset", "killed", "crashed"; for people and logs
+	At     time.Time
+}
+
+// Link reaches the guest's agent. A link with Mux true carries one connection at a time (a
+// virtio-serial port): internal/guest/agent resynchronises and multiplexes on it. Otherwise each
+// Dial is a fresh stream to the agent's port (vsock). Stale bytes may precede what the peer sends
+// on a Mux link.
+type Link struct {
+	Dial func(ctx context.Context) (net.Conn, error)
+	Mux  bool
+}
+
+// Machine is a VMM process that was started or adopted. Safe for concurrent use. Dropping it
+// without a call leaves the process running.
+type Machine interface {
+	// PID of the VMM process.
+	PID() int
+	// Done is closed when the process is really gone (pidfd), however it ended.
+	Done() <-chan struct{}
+	// Exit is valid after Done.
+	Exit() Exit
+	// State asks the VMM. fault.Unavailable if the process is gone.
+	State(ctx context.Context) (State, error)
+	// Kill ends the process with SIGKILL and returns when it is gone. Fine if it is gone already.
+	Kill(ctx context.Context) error
+	// Signal sends one signal to the process, after checking that it still is the process it was.
+	// fault.Precondition if it is gone.
+	Signal(ctx context.Context, sig int) error
+	// Resume lets a Paused machine go on. No effect on a running one.
+	Resume(ctx context.Context) error
+	// Link reaches the agent in the guest.
+	Link() Link
+	// Close releases what the daemon holds (sockets, watchers) and leaves the process running.
+	Close() error
+}
+
+// Features says what a driver has, for people, doctor and tests.
+type Features struct {
+	Accel string // "kvm" or "tcg"
+	Vsock bool   // agent over vsock, else over virtio-serial
+}
+
+// Driver runs machines of one kind.
+type Driver interface {
+	// Name is "firecracker", "qemu" or "fake".
+	Name() string
+	// Features of this driver on this host.
+	Features() Features
+	// Check reads the host and says whether Start can work: binary present and of a version that is
+	// known to work. The fault's hint names the command that repairs it. Changes nothing.
+	Check(ctx context.Context) error
+	// Start runs a machine and returns once the VMM has accepted its configuration. Before it
+	// starts the process it removes stale sockets of the run directory; if it fails, nothing it
+	// made is left. If the machine of this spec runs already it is adopted.
+	Start(ctx context.Context, spec Spec) (Machine, error)
+	// Adopt finds the running machine of this spec by its pidfile (pid, start time, command line)
+	// and socket. fault.NotFound if none runs, with everything stale in the run directory removed.
+	Adopt(ctx context.Context, spec Spec) (Machine, error)
+}
