@@ -11,6 +11,7 @@ import (
 	_ "github.com/google/go-cmp/cmp"
 	_ "github.com/hashicorp/yamux"
 	_ "github.com/klauspost/compress/zstd"
+	_ "github.com/mattn/go-isatty"
 	_ "github.com/mdlayher/vsock"
 	_ "github.com/pelletier/go-toml/v2"
 	_ "github.com/pierrec/lz4/v4"
@@ -24,6 +25,5 @@ import (
 	_ "golang.org/x/sys/unix"
 	_ "golang.org/x/term"
 	_ "gopkg.in/natefinch/lumberjack.v2"
-	_ "github.com/mattn/go-isatty"
 	_ "modernc.org/sqlite"
 )

@@ -77,7 +77,9 @@ func (s *Service) Create(ctx context.Context, r CreateRequest) (operation.Operat
 }
 
 // Start starts a VM by id. Starting a running VM succeeds with the notice "already running".
-func (s *Service) Start(ctx context.Context, id vm.ID) (operation.Operation, error) { panic("skeleton") }
+func (s *Service) Start(ctx context.Context, id vm.ID) (operation.Operation, error) {
+	panic("skeleton")
+}
 
 // Stop shuts a VM down by its agent, then hard when the bound passes. force skips the agent.
 // Stopping a stopped VM succeeds with the notice "already stopped".

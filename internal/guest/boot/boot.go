@@ -1,7 +1,7 @@
 // Package boot owns what host and guest agree on about booting: the guest configuration, the
 // config drive that carries it, the kernel command line, and the console markers of a failed boot.
 //
-// It runs on both sides and does nothing to either: internal/guest/initrd is the program that
+// It runs on both sides and does nothing to either: internal/guest/pid1 is the program that
 // boots, capabilities of internal/sandbox contribute the content.
 package boot
 
