@@ -59,9 +59,17 @@ const (
 	Paused  State = "paused" // stopped by the VMM, e.g. because the host's disk is full
 )
 
+// The reasons of an Exit.
+const (
+	GuestShutdown = "guest-shutdown" // the guest powered itself off
+	GuestReset    = "guest-reset"    // the guest rebooted; VMMs are told to exit instead
+	Killed        = "killed"         // a signal ended the VMM, ours or someone's
+	Crashed       = "crashed"        // it ended by itself, or nobody saw why
+)
+
 // Exit says how a machine ended.
 type Exit struct {
-	Reason string // "guest-shutdown", "guest-reset", "killed", "crashed"; for people and logs
+	Reason string // one of the constants above; for people and logs
 	At     time.Time
 }
 
@@ -102,6 +110,25 @@ type Machine interface {
 type Features struct {
 	Accel string // "kvm" or "tcg"
 	Vsock bool   // agent over vsock, else over virtio-serial
+}
+
+// Change is one change of a machine's State. Reason is for people and logs: "io-error" when the
+// host could not take a guest's write, "" when it is not known.
+type Change struct {
+	State  State
+	Reason string
+	At     time.Time
+}
+
+// Reporter is an optional power of a Machine: it tells of changes of State that nobody asked for,
+// such as the pause of a guest whose host ran out of disk.
+type Reporter interface {
+	// Changes holds the newest change that was not received yet; an older one that nobody
+	// received is replaced. A machine that is Paused when it is adopted has one waiting. The
+	// channel is closed after Done or Close. All callers share one channel.
+	Changes() <-chan Change
+	// Last asks for the state together with its reason. fault.Unavailable if the process is gone.
+	Last(ctx context.Context) (Change, error)
 }
 
 // Driver runs machines of one kind.

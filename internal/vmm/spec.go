@@ -1,0 +1,56 @@
+package vmm
+
+import (
+	"path/filepath"
+	"regexp"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+)
+
+// An id may not hold a dash and an owner may, so that the last dash of a Marker always splits it
+// into the same two parts: no two machines can share a marker.
+var (
+	idForm    = regexp.MustCompile(`^[0-9A-Za-z_]{1,64}$`)
+	ownerForm = regexp.MustCompile(`^[0-9A-Za-z_-]{1,64}$`)
+)
+
+// Marker is the argument that every VMM of this machine carries on its command line, alone and
+// exactly: it is how a process is known to be this installation's and this VM's.
+func (s Spec) Marker() string { return "banger-" + s.Owner + "-" + s.ID }
+
+// Validate looks at what every driver needs, without touching the host. fault.Invalid names the
+// field. Limits of a driver or of the host are the driver's to check.
+func (s Spec) Validate() error {
+	bad := func(format string, args ...any) error {
+		return fault.New(fault.Invalid, s.Name, format, args...).WithOp("vmm spec")
+	}
+	switch {
+	case !idForm.MatchString(s.ID):
+		return bad("machine id %q is not made of 1 to 64 letters, digits and underscores", s.ID)
+	case !ownerForm.MatchString(s.Owner):
+		return bad("owner %q is not made of 1 to 64 letters, digits, underscores and dashes", s.Owner)
+	case s.VCPU < 1:
+		return bad("%d virtual CPUs", s.VCPU)
+	case s.MemoryMiB < 1:
+		return bad("%d MiB of memory", s.MemoryMiB)
+	}
+	type path struct{ what, path string }
+	paths := []path{{"run directory", s.RunDir}, {"log", s.Log}, {"kernel", s.Kernel}, {"initrd", s.Initrd}}
+	seen := map[Role]bool{}
+	for _, d := range s.Drives {
+		if d.Role == "" {
+			return bad("a drive has no role: %s", d.Path)
+		}
+		if seen[d.Role] {
+			return bad("two drives have the role %s", d.Role)
+		}
+		seen[d.Role] = true
+		paths = append(paths, path{"drive " + string(d.Role), d.Path})
+	}
+	for _, p := range paths {
+		if !filepath.IsAbs(p.path) {
+			return bad("the path of the %s is not absolute: %q", p.what, p.path)
+		}
+	}
+	return nil
+}
