@@ -2,6 +2,8 @@
 // belongs to each capability: doctor runs the same checks as the commands do, so it cannot drift.
 package doctor
 
+import "git.thaloco.com/thaloco/banger/internal/fault"
+
 // Severity of a finding.
 type Severity string
 
@@ -19,4 +21,9 @@ type Finding struct {
 	Title    string
 	Detail   string
 	Fix      string
+}
+
+// FromError makes a failing finding of a fault: its text and its hint.
+func FromError(code, title string, err error) Finding {
+	return Finding{Code: code, Severity: Fail, Title: title, Detail: err.Error(), Fix: fault.HintOf(err)}
 }

@@ -22,10 +22,11 @@ type Image struct {
 }
 
 // Kernel is what any root filesystem can be booted with. The files of a captured kernel lie in
-// kernels/<ID>/ under the names vmlinux, initrd.img and modules.ext4.
+// kernels/<ID>/ under the names vmlinux, initrd.img, modules.ext4, and foreign.img if there is one.
 type Kernel struct {
 	ID            string    `json:"id"`      // content id over its files
 	Version       string    `json:"version"` // uname -r of it, and the name of its modules directory
 	ForeignInitrd bool      `json:"foreign_initrd"`
+	Files         []string  `json:"files"` // content ids: vmlinux, initrd.img, modules.ext4, and foreign.img if there is one
 	CreatedAt     time.Time `json:"created_at"`
 }

@@ -18,6 +18,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
@@ -146,7 +147,7 @@ func (e *Engine) Up(ctx context.Context, v *vm.VM, progress Progress) error {
 	// as many waits for the disk. A crash before it finds preparing, and does the step again.
 	var done []StepRecord
 	for _, s := range e.steps {
-		if have[s.Name()] == Ready && !durable(s) {
+		if ready := have[s.Name()] == Ready || mutation == "ignored-preparing" && have[s.Name()] == Preparing; ready && !durable(s) {
 			there, err := observe(ctx, s, v)
 			if err != nil {
 				return err
@@ -156,7 +157,7 @@ func (e *Engine) Up(ctx context.Context, v *vm.VM, progress Progress) error {
 			}
 		}
 		progress(s.Name())
-		if err := e.journal.Save(ctx, *v, append(done, StepRecord{s.Name(), Preparing})...); err != nil {
+		if err := e.intend(ctx, v, done, StepRecord{s.Name(), Preparing}); err != nil {
 			return e.undo(ctx, v, s, err)
 		}
 		if err := s.Prepare(ctx, v); err != nil {
@@ -175,10 +176,34 @@ func (e *Engine) Up(ctx context.Context, v *vm.VM, progress Progress) error {
 	return nil
 }
 
+// UpDurable makes only the durable steps ready: a VM that is made but not started. It undoes nothing
+// on a failure and leaves v.State alone.
+func (e *Engine) UpDurable(ctx context.Context, v *vm.VM, progress Progress) error {
+	var done []StepRecord
+	for _, s := range e.steps {
+		if !durable(s) {
+			continue
+		}
+		progress(s.Name())
+		if err := e.intend(ctx, v, done, StepRecord{s.Name(), Preparing}); err != nil {
+			return &StepError{s.Name(), err}
+		}
+		if err := s.Prepare(ctx, v); err != nil {
+			return &StepError{s.Name(), err}
+		}
+		done = []StepRecord{{s.Name(), Ready}}
+	}
+	progress("")
+	return e.journal.Save(context.WithoutCancel(ctx), *v, done...)
+}
+
 // clearTorn takes down, in reverse, everything from the lowest step that is recorded as being
 // prepared or cleaned: it may be half there, and what stands on it is worth nothing. Durable steps
 // are left to their own Prepare.
 func (e *Engine) clearTorn(ctx context.Context, v *vm.VM) error {
+	if mutation == "ignored-preparing" {
+		return nil
+	}
 	have, err := e.journal.Steps(ctx, v.ID)
 	if err != nil {
 		return err
@@ -190,6 +215,14 @@ func (e *Engine) clearTorn(ctx context.Context, v *vm.VM) error {
 		}
 	}
 	return nil
+}
+
+// intend records what is about to be done, together with what was.
+func (e *Engine) intend(ctx context.Context, v *vm.VM, done []StepRecord, next StepRecord) error {
+	if mutation == "late-intent" {
+		return e.journal.Save(ctx, *v, done...)
+	}
+	return e.journal.Save(ctx, *v, append(done, next)...)
 }
 
 // suspend records what was done and stops without undoing.
@@ -221,13 +254,16 @@ func (e *Engine) Down(ctx context.Context, v *vm.VM, how How, all bool, progress
 		return err
 	}
 	var done []StepRecord
-	for i := len(e.steps) - 1; i >= 0; i-- {
-		s := e.steps[i]
+	order := slices.Clone(e.steps)
+	if mutation != "forward-cleanup" {
+		slices.Reverse(order)
+	}
+	for _, s := range order {
 		if have[s.Name()] == "" || durable(s) && !all {
 			continue
 		}
 		progress(s.Name())
-		if err := e.journal.Save(ctx, *v, append(done, StepRecord{s.Name(), Cleaning})...); err != nil {
+		if err := e.intend(ctx, v, done, StepRecord{s.Name(), Cleaning}); err != nil {
 			return &StepError{s.Name(), err}
 		}
 		if err := cleanup(ctx, s, v, how); err != nil {

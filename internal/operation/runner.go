@@ -16,7 +16,7 @@ import (
 const keepEnded = 200
 
 // ErrCancelled is the cause of a context that CancelOperation ended.
-var ErrCancelled = errors.New("cancelled by request")
+var ErrCancelled = errors.New("it was cancelled by request")
 
 // NewID returns a fresh random operation id: 12 hex digits.
 func NewID() string {
@@ -36,6 +36,7 @@ type Runner struct {
 
 	mu    sync.Mutex
 	ops   map[string]*running
+	byVM  map[string]string // the latest running operation of a VM
 	ended []string
 }
 
@@ -50,7 +51,7 @@ type running struct {
 // change and must not block; failed is told when save could not.
 func NewRunner(save func(context.Context, Operation) error, changed func(Operation), failed func(Operation, error)) *Runner {
 	base, stop := context.WithCancelCause(context.Background())
-	return &Runner{base: base, stop: stop, save: save, changed: changed, failed: failed, ops: map[string]*running{}}
+	return &Runner{base: base, stop: stop, save: save, changed: changed, failed: failed, ops: map[string]*running{}, byVM: map[string]string{}}
 }
 
 // Remember puts ended operations of an earlier daemon back, so that they can be asked for.
@@ -74,6 +75,7 @@ func (r *Runner) Go(op Operation, suspended error, fn func(context.Context, *Han
 	run := &running{op: op, cancel: cancel, next: make(chan struct{})}
 	r.mu.Lock()
 	r.ops[op.ID] = run
+	r.byVM[op.VMID] = op.ID
 	r.mu.Unlock()
 	r.changed(op)
 	r.wg.Go(func() {
@@ -90,9 +92,9 @@ func (r *Runner) Go(op Operation, suspended error, fn func(context.Context, *Han
 			switch {
 			case err == nil:
 				op.State = Succeeded
-			case errors.Is(context.Cause(ctx), ErrCancelled):
+			case ctx.Err() != nil:
 				op.State = Cancelled
-				op.Fault = fault.Wrap(err, fault.Cancelled, op.VMName, "the operation was cancelled")
+				op.Fault = fault.Wrap(context.Cause(ctx), fault.Cancelled, op.VMName, "the operation did not finish")
 			default:
 				op.State = Failed
 				op.Fault = asFault(err, op.VMName)
@@ -105,7 +107,7 @@ func (r *Runner) Go(op Operation, suspended error, fn func(context.Context, *Han
 		}
 		// Told only when it is on record: who saw the end may ask any later daemon.
 		r.publish(run, end)
-		r.forget(op.ID)
+		r.forget(op)
 	})
 }
 
@@ -121,10 +123,13 @@ func asFault(err error, subject string) *fault.Error {
 	return fault.Wrap(err, fault.CodeOf(err), subject, "the operation failed")
 }
 
-func (r *Runner) forget(id string) {
+func (r *Runner) forget(op Operation) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.ended = append(r.ended, id)
+	if r.byVM[op.VMID] == op.ID {
+		delete(r.byVM, op.VMID)
+	}
+	r.ended = append(r.ended, op.ID)
 	if len(r.ended) > keepEnded {
 		delete(r.ops, r.ended[0])
 		r.ended = r.ended[1:]
@@ -167,16 +172,11 @@ func (r *Runner) List() []Operation {
 	return out
 }
 
-// RunningOf returns the id of the operation that runs for a VM, "" if none does.
+// RunningOf returns the id of the latest operation that runs for a VM, "" if none does.
 func (r *Runner) RunningOf(vmID string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for id, run := range r.ops {
-		if run.op.VMID == vmID && run.op.State == Running {
-			return id
-		}
-	}
-	return ""
+	return r.byVM[vmID]
 }
 
 // Watch calls send with the operation as it is, then after changes, the final state last. Changes
@@ -208,15 +208,16 @@ func (r *Runner) Watch(ctx context.Context, id string, send func(Operation) erro
 	}
 }
 
-// Cancel asks an operation to stop. No effect on one that ended. fault.NotFound.
-func (r *Runner) Cancel(id string) error {
+// Cancel asks an operation to stop, with ErrCancelled or another cause. No effect on one that
+// ended. fault.NotFound.
+func (r *Runner) Cancel(id string, cause error) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	run, ok := r.ops[id]
 	if !ok {
 		return unknown(id)
 	}
-	run.cancel(ErrCancelled)
+	run.cancel(cause)
 	return nil
 }
 

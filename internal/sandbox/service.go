@@ -2,21 +2,118 @@
 // of capabilities that a VM is made of. Front ends call it; it calls lifecycle, which knows the order.
 //
 // It never talks HTTP, never prints, and executes no program: what a VM costs the host is in the
-// capabilities.
+// capabilities. A VM's record is changed only under that VM's lock.
 package sandbox
 
 import (
 	"context"
-	"net"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"time"
 
-	"git.thaloco.com/thaloco/banger/internal/doctor"
+	"git.thaloco.com/thaloco/banger/internal/config"
+	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/image"
+	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/operation"
+	"git.thaloco.com/thaloco/banger/internal/store"
 	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
+// Options are what a Service is made of.
+type Options struct {
+	Store     *store.Store
+	Driver    vmm.Driver
+	VMMNotice string // why this driver and not a faster one, "" if there is no faster one
+	Config    config.Config
+	Log       *slog.Logger
+	// BootID identifies this boot of the host (/proc/sys/kernel/random/boot_id).
+	BootID string
+}
+
 // Service is the daemon's use cases. Safe for concurrent use.
-type Service struct{}
+type Service struct {
+	store  *store.Store
+	cfg    config.Config
+	log    *slog.Logger
+	notice string
+	driver vmm.Driver
+
+	ops    *operation.Runner
+	engine *lifecycle.Engine
+	locks  keyedLocks
+	hub    hub
+
+	images   *images
+	machines *machines
+
+	bg       context.Context // background watchers of machines; ends with Close
+	bgStop   context.CancelFunc
+	watchers sync.WaitGroup
+
+	warnMu   sync.Mutex
+	warnings []string
+}
+
+// New returns a Service over an open store. Call Reconcile before the first use case.
+func New(o Options) (*Service, error) {
+	s := &Service{store: o.Store, cfg: o.Config, log: o.Log, notice: o.VMMNotice, driver: o.Driver}
+	s.bg, s.bgStop = context.WithCancel(context.Background())
+	s.ops = operation.NewRunner(s.store.SaveOperation,
+		func(op operation.Operation) { s.hub.publish(Event{Operation: &op}) },
+		func(op operation.Operation, err error) {
+			s.log.Error("the end of an operation could not be recorded", "op", op.ID, "vm", op.VMID, "err", err)
+		})
+	s.store.Subscribe(
+		func(v vm.VM) { s.hub.publish(Event{VM: &v}) },
+		func(id vm.ID) { s.hub.publish(Event{Deleted: id}) })
+	s.images = &images{store: s.store, cfg: o.Config, mu: newCtxLock()}
+	s.machines = &machines{service: s, byID: map[vm.ID]*machine{}}
+
+	parts := capabilities(s)
+	s.machines.parts = parts
+	steps := make([]lifecycle.Step, len(parts))
+	for i, c := range parts {
+		steps[i] = c
+	}
+	s.engine = lifecycle.New(s.store, steps...)
+	return s, nil
+}
+
+// Close suspends running operations (the next daemon goes on with them), lets go of all machines
+// without ending them and waits, bounded by ctx.
+func (s *Service) Close(ctx context.Context) error {
+	err := s.ops.Stop(ctx, lifecycle.ErrSuspended)
+	s.bgStop()
+	s.machines.closeAll()
+	done := make(chan struct{})
+	go func() { s.watchers.Wait(); close(done) }()
+	select {
+	case <-done:
+		return err
+	case <-ctx.Done():
+		return errors.Join(err, fault.Wrap(ctx.Err(), fault.Timeout, "watchers", "some did not stop in time"))
+	}
+}
+
+// vmDir is where a VM's disks, config drive and log lie.
+func (s *Service) vmDir(id vm.ID) string { return filepath.Join(s.cfg.Paths.State, "vms", string(id)) }
+
+// runDir is where a VM's sockets and pidfile lie. It must survive a logout, so it is not below
+// XDG_RUNTIME_DIR.
+func (s *Service) runDir(id vm.ID) string {
+	return filepath.Join(s.cfg.Paths.State, "run", id.Short())
+}
+
+// logFile is the VM's console and VMM output. The name is a promise of the first README, whatever
+// the VMM.
+func (s *Service) logFile(id vm.ID) string { return filepath.Join(s.vmDir(id), "firecracker.log") }
+
+// errSuperseded is the cause with which a stop or delete ends a start that is under way.
+var errSuperseded = errors.New("a later stop or delete took over")
 
 // CreateRequest is what a user asked for. Zero values mean the default.
 type CreateRequest struct {
@@ -70,89 +167,130 @@ type Status struct {
 	Warnings          []string
 }
 
-// Create validates, admits the VM in one transaction and starts it in an operation.
-// fault.Invalid, Exists, NotFound (image), Exhausted (disk), Corrupt (bundle): nothing was made.
-func (s *Service) Create(ctx context.Context, r CreateRequest) (operation.Operation, error) {
-	panic("skeleton")
+// SSHTarget is what `vm ssh` needs to know.
+type SSHTarget struct {
+	HostKey      string // authorized_keys form, without a comment
+	IdentityFile string
 }
 
-// Start starts a VM by id. Starting a running VM succeeds with the notice "already running".
-func (s *Service) Start(ctx context.Context, id vm.ID) (operation.Operation, error) {
-	panic("skeleton")
+// begin records an operation of an existing VM and runs fn in it under the VM's lock, on a fresh
+// copy of its record. fn ends with the record saved.
+func (s *Service) begin(ctx context.Context, kind operation.Kind, v vm.VM, fn func(context.Context, *operation.Handle, *vm.VM) error) (operation.Operation, error) {
+	op := newOperation(kind, v)
+	if err := s.store.SaveOperation(ctx, op); err != nil {
+		return op, err
+	}
+	s.run(op, fn)
+	return op, nil
 }
 
-// Stop shuts a VM down by its agent, then hard when the bound passes. force skips the agent.
-// Stopping a stopped VM succeeds with the notice "already stopped".
-func (s *Service) Stop(ctx context.Context, id vm.ID, force bool) (operation.Operation, error) {
-	panic("skeleton")
+func newOperation(kind operation.Kind, v vm.VM) operation.Operation {
+	return operation.Operation{ID: operation.NewID(), Kind: kind, VMID: string(v.ID), VMName: v.Name,
+		State: operation.Running, CreatedAt: time.Now()}
 }
 
-// Restart stops and starts as one operation. A stopped VM is started.
-func (s *Service) Restart(ctx context.Context, id vm.ID) (operation.Operation, error) {
-	panic("skeleton")
+// run runs a recorded operation in the background.
+func (s *Service) run(op operation.Operation, fn func(context.Context, *operation.Handle, *vm.VM) error) {
+	id := vm.ID(op.VMID)
+	s.ops.Go(op, lifecycle.ErrSuspended, func(ctx context.Context, h *operation.Handle) (err error) {
+		log := s.log.With("op", op.ID, "kind", op.Kind, "vm", op.VMID, "name", op.VMName)
+		log.Info("operation begins")
+		began := time.Now()
+		defer func() {
+			switch took := time.Since(began).Milliseconds(); {
+			case errors.Is(err, lifecycle.ErrSuspended):
+				log.Info("operation is suspended: the next daemon goes on with it", "ms", took)
+			case err != nil:
+				log.Warn("operation ends with an error", "ms", took, "code", fault.CodeOf(err), "err", err)
+			default:
+				log.Info("operation ends", "ms", took)
+			}
+		}()
+		unlock, free := s.locks.tryLock(id)
+		if !free {
+			h.Stage("waiting for another operation of this VM")
+			if unlock, err = s.locks.lock(ctx, id); err != nil {
+				if errors.Is(context.Cause(ctx), lifecycle.ErrSuspended) {
+					return lifecycle.ErrSuspended
+				}
+				return err
+			}
+		}
+		defer unlock()
+		v, ok := s.store.VM(id)
+		if !ok {
+			return fault.New(fault.NotFound, op.VMName, "the VM was deleted meanwhile")
+		}
+		return fn(ctx, h, &v)
+	})
 }
 
-// Delete takes a VM away in any state, its disks included.
-func (s *Service) Delete(ctx context.Context, id vm.ID) (operation.Operation, error) {
-	panic("skeleton")
+// ctxLock is a mutex whose waiters may give up.
+type ctxLock chan struct{}
+
+func newCtxLock() ctxLock { return make(ctxLock, 1) }
+
+func (l ctxLock) lock(ctx context.Context) (unlock func(), err error) {
+	select {
+	case l <- struct{}{}:
+		return func() { <-l }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
-// Kill sends a signal to the VMM process. fault.Precondition if the VM does not run.
-func (s *Service) Kill(ctx context.Context, id vm.ID, signal int) (vm.VM, error) { panic("skeleton") }
-
-// Resolve maps a reference (name, id, unique id prefix of at least 4 digits) to a VM.
-// fault.NotFound, fault.Ambiguous.
-func (s *Service) Resolve(ctx context.Context, ref string) (vm.VM, error) { panic("skeleton") }
-
-// Show is Resolve plus what costs system calls.
-func (s *Service) Show(ctx context.Context, ref string) (Detail, error) { panic("skeleton") }
-
-// List returns all VMs, oldest first. No system call per VM.
-func (s *Service) List(ctx context.Context) ([]vm.VM, error) { panic("skeleton") }
-
-// Images returns all images, and the name of the default one.
-func (s *Service) Images(ctx context.Context) ([]image.Image, string, error) { panic("skeleton") }
-
-// Defaults tells what Create chooses.
-func (s *Service) Defaults(ctx context.Context) (Defaults, error) { panic("skeleton") }
-
-// Operation returns one operation by id. fault.NotFound.
-func (s *Service) Operation(ctx context.Context, id string) (operation.Operation, error) {
-	panic("skeleton")
+// keyedLocks are one lock per VM; waiting for one ends with the context. The zero value is ready.
+type keyedLocks struct {
+	mu    sync.Mutex
+	locks map[vm.ID]*keyedLock
 }
 
-// Operations returns the running operations and the latest ended ones, newest first.
-func (s *Service) Operations(ctx context.Context) ([]operation.Operation, error) { panic("skeleton") }
-
-// WatchOperation calls send with the operation as it is, then after each change, and returns after
-// the final state was sent, when ctx ends, or with send's error.
-func (s *Service) WatchOperation(ctx context.Context, id string, send func(operation.Operation) error) error {
-	panic("skeleton")
+type keyedLock struct {
+	ch   chan struct{}
+	refs int
 }
 
-// Cancel asks an operation to stop and undo. No effect on one that ended.
-func (s *Service) Cancel(ctx context.Context, id string) (operation.Operation, error) {
-	panic("skeleton")
+func (k *keyedLocks) acquire(id vm.ID) *keyedLock {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.locks == nil {
+		k.locks = map[vm.ID]*keyedLock{}
+	}
+	l := k.locks[id]
+	if l == nil {
+		l = &keyedLock{ch: make(chan struct{}, 1)}
+		k.locks[id] = l
+	}
+	l.refs++
+	return l
 }
 
-// Watch calls send with a snapshot, then with each change, until ctx ends or send fails. A watcher
-// that is too slow is sent a fresh snapshot instead of the changes it missed.
-func (s *Service) Watch(ctx context.Context, send func(Event) error) error { panic("skeleton") }
-
-// DialGuest opens a TCP connection to a port on the guest's loopback through the agent and waits
-// until something listens there or ctx ends. The connection is a *net.UnixConn or vsock-backed
-// file where the VMM has vsock; otherwise (virtio-serial) it is a stream of the daemon's session.
-func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, error) {
-	panic("skeleton")
+func (k *keyedLocks) drop(id vm.ID, l *keyedLock) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if l.refs--; l.refs == 0 {
+		delete(k.locks, id)
+	}
 }
 
-// SSHTarget tells what `vm ssh` needs: the VM's host key in authorized_keys form.
-func (s *Service) SSHTarget(ctx context.Context, id vm.ID) (hostKeyPub string, err error) {
-	panic("skeleton")
+func (k *keyedLocks) lock(ctx context.Context, id vm.ID) (unlock func(), err error) {
+	l := k.acquire(id)
+	select {
+	case l.ch <- struct{}{}:
+		return func() { <-l.ch; k.drop(id, l) }, nil
+	case <-ctx.Done():
+		k.drop(id, l)
+		return nil, ctx.Err()
+	}
 }
 
-// Doctor runs every capability's check and the host's.
-func (s *Service) Doctor(ctx context.Context) []doctor.Finding { panic("skeleton") }
-
-// Status tells what the daemon knows of itself.
-func (s *Service) Status(ctx context.Context) (Status, error) { panic("skeleton") }
+func (k *keyedLocks) tryLock(id vm.ID) (unlock func(), free bool) {
+	l := k.acquire(id)
+	select {
+	case l.ch <- struct{}{}:
+		return func() { <-l.ch; k.drop(id, l) }, true
+	default:
+		k.drop(id, l)
+		return nil, false
+	}
+}

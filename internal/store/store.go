@@ -39,6 +39,9 @@ type Store struct {
 	changed func(v vm.VM)
 	deleted func(id vm.ID)
 
+	// atCommit is called before and after every commit; the crash test ends the process in it.
+	atCommit func()
+
 	// write serialises writers, so that memory changes in the order of commits.
 	write  sync.Mutex
 	mu     sync.RWMutex
@@ -63,7 +66,7 @@ func Open(ctx context.Context, path string) (*Store, error) {
 	}
 	// One connection: writers are serialised anyway, and reads come from memory.
 	db.SetMaxOpenConns(1)
-	s := &Store{db: db, changed: func(vm.VM) {}, deleted: func(vm.ID) {}}
+	s := &Store{db: db, changed: func(vm.VM) {}, deleted: func(vm.ID) {}, atCommit: nothing}
 	if err := s.load(ctx, path); err != nil {
 		_ = db.Close()
 		return nil, err
@@ -138,6 +141,9 @@ func (s *Store) Subscribe(changed func(vm.VM), deleted func(vm.ID)) {
 	s.changed, s.deleted = changed, deleted
 }
 
+// AtCommit sets what is called before and after every commit. For tests that end the process there.
+func (s *Store) AtCommit(f func()) { s.atCommit = f }
+
 // Meta returns a value of the meta table, "" if there is none.
 func (s *Store) Meta(ctx context.Context, key string) (string, error) {
 	var v string
@@ -167,9 +173,11 @@ func (s *Store) tx(ctx context.Context, fn func(*sql.Tx) error, apply, notify fu
 		_ = tx.Rollback()
 		return storeFault(err)
 	}
+	s.atCommit()
 	if err := tx.Commit(); err != nil {
 		return storeFault(err)
 	}
+	s.atCommit()
 	s.mu.Lock()
 	apply()
 	s.mu.Unlock()

@@ -1,0 +1,114 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"git.thaloco.com/thaloco/banger/internal/disk"
+	"git.thaloco.com/thaloco/banger/internal/doctor"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/lifecycle"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+)
+
+func (s *Service) systemDisk(id vm.ID) string { return filepath.Join(s.vmDir(id), "system.ext4") }
+func (s *Service) workDisk(id vm.ID) string   { return filepath.Join(s.vmDir(id), "work.ext4") }
+
+// systemDisk owns the VM's directory and its system overlay.
+type systemDisk struct{ service *Service }
+
+func (d *systemDisk) Name() string { return stepSystem }
+
+// Durable: everything the guest wrote outside /root is on it.
+func (d *systemDisk) Durable() {}
+
+// Prepare makes the directory and clones the blank overlay.
+func (d *systemDisk) Prepare(ctx context.Context, v *vm.VM) error {
+	s := d.service
+	if err := os.MkdirAll(s.vmDir(v.ID), 0o700); err != nil {
+		return fault.Wrap(err, fault.Internal, s.vmDir(v.ID), "the VM's directory cannot be made")
+	}
+	template, err := disk.Blank(ctx, s.cfg.Paths.Cache)
+	if err != nil {
+		return err
+	}
+	return disk.FromTemplate(ctx, template, s.systemDisk(v.ID), v.Spec.SystemSize)
+}
+
+// Cleanup removes the directory with all that is in it.
+func (d *systemDisk) Cleanup(_ context.Context, v *vm.VM, _ lifecycle.How) error {
+	if err := os.RemoveAll(d.service.vmDir(v.ID)); err != nil {
+		return fault.Wrap(err, fault.Internal, d.service.vmDir(v.ID), "the VM's directory cannot be removed")
+	}
+	return nil
+}
+
+// GuestConfig names the directories that do not work on overlayfs: Docker's and containerd's own
+// overlays cannot be stacked on one.
+func (d *systemDisk) GuestConfig(_ *vm.VM, c *boot.Config) error {
+	c.Native = append(c.Native, "/var/lib/docker", "/var/lib/containerd")
+	return nil
+}
+
+// Machine attaches the overlay.
+func (d *systemDisk) Machine(_ context.Context, v *vm.VM, spec *vmm.Spec) error {
+	spec.Drives = append(spec.Drives, vmm.Drive{Role: vmm.RoleSystem, Path: d.service.systemDisk(v.ID)})
+	return nil
+}
+
+// Check makes the blank template, once: it needs mke2fs.
+func (d *systemDisk) Check(ctx context.Context) []doctor.Finding {
+	if err := disk.CheckTools(ctx, d.service.cfg.Paths.Cache); err != nil {
+		return []doctor.Finding{doctor.FromError("mke2fs", "Blank disks", err)}
+	}
+	return []doctor.Finding{{Code: "mke2fs", Severity: doctor.Pass, Title: "Blank disks", Detail: "can be made"}}
+}
+
+// workDisk owns the disk that is mounted at /root.
+type workDisk struct{ service *Service }
+
+func (d *workDisk) Name() string { return stepWork }
+
+// Durable: it is what people keep a VM for.
+func (d *workDisk) Durable() {}
+
+// Prepare clones the image's work seed, or a blank disk if the image has none.
+func (d *workDisk) Prepare(ctx context.Context, v *vm.VM) error {
+	s := d.service
+	template := s.images.seedPath(v.Pins)
+	if template == "" {
+		var err error
+		if template, err = disk.Blank(ctx, s.cfg.Paths.Cache); err != nil {
+			return err
+		}
+	}
+	return disk.FromTemplate(ctx, template, s.workDisk(v.ID), v.Spec.DiskSize)
+}
+
+// Cleanup removes the disk.
+func (d *workDisk) Cleanup(_ context.Context, v *vm.VM, _ lifecycle.How) error {
+	if err := os.Remove(d.service.workDisk(v.ID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fault.Wrap(err, fault.Internal, v.Name, "the work disk cannot be removed")
+	}
+	return nil
+}
+
+// GuestConfig mounts it at /root, grown to the drive.
+func (d *workDisk) GuestConfig(_ *vm.VM, c *boot.Config) error {
+	c.Mounts = append(c.Mounts, boot.Mount{Role: string(vmm.RoleWork), Target: "/root", Grow: true})
+	return nil
+}
+
+// Machine attaches the disk.
+func (d *workDisk) Machine(_ context.Context, v *vm.VM, spec *vmm.Spec) error {
+	spec.Drives = append(spec.Drives, vmm.Drive{Role: vmm.RoleWork, Path: d.service.workDisk(v.ID)})
+	return nil
+}
+
+// Check has nothing of its own: seeds come with images, blank disks are the system disk's.
+func (d *workDisk) Check(context.Context) []doctor.Finding { return nil }

@@ -1,0 +1,643 @@
+package sandbox
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
+	"git.thaloco.com/thaloco/banger/internal/doctor"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/lifecycle"
+	"git.thaloco.com/thaloco/banger/internal/operation"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+)
+
+// machines owns the VMM processes that this daemon knows, and the agent session of each.
+type machines struct {
+	service *Service
+	parts   []capability
+
+	mu   sync.Mutex
+	byID map[vm.ID]*machine
+}
+
+type machine struct {
+	vmm.Machine
+	secret string
+
+	// open serialises making the session; sess is the one in use, replaced when it broke.
+	open chan struct{}
+	mu   sync.Mutex
+	sess *agent.Session
+}
+
+func (ms *machines) get(id vm.ID) *machine {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	return ms.byID[id]
+}
+
+// add takes a machine in and watches it. One that is known already is kept, and the new handle closed.
+func (ms *machines) add(v *vm.VM, vm_ vmm.Machine) error {
+	ms.mu.Lock()
+	if old := ms.byID[v.ID]; old != nil {
+		ms.mu.Unlock()
+		if old.PID() == vm_.PID() {
+			return vm_.Close()
+		}
+		ms.drop(v.ID)
+		ms.mu.Lock()
+	}
+	m := &machine{Machine: vm_, secret: v.Secrets.Agent, open: make(chan struct{}, 1)}
+	ms.byID[v.ID] = m
+	ms.mu.Unlock()
+	ms.service.watchers.Go(func() { ms.watch(v.ID, m) })
+	return nil
+}
+
+// drop lets go of a machine without ending it.
+func (ms *machines) drop(id vm.ID) {
+	ms.mu.Lock()
+	m := ms.byID[id]
+	delete(ms.byID, id)
+	ms.mu.Unlock()
+	if m != nil {
+		m.release()
+	}
+}
+
+func (m *machine) release() {
+	m.mu.Lock()
+	sess := m.sess
+	m.sess = nil
+	m.mu.Unlock()
+	if sess != nil {
+		_ = sess.Close() // it may be broken already; nothing is to be done about it
+	}
+	_ = m.Close()
+}
+
+func (ms *machines) closeAll() {
+	ms.mu.Lock()
+	all := ms.byID
+	ms.byID = map[vm.ID]*machine{}
+	ms.mu.Unlock()
+	for _, m := range all {
+		m.release()
+	}
+}
+
+// session returns the agent session of a running machine, opening one if there is none or it broke.
+func (ms *machines) session(ctx context.Context, id vm.ID) (*agent.Session, error) {
+	m := ms.get(id)
+	if m == nil {
+		return nil, fault.New(fault.Precondition, id.Short(), "the VM does not run")
+	}
+	// One opener at a time, and its waiters may give up: the link may carry one connection only.
+	select {
+	case m.open <- struct{}{}:
+		defer func() { <-m.open }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	m.mu.Lock()
+	sess := m.sess
+	m.mu.Unlock()
+	if sess != nil {
+		select {
+		case <-sess.Done():
+			_ = sess.Close()
+		default:
+			return sess, nil
+		}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // a machine that ends will never answer
+		select {
+		case <-m.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	sess, err := agent.Open(ctx, m.Link(), m.secret)
+	if err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	m.sess = sess
+	m.mu.Unlock()
+	return sess, nil
+}
+
+// health says in a word whether the agent answers.
+func (ms *machines) health(ctx context.Context, id vm.ID) string {
+	sess, err := ms.session(ctx, id)
+	if err != nil {
+		return "does not answer: " + err.Error()
+	}
+	h, err := sess.Client().Health(ctx, &agentv1.HealthRequest{})
+	if err != nil {
+		return "does not answer: " + err.Error()
+	}
+	return "answers, userspace " + h.Userspace
+}
+
+func (ms *machines) state(ctx context.Context, id vm.ID) (vmm.State, error) {
+	m := ms.get(id)
+	if m == nil {
+		return "", fault.New(fault.Precondition, id.Short(), "the VM does not run")
+	}
+	return m.State(ctx)
+}
+
+// resume lets a machine that its VMM paused go on.
+func (ms *machines) resume(ctx context.Context, id vm.ID) (bool, error) {
+	m := ms.get(id)
+	if m == nil {
+		return false, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	st, err := m.State(ctx)
+	if err != nil || st != vmm.Paused {
+		return false, err
+	}
+	return true, m.Resume(ctx)
+}
+
+// watch follows one machine until it ends or the daemon does: it notes pauses, and takes down a VM
+// whose VMM ended by itself.
+func (ms *machines) watch(id vm.ID, m *machine) {
+	s := ms.service
+	var changes <-chan vmm.Change
+	if r, ok := m.Machine.(vmm.Reporter); ok {
+		changes = r.Changes()
+	}
+	for {
+		select {
+		case c, ok := <-changes:
+			if !ok {
+				changes = nil
+				continue
+			}
+			ms.noteChange(id, m, c)
+		case <-m.Done():
+			ms.ended(id, m)
+			return
+		case <-s.bg.Done():
+			return
+		}
+	}
+}
+
+// update changes a VM's record under its lock if m still is its machine.
+func (ms *machines) update(id vm.ID, m *machine, change func(*vm.VM) bool) {
+	s := ms.service
+	unlock, err := s.locks.lock(s.bg, id)
+	if err != nil {
+		return // the daemon stops; the next one looks for itself
+	}
+	defer unlock()
+	v, ok := s.store.VM(id)
+	if !ok || ms.get(id) != m || !change(&v) {
+		return
+	}
+	if err := s.store.Save(s.bg, v); err != nil && s.bg.Err() == nil {
+		s.log.Error("a change of a VM could not be recorded", "vm", id, "err", err)
+	}
+}
+
+func (ms *machines) noteChange(id vm.ID, m *machine, c vmm.Change) {
+	ms.service.log.Warn("the VMM changed state by itself", "vm", id, "state", c.State, "reason", c.Reason)
+	ms.update(id, m, func(v *vm.VM) bool {
+		old := v.Note
+		switch {
+		case c.State == vmm.Paused && c.Reason == "io-error":
+			v.Note = fmt.Sprintf("paused: the host could not take a write (is its disk full?); free space, then `banger vm start %s` lets it go on", v.Name)
+		case c.State == vmm.Paused:
+			v.Note = fmt.Sprintf("paused; `banger vm start %s` lets it go on", v.Name)
+		default:
+			v.Note = ""
+		}
+		return v.Note != old
+	})
+}
+
+// ended takes down a running VM whose VMM is gone without anybody here having asked, and starts it
+// again if the guest rebooted.
+func (ms *machines) ended(id vm.ID, m *machine) {
+	s := ms.service
+	v, ok := s.store.VM(id)
+	if !ok || ms.get(id) != m || v.State != vm.Running {
+		return // an operation is at it, and sees the end itself
+	}
+	exit := m.Exit()
+	kind := operation.Stop
+	if exit.Reason == vmm.GuestReset {
+		kind = operation.Restart
+	}
+	_, err := s.begin(s.bg, kind, v, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+		if ms.get(id) != m || v.State != vm.Running {
+			return nil // an operation was faster
+		}
+		note := map[string]string{
+			vmm.GuestShutdown: "the guest powered itself off",
+			vmm.GuestReset:    "the guest rebooted",
+			vmm.Killed:        "its VMM was killed",
+			vmm.Crashed:       "its VMM ended unexpectedly",
+		}[exit.Reason]
+		h.Notice(note)
+		if kind == operation.Stop {
+			v.Desired = vm.WantStopped
+		}
+		v.Note = note
+		if err := s.takeDown(ctx, h, v, lifecycle.Hard); err != nil {
+			return err
+		}
+		if kind == operation.Restart {
+			v.State = vm.Stopping
+			return s.bringUp(ctx, h, v)
+		}
+		return s.store.Save(ctx, *v)
+	})
+	if err != nil && s.bg.Err() == nil {
+		s.log.Error("the end of a VMM could not be recorded", "vm", id, "err", err)
+	}
+}
+
+// machineCapability owns the VMM process and the VM's run directory.
+type machineCapability struct{ machines *machines }
+
+func (c *machineCapability) Name() string { return stepVMM }
+
+// identity is the part of the spec by which a running VMM is found. It needs no artifact, so that a
+// VM whose bundle is gone can still be stopped and deleted.
+func (c *machineCapability) identity(v *vm.VM) vmm.Spec {
+	s := c.machines.service
+	return vmm.Spec{ID: string(v.ID), Owner: s.store.InstallationID(), Name: v.Name,
+		RunDir: s.runDir(v.ID), Log: s.logFile(v.ID), CID: v.Lease.CID}
+}
+
+// spec gathers what every capability has to say about the machine.
+func (c *machineCapability) spec(ctx context.Context, v *vm.VM) (vmm.Spec, error) {
+	spec := c.identity(v)
+	spec.VCPU, spec.MemoryMiB = v.Spec.VCPU, v.Spec.MemoryMiB
+	// The console stays: it is the evidence when a guest does not boot. panic=-1 reboots at once,
+	// which ends the VMM, which is noticed; without it a panicked guest would hang.
+	spec.Cmdline = "console=ttyS0 quiet panic=-1 net.ifnames=0 random.trust_cpu=on"
+	for _, p := range c.machines.parts {
+		if mc, ok := p.(machineContributor); ok {
+			if err := mc.Machine(ctx, v, &spec); err != nil {
+				return spec, err
+			}
+		}
+	}
+	order := []vmm.Role{vmm.RoleBase, vmm.RoleSystem, vmm.RoleWork, vmm.RoleModules, vmm.RoleConfig}
+	slices.SortStableFunc(spec.Drives, func(a, b vmm.Drive) int {
+		return slices.Index(order, a.Role) - slices.Index(order, b.Role)
+	})
+	return spec, nil
+}
+
+// Prepare starts the VMM, or takes in the one that runs.
+func (c *machineCapability) Prepare(ctx context.Context, v *vm.VM) error {
+	spec, err := c.spec(ctx, v)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(spec.RunDir, 0o700); err != nil {
+		return fault.Wrap(err, fault.Internal, spec.RunDir, "the run directory cannot be made")
+	}
+	if err := boundLog(spec.Log); err != nil {
+		return err
+	}
+	s := c.machines.service
+	m, err := s.driver.Start(ctx, spec)
+	if err != nil {
+		return err
+	}
+	v.VMM, v.Accel, v.PID, v.Boot = s.driver.Name(), s.driver.Features().Accel, m.PID(), nil
+	return c.machines.add(v, m)
+}
+
+// Observe takes in a VMM that a former daemon left running.
+func (c *machineCapability) Observe(ctx context.Context, v *vm.VM) (bool, error) {
+	if m := c.machines.get(v.ID); m != nil {
+		select {
+		case <-m.Done():
+			return false, nil
+		default:
+			return true, nil
+		}
+	}
+	m, err := c.machines.service.driver.Adopt(ctx, c.identity(v))
+	if fault.Is(err, fault.NotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return true, c.machines.add(v, m)
+}
+
+// Cleanup ends the VMM, whatever state it is in, and removes the run directory.
+func (c *machineCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.How) error {
+	spec := c.identity(v)
+	var m vmm.Machine
+	if known := c.machines.get(v.ID); known != nil {
+		m = known
+	} else if found, err := c.machines.service.driver.Adopt(ctx, spec); err == nil {
+		m = found
+	} else if !fault.Is(err, fault.NotFound) {
+		return err
+	}
+	if m != nil {
+		if err := m.Kill(ctx); err != nil {
+			return err
+		}
+		c.machines.drop(v.ID)
+		_ = m.Close()
+	}
+	if err := os.RemoveAll(spec.RunDir); err != nil {
+		return fault.Wrap(err, fault.Internal, spec.RunDir, "the run directory cannot be removed")
+	}
+	v.PID = 0
+	return nil
+}
+
+// Check asks the driver.
+func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
+	s := c.machines.service
+	var out []doctor.Finding
+	if err := s.driver.Check(ctx); err != nil {
+		out = append(out, doctor.FromError("vmm", "Virtual machine monitor", err))
+	} else {
+		out = append(out, doctor.Finding{Code: "vmm", Severity: doctor.Pass, Title: "Virtual machine monitor", Detail: s.driver.Name()})
+	}
+	if s.notice != "" {
+		return append(out, doctor.Finding{Code: "kvm", Severity: doctor.Warn, Title: "Hardware virtualization", Detail: s.notice,
+			Fix: "enable virtualization in the firmware, or join the group that may open /dev/kvm: sudo usermod -aG kvm $USER"})
+	}
+	return append(out, doctor.Finding{Code: "kvm", Severity: doctor.Pass, Title: "Hardware virtualization", Detail: s.driver.Features().Accel})
+}
+
+// Bounds of a VM's log: a chatty console must not fill the host's disk.
+const (
+	maxLog  = 4 << 20
+	keepLog = 1 << 20
+)
+
+// boundLog cuts a log that has grown past maxLog back to its last keepLog bytes. Only before a
+// start: a running VMM appends to the file.
+func boundLog(path string) error {
+	st, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && st.Size() <= maxLog {
+		return nil
+	}
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, path, "the VM's log cannot be read")
+	}
+	tail, err := tailOf(path, keepLog)
+	if err == nil {
+		err = os.WriteFile(path, tail, 0o600)
+	}
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, path, "the VM's log cannot be cut back")
+	}
+	return nil
+}
+
+// tailOf returns at most the last n bytes of a file, from the start of a line where it can.
+func tailOf(path string, n int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	from := max(0, st.Size()-n)
+	b, err := io.ReadAll(io.NewSectionReader(f, from, n))
+	if err != nil {
+		return nil, err
+	}
+	if from > 0 {
+		if i := bytes.IndexByte(b, '\n'); i >= 0 {
+			b = b[i+1:]
+		}
+	}
+	return b, nil
+}
+
+// agentCapability owns the session with the guest's agent. It is the last to come up, so that a VM
+// is running when its agent answers, and the first to go: the orderly end of a guest is asked of it.
+type agentCapability struct{ machines *machines }
+
+func (c *agentCapability) Name() string { return stepAgent }
+
+// Prepare waits until the guest's agent answers, the VMM ends, or boot_timeout passes. A guest that
+// does not come up is explained by what its console says.
+func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
+	s := c.machines.service
+	m := c.machines.get(v.ID)
+	if m == nil {
+		return fault.New(fault.Internal, v.Name, "there is no machine to reach the agent of")
+	}
+	bound := s.cfg.BootTimeoutFor(s.driver.Features().Accel)
+	wait, cancel := context.WithTimeout(ctx, bound)
+	defer cancel()
+	sess, err := c.machines.session(wait, v.ID)
+	if err != nil {
+		return c.bootError(ctx, v, m, bound, err)
+	}
+	h, err := sess.Client().Health(wait, &agentv1.HealthRequest{})
+	if err != nil {
+		return c.bootError(ctx, v, m, bound, err)
+	}
+	now := time.Now()
+	v.StartedAt, v.Boot = &now, stages(h.Stages)
+	s.watchers.Go(func() { c.followBoot(v.ID, m) })
+	return nil
+}
+
+func stages(in []*agentv1.Stage) []vm.Stage {
+	out := make([]vm.Stage, len(in))
+	for i, st := range in {
+		out[i] = vm.Stage{Name: st.Name, AtMS: st.AtMs}
+	}
+	return out
+}
+
+// followBoot records the stages that come after the agent. It ends with the boot, the session, or
+// the daemon; what it misses is shown by the next one that asks.
+func (c *agentCapability) followBoot(id vm.ID, m *machine) {
+	ctx, cancel := context.WithTimeout(c.machines.service.bg, 10*time.Minute)
+	defer cancel()
+	go func() {
+		select {
+		case <-m.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	sess, err := c.machines.session(ctx, id)
+	if err != nil {
+		return
+	}
+	stream, err := sess.Client().WatchBoot(ctx, &agentv1.WatchBootRequest{})
+	if err != nil {
+		return
+	}
+	defer stream.Close()
+	var seen []vm.Stage
+	for stream.Receive() && len(seen) < maxStages {
+		st := stream.Msg().Stage
+		seen = append(seen, vm.Stage{Name: st.GetName(), AtMS: st.GetAtMs()})
+		if n := st.GetName(); n != boot.StageUserspace && n != boot.StageSSH {
+			continue // the ones before were recorded with the start: one write less each
+		}
+		c.machines.update(id, m, func(v *vm.VM) bool {
+			if v.State != vm.Running || len(v.Boot) >= len(seen) {
+				return false
+			}
+			v.Boot = slices.Clone(seen)
+			return true
+		})
+	}
+}
+
+// maxStages bounds what a guest can make us remember.
+const maxStages = 64
+
+// bootError makes the error of a guest that did not come up: why, by its own last words if it has
+// any, and the last lines of its console.
+func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, bound time.Duration, cause error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	tail, err := tailOf(c.machines.service.logFile(v.ID), 4096)
+	if err != nil {
+		cause = errors.Join(cause, err)
+	}
+	var f *fault.Error
+	gone := false
+	select {
+	case <-m.Done():
+		gone = true
+	default:
+	}
+	if stage, reason, ok := boot.FatalReason(tail); ok {
+		f = fault.Wrap(cause, fault.Unavailable, v.Name, "the guest could not boot: %s: %s", stage, reason)
+	} else if gone {
+		f = fault.Wrap(cause, fault.Unavailable, v.Name, "the VMM ended while the guest was booting (%s)%s", m.Exit().Reason, lastLines(tail))
+	} else {
+		f = fault.Wrap(cause, fault.Timeout, v.Name, "the guest's agent did not answer within %s of the start%s", bound, lastLines(tail))
+	}
+	return f.WithHint("read the console in %s, try again with `banger vm start %s`, or take it away with `banger vm delete %s`",
+		c.machines.service.logFile(v.ID), v.Name, v.Name)
+}
+
+// lastLines renders the end of a console for an error, without what a hostile guest could put there
+// to play with a terminal.
+func lastLines(tail []byte) string {
+	lines := bytes.Split(bytes.TrimSpace(tail), []byte("\n"))
+	lines = lines[max(0, len(lines)-5):]
+	var out bytes.Buffer
+	for _, l := range lines {
+		l = bytes.Map(func(r rune) rune {
+			if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 {
+				return -1
+			}
+			return r
+		}, l[:min(len(l), 200)])
+		if len(l) > 0 {
+			fmt.Fprintf(&out, "\n  console: %s", l)
+		}
+	}
+	if out.Len() == 0 {
+		return "; its console is empty"
+	}
+	return out.String()
+}
+
+// Observe opens the session again after a restart of the daemon, in the background: a guest that
+// does not answer is no reason for the daemon to wait, or to take the VM down.
+func (c *agentCapability) Observe(_ context.Context, v *vm.VM) (bool, error) {
+	m := c.machines.get(v.ID)
+	if m == nil {
+		return false, nil
+	}
+	c.machines.service.watchers.Go(func() { c.followBoot(v.ID, m) })
+	return true, nil
+}
+
+// Cleanup shuts the guest down if there is time for manners, then lets go of the session. A guest
+// that does not go within stop_timeout is left to the VMM's Cleanup.
+func (c *agentCapability) Cleanup(ctx context.Context, v *vm.VM, how lifecycle.How) error {
+	m := c.machines.get(v.ID)
+	if m == nil {
+		return nil
+	}
+	if how == lifecycle.Orderly {
+		if err := c.shutdown(ctx, v, m); err != nil {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			v.Note = "forced off: " + err.Error()
+			c.machines.service.log.Warn("the guest did not shut down, its VMM is ended", "vm", v.ID, "err", err)
+		}
+	}
+	m.mu.Lock()
+	sess := m.sess
+	m.sess = nil
+	m.mu.Unlock()
+	if sess != nil {
+		_ = sess.Close()
+	}
+	return nil
+}
+
+func (c *agentCapability) shutdown(ctx context.Context, v *vm.VM, m *machine) error {
+	s := c.machines.service
+	bound := s.cfg.StopTimeoutFor(s.driver.Features().Accel)
+	wait, cancel := context.WithTimeout(ctx, bound)
+	defer cancel()
+	// A quarter of the time for the agent to take the request: the rest belongs to the guest's init.
+	ask, stopAsking := context.WithTimeout(wait, bound/4)
+	defer stopAsking()
+	sess, err := c.machines.session(ask, v.ID)
+	if err == nil {
+		_, err = sess.Client().Shutdown(ask, &agentv1.ShutdownRequest{})
+	}
+	select {
+	case <-m.Done():
+		return nil // however the answer was lost
+	default:
+	}
+	if err != nil {
+		return fault.Wrap(err, fault.Unavailable, v.Name, "the agent did not take the request to shut down within %s", bound/4)
+	}
+	select {
+	case <-m.Done():
+		return nil
+	case <-wait.Done():
+		return fault.New(fault.Timeout, v.Name, "the guest did not power off within %s", bound)
+	}
+}
+
+// Check has nothing to look at on the host: the agent travels in the initrd.
+func (c *agentCapability) Check(context.Context) []doctor.Finding { return nil }

@@ -1,0 +1,223 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"git.thaloco.com/thaloco/banger/internal/disk"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/lifecycle"
+	"git.thaloco.com/thaloco/banger/internal/operation"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+)
+
+// Reconcile brings records and host together at the start of a daemon, before any use case: it
+// takes in the VMMs that run, finishes or undoes what a crash left in the middle (in operations of
+// their own, so that the daemon answers meanwhile) and removes what belongs to no VM of this
+// installation. Disks without a record are reported, never removed. One VM that cannot be
+// reconciled is a warning, not an end to the others.
+func (s *Service) Reconcile(ctx context.Context, bootID string) error {
+	last, err := s.store.Meta(ctx, "boot_id")
+	if err != nil {
+		return err
+	}
+	rebooted := last != "" && last != bootID
+	if last != bootID {
+		if err := s.store.SetMeta(ctx, "boot_id", bootID); err != nil {
+			return err
+		}
+	}
+	recorded, err := s.store.Operations(ctx)
+	if err != nil {
+		return err
+	}
+	s.ops.Remember(recorded)
+	pending := map[vm.ID]operation.Operation{} // the newest unfinished operation of each VM
+	for _, op := range recorded {              // newest first
+		if op.State != operation.Running {
+			continue
+		}
+		if _, newer := pending[vm.ID(op.VMID)]; newer {
+			if err := s.endInterrupted(ctx, op, false); err != nil {
+				return err
+			}
+			continue
+		}
+		pending[vm.ID(op.VMID)] = op
+	}
+	for _, v := range s.store.VMs() {
+		op, interrupted := pending[v.ID]
+		delete(pending, v.ID)
+		if err := s.settle(ctx, v, op, interrupted, rebooted); err != nil {
+			s.warn("%s could not be reconciled: %v", v.Name, err)
+			s.log.Error("a VM could not be reconciled", "vm", v.ID, "name", v.Name, "err", err)
+		}
+	}
+	for _, op := range pending { // of VMs that are gone: a delete that forgot the VM last
+		if err := s.endInterrupted(ctx, op, op.Kind == operation.Delete); err != nil {
+			return err
+		}
+	}
+	return s.sweep(ctx)
+}
+
+// settle finishes one VM. The operation that was interrupted goes on under its id if it is what is
+// left to do.
+func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, interrupted, rebooted bool) error {
+	todo, err := s.engine.Settle(ctx, &v, rebooted)
+	if err != nil {
+		return err
+	}
+	resume := func(kind operation.Kind, fn func(context.Context, *operation.Handle, *vm.VM) error) error {
+		switch {
+		case interrupted && continues(op.Kind, kind):
+			op.Stages = nil
+			op.Notices = append(op.Notices, "the daemon was restarted meanwhile")
+			s.run(op, fn)
+			return nil
+		case interrupted:
+			if err := s.endInterrupted(ctx, op, false); err != nil {
+				return err
+			}
+		}
+		_, err := s.begin(ctx, kind, v, fn)
+		return err
+	}
+	switch todo {
+	case lifecycle.GoUp:
+		created := interrupted && op.Kind == operation.Create
+		kind := operation.Start
+		if interrupted {
+			kind = op.Kind
+		}
+		return resume(kind, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+			return s.endFailed(ctx, h, v, s.engine.Up(ctx, v, h.Stage), created)
+		})
+	case lifecycle.Cycle:
+		return resume(operation.Restart, s.restart)
+	case lifecycle.Remove:
+		return resume(operation.Delete, s.remove)
+	case lifecycle.GoDown:
+		how := lifecycle.Orderly
+		switch {
+		case rebooted:
+			v.Note = "the host was rebooted"
+		case v.State == vm.Running:
+			v.Note = "its VMM ended while the daemon was away"
+		}
+		if rebooted || v.State == vm.Running {
+			how = lifecycle.Hard // nothing runs that could be asked
+		}
+		note, failed := v.Note, v.State == vm.Failed
+		return resume(operation.Stop, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+			failure := v.Failure
+			v.Desired = vm.WantStopped
+			if err := s.takeDown(ctx, h, v, how); err != nil {
+				return err
+			}
+			v.Note = note
+			if failed {
+				v.State, v.Failure = vm.Failed, failure
+			}
+			return s.store.Save(context.WithoutCancel(ctx), *v)
+		})
+	default:
+		if v.State == vm.Starting || v.State == vm.Stopping { // nothing was made or all is taken down
+			v.State, v.Desired = vm.Stopped, vm.WantStopped
+			if err := s.store.Save(ctx, v); err != nil {
+				return err
+			}
+		}
+		if interrupted {
+			reached := v.State == vm.Running && (op.Kind == operation.Create || op.Kind == operation.Start) ||
+				v.State == vm.Stopped && op.Kind == operation.Stop
+			return s.endInterrupted(ctx, op, reached)
+		}
+		return nil
+	}
+}
+
+// continues says whether an interrupted operation of kind was is what now has to be done.
+func continues(was, now operation.Kind) bool {
+	return was == now || now == operation.Restart && was == operation.Start
+}
+
+// endInterrupted ends the record of an operation that a dead daemon left running.
+func (s *Service) endInterrupted(ctx context.Context, op operation.Operation, reached bool) error {
+	op.State, op.FinishedAt = operation.Succeeded, time.Now()
+	if !reached {
+		op.State = operation.Failed
+		op.Fault = fault.New(fault.Cancelled, op.VMName, "the daemon ended before this %s got anywhere", op.Kind).
+			WithHint("type it again")
+	}
+	if err := s.store.SaveOperation(ctx, op); err != nil {
+		return err
+	}
+	s.ops.Remember([]operation.Operation{op})
+	return nil
+}
+
+func (s *Service) warn(format string, args ...any) {
+	s.warnMu.Lock()
+	defer s.warnMu.Unlock()
+	s.warnings = append(s.warnings, fmt.Sprintf(format, args...))
+}
+
+// sweep removes what a crash left of VMs that have no record: run directories (no VMM of this
+// installation runs without a record) and half-written files. VM directories without a record hold
+// disks: they are reported.
+func (s *Service) sweep(ctx context.Context) error {
+	known := map[string]bool{}
+	for _, v := range s.store.VMs() {
+		known[string(v.ID)] = true
+		known[v.ID.Short()] = true
+		if err := disk.SweepTemporary(s.vmDir(v.ID)); err != nil {
+			return err
+		}
+	}
+	if err := s.images.sweep(ctx); err != nil {
+		return err
+	}
+	run, err := names(filepath.Join(s.cfg.Paths.State, "run"))
+	if err != nil {
+		return err
+	}
+	for _, n := range run {
+		if !known[n] {
+			if err := os.RemoveAll(filepath.Join(s.cfg.Paths.State, "run", n)); err != nil {
+				return fault.Wrap(err, fault.Internal, n, "a left-over run directory cannot be removed")
+			}
+		}
+	}
+	dirs, err := names(filepath.Join(s.cfg.Paths.State, "vms"))
+	if err != nil {
+		return err
+	}
+	for _, n := range dirs {
+		if !known[n] {
+			s.warn("%s belongs to no VM in the database; it is kept: move it away if you do not want its disks", filepath.Join(s.cfg.Paths.State, "vms", n))
+		}
+	}
+	return nil
+}
+
+// names lists a directory; one that does not exist is empty.
+func names(dir string) ([]string, error) {
+	list, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Internal, dir, "the directory cannot be read")
+	}
+	out := make([]string, len(list))
+	for i, e := range list {
+		out[i] = e.Name()
+	}
+	return out, nil
+}

@@ -1,0 +1,562 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"net"
+	"strings"
+	"time"
+
+	"git.thaloco.com/thaloco/banger/internal/disk"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/image"
+	"git.thaloco.com/thaloco/banger/internal/lifecycle"
+	"git.thaloco.com/thaloco/banger/internal/namegen"
+	"git.thaloco.com/thaloco/banger/internal/operation"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+)
+
+// Create validates, admits the VM in one transaction and starts it in an operation.
+// fault.Invalid, Exists, NotFound (image), Exhausted (disk), Corrupt (bundle): nothing was made.
+//
+// An operation that fails before a guest ever ran takes everything away again; one that fails at
+// or after the start of the VMM leaves the VM as failed, for its log to be read.
+func (s *Service) Create(ctx context.Context, r CreateRequest) (operation.Operation, error) {
+	v, err := s.define(ctx, r)
+	if err != nil {
+		return operation.Operation{}, err
+	}
+	var op operation.Operation
+	for {
+		op = newOperation(operation.Create, v)
+		admitted, err := s.store.AdmitVM(ctx, v, op)
+		if fault.Is(err, fault.Exists) && r.Name == "" {
+			// Somebody took the generated name between the choice and now.
+			if v.Name, err = s.generateName(ctx); err != nil {
+				return op, err
+			}
+			continue
+		}
+		if err != nil {
+			return op, err
+		}
+		v = admitted
+		break
+	}
+	s.run(op, s.create)
+	return op, nil
+}
+
+// define checks everything about a request that can be checked without making anything.
+func (s *Service) define(ctx context.Context, r CreateRequest) (vm.VM, error) {
+	var err error
+	v := vm.VM{ID: vm.NewID(), Name: r.Name, State: vm.Defined, Desired: vm.WantRunning, CreatedAt: time.Now()}
+	if r.NoStart {
+		v.Desired = vm.WantStopped
+	}
+	if r.Name != "" {
+		if err := vm.ValidateName(r.Name); err != nil {
+			return v, err
+		}
+		if _, taken := s.store.VMByName(r.Name); taken {
+			return v, fault.New(fault.Exists, r.Name, "a VM of this name exists").
+				WithHint("choose another --name, enter it with `banger vm ssh %s`, or take it away with `banger vm delete %s`", r.Name, r.Name)
+		}
+	}
+	v.Spec = s.fillIn(r.Spec)
+	if err := v.Spec.Validate(); err != nil {
+		return v, err
+	}
+	if v.Pins, err = s.images.pins(ctx, r.Image); err != nil {
+		return v, err
+	}
+	if err := s.driver.Check(ctx); err != nil {
+		return v, err
+	}
+	need, err := s.images.captureNeed(ctx, v.Pins)
+	if err != nil {
+		return v, err
+	}
+	if err := disk.CheckRoom(s.cfg.Paths.State, need); err != nil {
+		return v, err
+	}
+	if v.Name == "" {
+		if v.Name, err = s.generateName(ctx); err != nil {
+			return v, err
+		}
+	}
+	v.Secrets, err = newSecrets()
+	return v, err
+}
+
+func (s *Service) fillIn(spec vm.Spec) vm.Spec {
+	d := s.cfg.DefaultSpec()
+	if spec.VCPU == 0 {
+		spec.VCPU = d.VCPU
+	}
+	if spec.MemoryMiB == 0 {
+		spec.MemoryMiB = d.MemoryMiB
+	}
+	if spec.DiskSize == 0 {
+		spec.DiskSize = d.DiskSize
+	}
+	if spec.SystemSize == 0 {
+		spec.SystemSize = d.SystemSize
+	}
+	return spec
+}
+
+func (s *Service) generateName(ctx context.Context) (string, error) {
+	taken := func(name string) bool { _, ok := s.store.VMByName(name); return ok }
+	if s.cfg.NamegenPath != "" {
+		return namegen.FromProgram(ctx, s.cfg.NamegenPath, taken)
+	}
+	return namegen.Generate(taken)
+}
+
+// create is the body of a create operation.
+func (s *Service) create(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+	if s.notice != "" {
+		h.Notice(s.notice)
+	}
+	if v.Desired == vm.WantStopped { // --no-start
+		if err := s.engine.UpDurable(ctx, v, h.Stage); err != nil {
+			return s.endFailed(ctx, h, v, err, true)
+		}
+		v.State = vm.Stopped
+		return s.store.Save(context.WithoutCancel(ctx), *v)
+	}
+	err := s.engine.Up(ctx, v, h.Stage)
+	return s.endFailed(ctx, h, v, err, true)
+}
+
+// endFailed records how an Up that gave up leaves the VM, and returns err. created says that the VM
+// is made by this very operation, so that what never ran a guest, or was cancelled, goes away.
+func (s *Service) endFailed(ctx context.Context, h *operation.Handle, v *vm.VM, err error, created bool) error {
+	if err == nil || errors.Is(err, lifecycle.ErrSuspended) {
+		return err
+	}
+	free, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	defer cancel()
+	if ctx.Err() != nil && errors.Is(context.Cause(ctx), errSuperseded) {
+		v.State, v.Desired = vm.Stopped, vm.WantStopped
+		return errors.Join(err, s.store.Save(free, *v))
+	}
+	cancelled := ctx.Err() != nil
+	if created && (cancelled || !ranVMM(err)) {
+		if down := s.remove(free, h, v); down != nil {
+			return errors.Join(err, down)
+		}
+		return explain(err, v.Name, created)
+	}
+	if cancelled {
+		v.State, v.Desired = vm.Stopped, vm.WantStopped
+		return errors.Join(err, s.store.Save(free, *v))
+	}
+	err = explain(err, v.Name, created)
+	v.State, v.Desired = vm.Failed, vm.WantStopped
+	v.Failure = lifecycle.FailureOf(err, time.Now())
+	return errors.Join(err, s.store.Save(free, *v))
+}
+
+// ranVMM says whether the step that gave up is one that comes with or after the start of the VMM.
+func ranVMM(err error) bool {
+	var se *lifecycle.StepError
+	return errors.As(err, &se) && (se.Step == stepVMM || se.Step == stepAgent)
+}
+
+// explain makes the user's error of a step's: what could not be done, why, and what next. The step
+// stays in the chain.
+func explain(err error, name string, created bool) error {
+	f := fault.Wrap(err, fault.CodeOf(err), name, "the VM could not be started")
+	if hint := fault.HintOf(err); hint != "" {
+		return f.WithHint("%s", hint)
+	}
+	if created && !ranVMM(err) {
+		return f
+	}
+	return f.WithHint("read its console with `banger vm show %s`, try again with `banger vm start %s`, or take it away with `banger vm delete %s`", name, name, name)
+}
+
+// Start starts a VM by id. Starting a running VM succeeds with the notice "already running"; one
+// that its VMM paused (full disk of the host) goes on.
+func (s *Service) Start(ctx context.Context, id vm.ID) (operation.Operation, error) {
+	v, err := s.known(id)
+	if err != nil {
+		return operation.Operation{}, err
+	}
+	return s.begin(ctx, operation.Start, v, s.start)
+}
+
+func (s *Service) start(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+	if v.State == vm.Running {
+		resumed, err := s.machines.resume(ctx, v.ID)
+		switch {
+		case err != nil:
+			return err
+		case resumed:
+			h.Notice("it was paused and goes on")
+			v.Note = ""
+			return s.store.Save(ctx, *v)
+		}
+		h.Notice("already running")
+		return nil
+	}
+	if s.notice != "" {
+		h.Notice(s.notice)
+	}
+	return s.bringUp(ctx, h, v)
+}
+
+// bringUp records the wish and starts a VM that is down.
+func (s *Service) bringUp(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+	err := s.roomToRun()
+	if err == nil {
+		v.Desired, v.State, v.Note, v.Failure = vm.WantRunning, vm.Starting, "", nil
+		if err = s.store.Save(ctx, *v); err == nil {
+			err = s.engine.Up(ctx, v, h.Stage)
+		}
+	}
+	return s.endFailed(ctx, h, v, err, false)
+}
+
+// roomToRun refuses to start a guest that would soon be stopped by a full disk.
+func (s *Service) roomToRun() error { return disk.CheckRoom(s.cfg.Paths.State, 0) }
+
+// Stop shuts a VM down by its agent, then hard when the bound passes. force skips the agent.
+// Stopping a stopped VM succeeds with the notice "already stopped". A start that is under way is
+// ended first.
+func (s *Service) Stop(ctx context.Context, id vm.ID, force bool) (operation.Operation, error) {
+	v, err := s.known(id)
+	if err != nil {
+		return operation.Operation{}, err
+	}
+	s.supersede(v)
+	return s.begin(ctx, operation.Stop, v, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+		how := lifecycle.Orderly
+		if force {
+			how = lifecycle.Hard
+		}
+		return s.stop(ctx, h, v, how)
+	})
+}
+
+func (s *Service) stop(ctx context.Context, h *operation.Handle, v *vm.VM, how lifecycle.How) error {
+	if v.State == vm.Stopped || v.State == vm.Defined {
+		h.Notice("already stopped")
+		return nil
+	}
+	v.Desired = vm.WantStopped
+	if err := s.takeDown(ctx, h, v, how); err != nil {
+		return err
+	}
+	return s.store.Save(context.WithoutCancel(ctx), *v)
+}
+
+// takeDown records the state and brings a VM down to its durable steps. The last change of the
+// record is left to the caller to save.
+func (s *Service) takeDown(ctx context.Context, h *operation.Handle, v *vm.VM, how lifecycle.How) error {
+	v.State = vm.Stopping
+	if err := s.store.Save(ctx, *v); err != nil {
+		return err
+	}
+	if err := s.engine.Down(ctx, v, how, false, h.Stage); err != nil {
+		if errors.Is(err, lifecycle.ErrSuspended) {
+			return err
+		}
+		v.State, v.Failure = vm.Failed, lifecycle.FailureOf(err, time.Now())
+		return errors.Join(err, s.store.Save(context.WithoutCancel(ctx), *v))
+	}
+	now := time.Now()
+	v.State, v.StoppedAt, v.Failure = vm.Stopped, &now, nil
+	return nil
+}
+
+// Restart stops and starts as one operation. A stopped VM is started.
+func (s *Service) Restart(ctx context.Context, id vm.ID) (operation.Operation, error) {
+	v, err := s.known(id)
+	if err != nil {
+		return operation.Operation{}, err
+	}
+	return s.begin(ctx, operation.Restart, v, s.restart)
+}
+
+func (s *Service) restart(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+	if s.notice != "" {
+		h.Notice(s.notice)
+	}
+	if v.State == vm.Running || v.State == vm.Stopping {
+		// Wanted running all along: a crash between down and up is finished upwards.
+		v.Desired = vm.WantRunning
+		if err := s.takeDown(ctx, h, v, lifecycle.Orderly); err != nil {
+			return err
+		}
+		v.State = vm.Stopping // until the start is recorded, so that Settle finds a half-done restart
+	}
+	return s.bringUp(ctx, h, v)
+}
+
+// Delete takes a VM away in any state, its disks included. A start that is under way is ended first.
+func (s *Service) Delete(ctx context.Context, id vm.ID) (operation.Operation, error) {
+	v, err := s.known(id)
+	if err != nil {
+		return operation.Operation{}, err
+	}
+	s.supersede(v)
+	return s.begin(ctx, operation.Delete, v, s.remove)
+}
+
+func (s *Service) remove(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+	v.Desired, v.State = vm.WantDeleted, vm.Deleting
+	if err := s.store.Save(ctx, *v); err != nil {
+		return err
+	}
+	if err := s.engine.Down(ctx, v, lifecycle.Hard, true, h.Stage); err != nil {
+		if errors.Is(err, lifecycle.ErrSuspended) {
+			return err
+		}
+		v.Failure = lifecycle.FailureOf(err, time.Now())
+		return errors.Join(err, s.store.Save(context.WithoutCancel(ctx), *v))
+	}
+	ctx = context.WithoutCancel(ctx)
+	if err := s.store.Forget(ctx, v.ID); err != nil {
+		return err
+	}
+	// The VM is gone whatever becomes of what only it referred to; that is tried again at the next
+	// delete and at the next change of the bundle.
+	if err := s.images.collectUnused(ctx); err != nil {
+		s.log.Warn("captured artifacts that nothing refers to could not be removed", "err", err)
+	}
+	return nil
+}
+
+// supersede ends a running operation of the VM that makes it run.
+func (s *Service) supersede(v vm.VM) {
+	id := s.ops.RunningOf(string(v.ID))
+	if op, err := s.ops.Get(id); err == nil && (op.Kind == operation.Create || op.Kind == operation.Start || op.Kind == operation.Restart) {
+		_ = s.ops.Cancel(id, errSuperseded) // fault.NotFound only: it ended meanwhile, which is as good
+	}
+}
+
+// Kill sends a signal to the VMM process. fault.Precondition if the VM does not run.
+func (s *Service) Kill(ctx context.Context, id vm.ID, signal int) (vm.VM, error) {
+	v, err := s.known(id)
+	if err != nil {
+		return v, err
+	}
+	m := s.machines.get(id)
+	if m == nil {
+		return v, notRunning(v)
+	}
+	if err := m.Signal(ctx, signal); err != nil {
+		return v, err
+	}
+	v, err = s.known(id)
+	return v, err
+}
+
+func notRunning(v vm.VM) error {
+	return fault.New(fault.Precondition, v.Name, "the VM does not run (it is %s)", v.State).
+		WithHint("banger vm start %s", v.Name)
+}
+
+func (s *Service) known(id vm.ID) (vm.VM, error) {
+	v, ok := s.store.VM(id)
+	if !ok {
+		return v, noSuchVM(string(id))
+	}
+	return v, nil
+}
+
+func noSuchVM(ref string) error {
+	return fault.New(fault.NotFound, ref, "there is no such VM").WithHint("see what there is with `banger vm list`")
+}
+
+// minPrefix is the shortest id prefix that is looked up: shorter ones match by accident.
+const minPrefix = 4
+
+// Resolve maps a reference (name, id, unique id prefix of at least 4 digits) to a VM.
+// fault.NotFound, fault.Ambiguous.
+func (s *Service) Resolve(_ context.Context, ref string) (vm.VM, error) {
+	if v, ok := s.store.VMByName(ref); ok {
+		return v, nil
+	}
+	if v, ok := s.store.VM(vm.ID(ref)); ok {
+		return v, nil
+	}
+	var found []vm.VM
+	if len(ref) >= minPrefix && strings.Trim(ref, "0123456789abcdef") == "" {
+		for _, v := range s.store.VMs() {
+			if strings.HasPrefix(string(v.ID), ref) {
+				found = append(found, v)
+			}
+		}
+	}
+	switch len(found) {
+	case 0:
+		return vm.VM{}, noSuchVM(ref)
+	case 1:
+		return found[0], nil
+	}
+	names := make([]string, len(found))
+	for i, v := range found {
+		names[i] = v.Name + " (" + v.ID.Short() + ")"
+	}
+	return vm.VM{}, fault.New(fault.Ambiguous, ref, "this id prefix matches %s", strings.Join(names, ", ")).
+		WithHint("type the name, or more digits of the id")
+}
+
+// Show is Resolve plus what costs system calls.
+func (s *Service) Show(ctx context.Context, ref string) (Detail, error) {
+	v, err := s.Resolve(ctx, ref)
+	if err != nil {
+		return Detail{}, err
+	}
+	d := Detail{VM: v, Directory: s.vmDir(v.ID), Log: s.logFile(v.ID)}
+	if d.KernelVersion, err = s.images.kernelVersion(ctx, v.Pins.Kernel); err != nil {
+		return d, err
+	}
+	// A disk that is not there yet takes no room.
+	if d.DiskAllocated, err = disk.Allocated(s.workDisk(v.ID)); err != nil && !fault.Is(err, fault.NotFound) {
+		return d, err
+	}
+	if d.SystemAllocated, err = disk.Allocated(s.systemDisk(v.ID)); err != nil && !fault.Is(err, fault.NotFound) {
+		return d, err
+	}
+	if m := s.machines.get(v.ID); m != nil {
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		if st, err := m.State(ctx); err != nil {
+			d.VMMState = "unknown: " + err.Error()
+		} else {
+			d.VMMState = string(st)
+		}
+		d.Agent = s.machines.health(ctx, v.ID)
+	}
+	return d, nil
+}
+
+// List returns all VMs, oldest first. No system call per VM.
+func (s *Service) List(context.Context) ([]vm.VM, error) { return s.store.VMs(), nil }
+
+// RunningOperation returns the id of the operation that runs for a VM, "" if none does.
+func (s *Service) RunningOperation(id vm.ID) string { return s.ops.RunningOf(string(id)) }
+
+// KernelVersion returns the version of a captured kernel by its content id, "" if it is not known.
+func (s *Service) KernelVersion(ctx context.Context, id string) string {
+	version, err := s.images.kernelVersion(ctx, id)
+	if err != nil {
+		return ""
+	}
+	return version
+}
+
+// Images returns all images, and the name of the default one.
+func (s *Service) Images(ctx context.Context) ([]image.Image, string, error) {
+	if err := s.images.refresh(ctx); err != nil && !fault.Is(err, fault.NotFound) {
+		return nil, "", err
+	}
+	list, err := s.store.Images(ctx)
+	return list, defaultImage, err
+}
+
+// Defaults tells what Create chooses.
+func (s *Service) Defaults(context.Context) (Defaults, error) {
+	return Defaults{Image: defaultImage, Spec: s.cfg.DefaultSpec()}, nil
+}
+
+// Operation returns one operation by id. fault.NotFound.
+func (s *Service) Operation(_ context.Context, id string) (operation.Operation, error) {
+	return s.ops.Get(id)
+}
+
+// Operations returns the running operations and the latest ended ones, newest first.
+func (s *Service) Operations(context.Context) ([]operation.Operation, error) {
+	return s.ops.List(), nil
+}
+
+// WatchOperation calls send with the operation as it is, then after each change, and returns after
+// the final state was sent, when ctx ends, or with send's error.
+func (s *Service) WatchOperation(ctx context.Context, id string, send func(operation.Operation) error) error {
+	return s.ops.Watch(ctx, id, send)
+}
+
+// Cancel asks an operation to stop and undo. No effect on one that ended. A stop or delete goes on:
+// half of it is no state to be in; fault.Precondition.
+func (s *Service) Cancel(_ context.Context, id string) (operation.Operation, error) {
+	op, err := s.ops.Get(id)
+	if err != nil {
+		return op, err
+	}
+	if op.State == operation.Running {
+		if op.Kind == operation.Stop || op.Kind == operation.Delete {
+			return op, fault.New(fault.Precondition, id, "a %s cannot be cancelled", op.Kind).
+				WithHint("watch it with `banger operation watch %s`", id)
+		}
+		if err := s.ops.Cancel(id, operation.ErrCancelled); err != nil {
+			return op, err
+		}
+	}
+	return s.ops.Get(id)
+}
+
+// DialGuest opens a TCP connection to a port on the guest's loopback through the agent and waits
+// until something listens there or ctx ends. Where the VMM has vsock the connection is backed by a
+// descriptor of its own (syscall.Conn); otherwise it is a stream of the daemon's session.
+func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int, wait bool) (net.Conn, error) {
+	v, err := s.known(id)
+	if err != nil {
+		return nil, err
+	}
+	if s.machines.get(id) == nil {
+		return nil, notRunning(v)
+	}
+	if st, err := s.machines.state(ctx, id); err == nil && st == vmm.Paused {
+		return nil, fault.New(fault.Precondition, v.Name, "the VM is paused: %s", v.Note).
+			WithHint("free space on the host, then `banger vm start %s` lets it go on", v.Name)
+	}
+	session, err := s.machines.session(ctx, id)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "the guest's agent does not answer").
+			WithHint("see `banger vm show %s`", v.Name)
+	}
+	conn, err := session.DialTCP(ctx, port, wait)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "port %d of the guest cannot be reached", port)
+	}
+	return conn, nil
+}
+
+// SSHTarget tells what `vm ssh` needs. fault.Precondition if the VM does not run.
+func (s *Service) SSHTarget(ctx context.Context, id vm.ID) (SSHTarget, error) {
+	v, err := s.known(id)
+	if err != nil {
+		return SSHTarget{}, err
+	}
+	if v.State != vm.Running && v.State != vm.Starting {
+		return SSHTarget{}, notRunning(v)
+	}
+	key, err := s.images.identity()
+	return SSHTarget{HostKey: v.Secrets.HostKeyPub, IdentityFile: key}, err
+}
+
+// Status tells what the daemon knows of itself.
+func (s *Service) Status(context.Context) (Status, error) {
+	st := Status{InstallationID: s.store.InstallationID(), VMM: s.driver.Name(), Accel: s.driver.Features().Accel, VMMNotice: s.notice}
+	for _, v := range s.store.VMs() {
+		st.Total++
+		if v.State == vm.Running {
+			st.Running++
+		}
+	}
+	for _, op := range s.ops.List() {
+		if op.State == operation.Running {
+			st.OperationsRunning++
+		}
+	}
+	s.warnMu.Lock()
+	st.Warnings = append(st.Warnings, s.warnings...)
+	s.warnMu.Unlock()
+	return st, nil
+}
