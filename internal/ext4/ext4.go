@@ -1,0 +1,78 @@
+// Package ext4 owns what banger knows about the ext4 format: the one set of mke2fs options for
+// every filesystem it makes, how far such a filesystem can grow, and a reader of superblocks.
+//
+// It never runs a program, never writes to a filesystem, and never mounts one.
+package ext4
+
+import (
+	"strconv"
+	"strings"
+)
+
+// features is the complete feature list. It begins with "none", so that the mke2fs.conf of the
+// host decides nothing: a filesystem made on any host has the same format, and one that kernels
+// from 4.12 on and e2fsprogs from 1.43 on handle (no orphan_file, no metadata_csum_seed).
+var features = []string{
+	"none",
+	"has_journal", "ext_attr", "resize_inode", "dir_index", "filetype", "extent", "64bit",
+	"flex_bg", "sparse_super", "large_file", "huge_file", "dir_nlink", "extra_isize", "metadata_csum",
+}
+
+// BlockSize is the block size, in bytes, of every filesystem that banger makes.
+const BlockSize = 4096
+
+// journalMiB is set instead of left to mke2fs, which sizes the journal by the filesystem at
+// its birth: a 4 MiB journal in a seed of 256 MiB would stay 4 MiB when the disk grows to
+// terabytes. The journal is not written at birth (lazy_journal_init), so on a sparse file it
+// costs nothing until it is used.
+const journalMiB = 64
+
+// reservedGrowBlocks sizes the room that resize_inode reserves for group descriptors: 2 TiB.
+const reservedGrowBlocks = 2 << 40 / BlockSize
+
+// Kind says what a filesystem is for.
+type Kind int
+
+const (
+	// Growing is for disks that a guest writes: journalled, enlarged online (work disk, work seed,
+	// system overlay).
+	Growing Kind = iota
+	// Base is for the root filesystem of an image: journalled so that a writable clone of it
+	// can be grown and booted directly by an image build, but with no space to spare.
+	Base
+	// ReadOnly is for content that nobody ever writes (the modules image): no journal, no
+	// room to grow.
+	ReadOnly
+)
+
+// MkfsArgs gives the options of mke2fs for a filesystem of a kind: everything but the label, the
+// source of the content (-d), the file, and the size. lazy_itable_init and lazy_journal_init
+// leave inode tables and journal unwritten, nodiscard spares a pass over a file that is sparse
+// anyway, root_owner gives the root directory to root also when an ordinary user runs mke2fs.
+func MkfsArgs(kind Kind) []string {
+	feat := features
+	ext := []string{"lazy_itable_init=1", "lazy_journal_init=1", "nodiscard", "root_owner=0:0"}
+	args := []string{"-q", "-F", "-t", "ext4", "-b", strconv.Itoa(BlockSize), "-I", "256", "-m", "0"}
+	switch kind {
+	case Growing, Base:
+		ext = append(ext, "resize="+strconv.FormatInt(reservedGrowBlocks, 10))
+		args = append(args, "-J", "size="+strconv.Itoa(journalMiB))
+	case ReadOnly:
+		feat = without(features, "has_journal", "resize_inode")
+	}
+	return append(args, "-O", strings.Join(feat, ","), "-E", strings.Join(ext, ","))
+}
+
+func without(list []string, drop ...string) []string {
+	var out []string
+next:
+	for _, s := range list {
+		for _, d := range drop {
+			if s == d {
+				continue next
+			}
+		}
+		out = append(out, s)
+	}
+	return out
+}
