@@ -73,6 +73,13 @@ type Exit struct {
 	At     time.Time
 }
 
+// Where the agent in the guest listens: on this vsock port, or on the virtio-serial port of this
+// name (/sys/class/virtio-ports/*/name). Drivers and the guest's programs share them.
+const (
+	AgentPort     = 1024
+	AgentPortName = "banger.agent"
+)
+
 // Link reaches the guest's agent. A link with Mux true carries one connection at a time (a
 // virtio-serial port): internal/guest/agent resynchronises and multiplexes on it. Otherwise each
 // Dial is a fresh stream to the agent's port (vsock). Stale bytes may precede what the peer sends

@@ -1,0 +1,435 @@
+// Package process owns the question "is this still the process that was started?": it starts
+// programs that outlive the daemon, finds them again, signals them, and sees them end.
+//
+// A process is known by a pidfd from the moment it is started or found, so a pid that the kernel
+// has given to someone else is never signalled. It knows nothing of VMs, and never restarts anything.
+package process
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+)
+
+// Command is a program to start. Marker must be one of Args, alone: with it the process is found
+// again, also when the daemon died before the pidfile was written.
+type Command struct {
+	Path    string   // of the program; absolute
+	Args    []string // argv, the program's name included
+	Dir     string   // working directory
+	Env     []string
+	Log     string // stdout and stderr are appended here; made with mode 0600
+	Pidfile string
+	Marker  string
+	Files   []*os.File // become descriptors 3, 4, ... of the child
+}
+
+// record is the pidfile's content. The start time and the boot tell the process apart from a later
+// one with the same pid.
+type record struct {
+	PID    int    `json:"pid"`
+	Start  uint64 `json:"start_ticks"` // field 22 of /proc/<pid>/stat, clock ticks since boot (proc_pid_stat(5))
+	Boot   string `json:"boot_id"`     // /proc/sys/kernel/random/boot_id (random(4))
+	Marker string `json:"marker"`      // for people who look at the file
+}
+
+// Process is a process that was started or found. Safe for concurrent use.
+type Process struct {
+	pid   int
+	start uint64
+	pidfd *os.File
+	raw   syscall.RawConn
+	child *os.Process // nil if it is not ours to reap
+
+	done chan struct{}
+
+	mu     sync.Mutex
+	status *syscall.WaitStatus // set before done is closed, if it was ours to reap
+}
+
+// Start runs c in a session of its own, without a terminal, with umask 077 and with no descriptors
+// but those named, and writes its pidfile. It is tied neither to ctx nor to the daemon's life. An
+// error means that nothing runs and no pidfile is left. fs.ErrNotExist and fs.ErrPermission come
+// from the program's own path.
+func Start(ctx context.Context, c Command) (*Process, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	log, err := os.OpenFile(c.Log, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	null, err := os.OpenFile(os.DevNull, os.O_RDONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer null.Close()
+
+	p, err := fork(c, append([]*os.File{null, log, log}, c.Files...))
+	if err != nil {
+		return nil, err
+	}
+	if err := p.writePidfile(c); err != nil {
+		kill := p.Kill(context.WithoutCancel(ctx))
+		return nil, errors.Join(fmt.Errorf("write the pidfile: %w", err), kill, Forget(c.Pidfile))
+	}
+	return p, nil
+}
+
+// fork starts the program from a thread that shares its umask with no other, and that is thrown
+// away afterwards: the umask of a process is one for all its threads until unshare(2) with CLONE_FS.
+func fork(c Command, files []*os.File) (*Process, error) {
+	type result struct {
+		p   *Process
+		err error
+	}
+	got := make(chan result, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine
+		p, err := func() (*Process, error) {
+			switch err := unix.Unshare(unix.CLONE_FS); err {
+			case nil:
+				unix.Umask(0o077)
+			case unix.EPERM:
+				// A container's system call filter. The child gets the daemon's umask, which is
+				// 077 as well; that it is set here is a second line of defence.
+			default:
+				return nil, fmt.Errorf("unshare the umask: %w", err)
+			}
+			// Our own descriptors are close-on-exec; those that the daemon inherited may not be.
+			if err := unix.CloseRange(3, 1<<31-1, unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS && err != unix.EINVAL { // Linux 5.11 has it
+				return nil, fmt.Errorf("close_range: %w", err)
+			}
+			pidfd := -1
+			child, err := os.StartProcess(c.Path, c.Args, &os.ProcAttr{
+				Dir: c.Dir, Env: c.Env, Files: files,
+				Sys: &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd},
+			})
+			if err != nil {
+				return nil, err
+			}
+			if pidfd < 0 {
+				err := errors.New("the kernel gave no pidfd (Linux 5.4 has them)")
+				_, wait := child.Wait()
+				return nil, errors.Join(err, child.Kill(), wait)
+			}
+			return watch(child.Pid, pidfd, child)
+		}()
+		got <- result{p, err}
+	}()
+	r := <-got
+	return r.p, r.err
+}
+
+// watch makes a Process of a pidfd, which it owns from then on, and begins to wait for its end. The
+// wait is in the runtime's epoll: it costs no thread.
+func watch(pid, pidfd int, child *os.Process) (*Process, error) {
+	if err := unix.SetNonblock(pidfd, true); err != nil {
+		unix.Close(pidfd)
+		return nil, err
+	}
+	p := &Process{pid: pid, pidfd: os.NewFile(uintptr(pidfd), "pidfd "+strconv.Itoa(pid)), child: child, done: make(chan struct{})}
+	var err error
+	if p.raw, err = p.pidfd.SyscallConn(); err == nil {
+		p.start, err = startTime(pid)
+	}
+	if err != nil && child == nil {
+		p.pidfd.Close()
+		return nil, err
+	}
+	if err != nil {
+		p.pidfd.Close()
+		kill := child.Kill()
+		_, wait := child.Wait()
+		return nil, errors.Join(err, kill, wait)
+	}
+	go p.wait()
+	return p, nil
+}
+
+// wait closes done when the process has ended, and reaps it if it is our child. A child is reaped
+// even after Close, else it would stay behind as a zombie; what was adopted is let go.
+func (p *Process) wait() {
+	err := p.raw.Read(func(fd uintptr) bool { return exited(int(fd)) })
+	if err != nil {
+		return // closed
+	}
+	if p.child != nil {
+		if state, err := p.child.Wait(); err == nil {
+			if ws, ok := state.Sys().(syscall.WaitStatus); ok {
+				p.mu.Lock()
+				p.status = &ws
+				p.mu.Unlock()
+			}
+		}
+	}
+	close(p.done)
+	p.pidfd.Close()
+}
+
+// exited tells whether the pidfd's process has ended; it may still be a zombie.
+func exited(pidfd int) bool {
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n == 1 && fds[0].Revents&unix.POLLIN != 0
+}
+
+// PID of the process. Only for people: use Signal.
+func (p *Process) PID() int { return p.pid }
+
+// Done is closed when the process has ended and, if it is our child, has been reaped. It stays open
+// after Close of an adopted process.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Status is how it ended. ok is false before Done, and for a process that was not our child: its
+// status belongs to whoever reaped it.
+func (p *Process) Status() (status syscall.WaitStatus, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.status == nil {
+		return 0, false
+	}
+	return *p.status, true
+}
+
+// Signal sends one signal. fault.Precondition if the process is gone, fault.Invalid for a number
+// that is no signal.
+func (p *Process) Signal(sig int) error {
+	gone := func() error { return fault.New(fault.Precondition, "", "process %d is gone", p.pid) }
+	select {
+	case <-p.done:
+		return gone()
+	default:
+	}
+	var errno error
+	err := p.raw.Control(func(fd uintptr) {
+		if exited(int(fd)) { // a zombie takes signals and says nothing
+			errno = unix.ESRCH
+			return
+		}
+		errno = unix.PidfdSendSignal(int(fd), unix.Signal(sig), nil, 0)
+	})
+	switch {
+	case err != nil && !errors.Is(err, os.ErrClosed):
+		return fault.Wrap(err, fault.Internal, "", "signal %d to process %d", sig, p.pid)
+	case err != nil:
+		select {
+		case <-p.done:
+			return gone()
+		default:
+			return fault.Wrap(err, fault.Internal, "", "signal %d to process %d after Close", sig, p.pid)
+		}
+	case errno == unix.ESRCH:
+		return gone()
+	case errno == unix.EINVAL:
+		return fault.New(fault.Invalid, "", "there is no signal %d", sig)
+	case errno == unix.EPERM:
+		return fault.Wrap(errno, fault.Permission, "", "signal %d to process %d", sig, p.pid)
+	case errno != nil:
+		return fault.Wrap(errno, fault.Internal, "", "signal %d to process %d", sig, p.pid)
+	}
+	return nil
+}
+
+// Kill sends SIGKILL and waits until the process is gone. Fine if it is gone already. fault.Timeout
+// if ctx ends first: a process in an uninterruptible read of a dead disk does not die.
+func (p *Process) Kill(ctx context.Context) error {
+	if err := p.Signal(int(unix.SIGKILL)); err != nil && !fault.Is(err, fault.Precondition) {
+		return err
+	}
+	select {
+	case <-p.done:
+		return nil
+	case <-ctx.Done():
+		return fault.Wrap(ctx.Err(), fault.CodeOf(ctx.Err()), "", "process %d did not end on SIGKILL", p.pid)
+	}
+}
+
+// Close stops watching and leaves the process running. Fine to call twice.
+func (p *Process) Close() error {
+	if p.child != nil {
+		return nil // its reaper goes on
+	}
+	if err := p.pidfd.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	return nil
+}
+
+func (p *Process) writePidfile(c Command) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	return writePidfile(c.Pidfile, record{PID: p.pid, Start: p.start, Boot: boot, Marker: c.Marker})
+}
+
+// writePidfile needs no fsync: a host that loses it has lost the process, too.
+func writePidfile(path string, r record) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	tmp := path + ".tmp"
+	if err := os.WriteFile(tmp, append(b, '\n'), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+// Forget removes a pidfile and what an interrupted write of it left. Fine if there is none.
+func Forget(pidfile string) error {
+	var errs []error
+	for _, path := range []string{pidfile, pidfile + ".tmp"} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Find returns the running process that Start recorded in the pidfile. If there is no pidfile, or
+// what it names is gone or is another process by now, it looks once through /proc for a process of
+// ours whose command line carries the marker: a daemon that was killed between the start and the
+// pidfile left one. In that case the pidfile is written. fault.NotFound if nothing runs.
+func Find(ctx context.Context, pidfile, marker string) (*Process, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	if r, ok := readPidfile(pidfile); ok && r.Boot == boot {
+		p, err := open(r.PID, marker, r.Start)
+		if !fault.Is(err, fault.NotFound) {
+			return p, err
+		}
+	}
+	p, err := scan(ctx, marker)
+	if err != nil {
+		return nil, err
+	}
+	if err := writePidfile(pidfile, record{PID: p.pid, Start: p.start, Boot: boot, Marker: marker}); err != nil {
+		return nil, errors.Join(err, p.Close())
+	}
+	return p, nil
+}
+
+// readPidfile takes anything that it does not understand for no pidfile at all.
+func readPidfile(path string) (r record, ok bool) {
+	b, err := os.ReadFile(path)
+	if err != nil || json.Unmarshal(b, &r) != nil || r.PID <= 0 || r.Start == 0 {
+		return record{}, false
+	}
+	return r, true
+}
+
+// scan looks for the marker in the command lines of this user's processes.
+func scan(ctx context.Context, marker string) (*Process, error) {
+	proc, err := os.Open("/proc")
+	if err != nil {
+		return nil, err
+	}
+	defer proc.Close()
+	names, err := proc.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if !carries(pid, marker) {
+			continue // the cheap look, before a descriptor is made
+		}
+		p, err := open(pid, marker, 0)
+		if fault.Is(err, fault.NotFound) {
+			continue
+		}
+		return p, err
+	}
+	return nil, fault.New(fault.NotFound, marker, "no process of this user carries that marker")
+}
+
+// open makes a Process of a pid if it belongs to this user, carries the marker, and started at that
+// time (0: at any). The pidfd is made first: if its process still runs after the looks at /proc, it
+// was the one that was looked at.
+func open(pid int, marker string, start uint64) (*Process, error) {
+	notFound := func() error { return fault.New(fault.NotFound, marker, "process %d is not it", pid) }
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err == unix.ESRCH || err == unix.EINVAL { // EINVAL: a thread's id
+		return nil, notFound()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("pidfd_open %d: %w", pid, err)
+	}
+	ticks, err := startTime(pid)
+	if err != nil || (start != 0 && ticks != start) || !carries(pid, marker) || exited(pidfd) {
+		unix.Close(pidfd)
+		return nil, notFound()
+	}
+	p, err := watch(pid, pidfd, nil)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return nil, notFound()
+	}
+	return p, err
+}
+
+// carries tells whether a process of this user has the marker as one of its arguments.
+func carries(pid int, marker string) bool {
+	dir := filepath.Join("/proc", strconv.Itoa(pid))
+	var st unix.Stat_t
+	if unix.Stat(dir, &st) != nil || int(st.Uid) != os.Geteuid() {
+		return false
+	}
+	cmdline, err := os.ReadFile(filepath.Join(dir, "cmdline"))
+	if err != nil {
+		return false
+	}
+	for arg := range bytes.SplitSeq(cmdline, []byte{0}) {
+		if string(arg) == marker {
+			return true
+		}
+	}
+	return false
+}
+
+// startTime reads field 22 of /proc/<pid>/stat. The second field is the program's name in
+// parentheses and may hold anything, so fields are counted from the last parenthesis.
+func startTime(pid int) (uint64, error) {
+	path := filepath.Join("/proc", strconv.Itoa(pid), "stat")
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("%s: has %d fields after the name", path, len(fields))
+	}
+	return strconv.ParseUint(fields[19], 10, 64) // field 3 is the first one here
+}
+
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b)), err
+}
