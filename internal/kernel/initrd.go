@@ -67,17 +67,26 @@ func ownEntries(entries []entry) bool {
 	return agent && order
 }
 
-// JoinForeign adds the guest program and its modules to an initrd that banger did not make, for a
-// boot with rdinit=/banger/init. Ours goes first, uncompressed: the kernel reads a plain archive before a
-// compressed one whatever the compression, while behind one in LZ4, which has no end mark, it would be lost.
-func JoinForeign(foreign, agent []byte, modules *Tree) ([]byte, error) {
-	mods, err := moduleEntries(modules)
+// JoinForeign adds the guest program and the modules of own, an initrd that BuildInitrd made, to an
+// initrd that banger did not make, for a boot with rdinit=/banger/init. Ours goes first, uncompressed: the
+// kernel reads a plain archive before a compressed one whatever the compression, while behind one in LZ4,
+// which has no end mark, it would be lost. An own that BuildInitrd did not make is fault.Invalid.
+func JoinForeign(foreign, agent, own []byte, subject string) ([]byte, error) {
+	entries, err := parseCPIO(own, subject)
 	if err != nil {
 		return nil, err
 	}
-	entries := append([]entry{{name: "banger", mode: modeDir | 0o755}}, mods...)
-	entries = append(entries, entry{name: ForeignAgentPath, mode: modeFile | 0o755, content: agent})
-	b := appendCPIO(make([]byte, 0, cpioSize(entries)+len(foreign)), entries)
+	if !ownEntries(entries) {
+		return nil, fault.New(fault.Invalid, subject, "is not an initrd made by banger")
+	}
+	var ours []entry
+	for _, e := range entries {
+		if e.name == "banger" || strings.HasPrefix(e.name, "banger/") {
+			ours = append(ours, e)
+		}
+	}
+	ours = append(ours, entry{name: ForeignAgentPath, mode: modeFile | 0o755, content: agent})
+	b := appendCPIO(make([]byte, 0, cpioSize(ours)+len(foreign)), ours)
 	return append(b, foreign...), nil
 }
 

@@ -33,7 +33,7 @@ func (d *systemDisk) Prepare(ctx context.Context, v *vm.VM) error {
 	if err := os.MkdirAll(s.vmDir(v.ID), 0o700); err != nil {
 		return fault.Wrap(err, fault.Internal, s.vmDir(v.ID), "the VM's directory cannot be made")
 	}
-	template, err := disk.Blank(ctx, s.cfg.Paths.Cache)
+	template, err := disk.Blank(ctx, s.paths.Cache)
 	if err != nil {
 		return err
 	}
@@ -63,7 +63,7 @@ func (d *systemDisk) Machine(_ context.Context, v *vm.VM, spec *vmm.Spec) error 
 
 // Check makes the blank template, once: it needs mke2fs.
 func (d *systemDisk) Check(ctx context.Context) []doctor.Finding {
-	if err := disk.CheckTools(ctx, d.service.cfg.Paths.Cache); err != nil {
+	if err := disk.CheckTools(ctx, d.service.paths.Cache); err != nil {
 		return []doctor.Finding{doctor.FromError("mke2fs", "Blank disks", err)}
 	}
 	return []doctor.Finding{{Code: "mke2fs", Severity: doctor.Pass, Title: "Blank disks", Detail: "can be made"}}
@@ -83,7 +83,7 @@ func (d *workDisk) Prepare(ctx context.Context, v *vm.VM) error {
 	template := s.images.seedPath(v.Pins)
 	if template == "" {
 		var err error
-		if template, err = disk.Blank(ctx, s.cfg.Paths.Cache); err != nil {
+		if template, err = disk.Blank(ctx, s.paths.Cache); err != nil {
 			return err
 		}
 	}

@@ -19,10 +19,10 @@ func (s *Service) Doctor(ctx context.Context) []doctor.Finding {
 	} else {
 		out = append(out, doctor.Finding{Code: "ssh", Severity: doctor.Pass, Title: "SSH client", Detail: path})
 	}
-	if err := disk.CheckRoom(s.cfg.Paths.State, 0); err != nil {
+	if err := disk.CheckRoom(s.paths.State, 0); err != nil {
 		out = append(out, doctor.FromError("disk", "Room for VMs", err))
 	} else {
-		out = append(out, doctor.Finding{Code: "disk", Severity: doctor.Pass, Title: "Room for VMs", Detail: s.cfg.Paths.State})
+		out = append(out, doctor.Finding{Code: "disk", Severity: doctor.Pass, Title: "Room for VMs", Detail: s.paths.State})
 	}
 	s.warnMu.Lock()
 	defer s.warnMu.Unlock()

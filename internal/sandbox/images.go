@@ -34,6 +34,7 @@ const defaultImage = "default"
 type images struct {
 	store *store.Store
 	cfg   config.Config
+	paths config.Paths
 
 	// mu guards what follows, and every capture and removal: what is looked up must not be taken
 	// away before it is used.
@@ -48,12 +49,12 @@ type source struct {
 	size int64
 }
 
-func (im *images) baseDir(id string) string { return filepath.Join(im.cfg.Paths.State, "images", id) }
+func (im *images) baseDir(id string) string { return filepath.Join(im.paths.State, "images", id) }
 func (im *images) basePath(id string) string {
 	return filepath.Join(im.baseDir(id), "rootfs.ext4")
 }
 func (im *images) kernelDir(id string) string {
-	return filepath.Join(im.cfg.Paths.State, "kernels", id)
+	return filepath.Join(im.paths.State, "kernels", id)
 }
 
 // seedPath is where the captured work seed of a VM's image lies, "" if it has none.
@@ -251,7 +252,7 @@ func (im *images) makeKernel(ctx context.Context, dir string, b *bundle.Bundle) 
 		return ownKernel{}, err
 	}
 	sum := sha256.Sum256([]byte(fingerprint(c.DefaultKernel, c.DefaultModulesDir, filepath.Join(c.DefaultModulesDir, "modules.dep"))))
-	out := filepath.Join(c.Paths.Cache, "kernels", hex.EncodeToString(sum[:16]))
+	out := filepath.Join(im.paths.Cache, "kernels", hex.EncodeToString(sum[:16]))
 	if err := os.MkdirAll(out, 0o700); err != nil {
 		return ownKernel{}, fault.Wrap(err, fault.Internal, out, "the cache cannot be written")
 	}
@@ -421,7 +422,7 @@ func (im *images) initrd(ctx context.Context, id string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	out := filepath.Join(im.cfg.Paths.Cache, "initrd", id[:16]+"-"+agentID[:16]+".img")
+	out := filepath.Join(im.paths.Cache, "initrd", id[:16]+"-"+agentID[:16]+".img")
 	if exists(out) {
 		return out, nil
 	}
@@ -434,19 +435,16 @@ func (im *images) initrd(ctx context.Context, id string) (string, error) {
 	if err != nil {
 		return "", fault.Wrap(err, fault.Corrupt, ownPath, "the captured initrd cannot be read")
 	}
-	made, err := kernel.RegenerateInitrd(own, agent, ownPath)
-	if err != nil {
-		return "", err
-	}
+	var made []byte
 	foreign, err := os.ReadFile(filepath.Join(im.kernelDir(id), foreignFile))
 	switch {
 	case err == nil:
-		// The kernel unpacks concatenated archives in order, each padded to 4 bytes, and a later
-		// /init replaces an earlier one (Documentation/driver-api/early-userspace/buffer-format.rst).
-		foreign = append(foreign, make([]byte, -len(foreign)&3)...)
-		made = append(foreign, made...)
-	case !errors.Is(err, fs.ErrNotExist):
-		return "", fault.Wrap(err, fault.Corrupt, foreignFile, "the captured initrd cannot be read")
+		made, err = kernel.JoinForeign(foreign, agent, own, ownPath)
+	case errors.Is(err, fs.ErrNotExist):
+		made, err = kernel.RegenerateInitrd(own, agent, ownPath)
+	}
+	if err != nil {
+		return "", fault.Wrap(err, fault.Corrupt, ownPath, "no initrd can be made")
 	}
 	if err := os.MkdirAll(filepath.Dir(out), 0o700); err != nil {
 		return "", fault.Wrap(err, fault.Internal, out, "the cache cannot be written")
@@ -478,7 +476,7 @@ func (im *images) collect(ctx context.Context) error {
 		keep[v.Pins.Base], keep[v.Pins.Seed], keep[v.Pins.Kernel] = true, true, true
 	}
 	for _, kind := range []string{"images", "kernels"} {
-		dir := filepath.Join(im.cfg.Paths.State, kind)
+		dir := filepath.Join(im.paths.State, kind)
 		have, err := names(dir)
 		if err != nil {
 			return err
@@ -515,7 +513,7 @@ func (im *images) sweep(ctx context.Context) error {
 	}
 	defer unlock()
 	for _, kind := range []string{"images", "kernels"} {
-		dir := filepath.Join(im.cfg.Paths.State, kind)
+		dir := filepath.Join(im.paths.State, kind)
 		have, err := names(dir)
 		if err != nil {
 			return err
@@ -551,6 +549,9 @@ func (c *imageCapability) Machine(ctx context.Context, v *vm.VM, spec *vmm.Spec)
 	spec.Kernel = filepath.Join(dir, kernelFile)
 	if spec.Initrd, err = c.images.initrd(ctx, v.Pins.Kernel); err != nil {
 		return err
+	}
+	if exists(filepath.Join(dir, foreignFile)) {
+		spec.Cmdline += " rdinit=/" + kernel.ForeignAgentPath
 	}
 	spec.Drives = append(spec.Drives,
 		vmm.Drive{Role: vmm.RoleBase, Path: c.images.basePath(v.Pins.Base), ReadOnly: true},

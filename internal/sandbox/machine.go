@@ -457,7 +457,7 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	if m == nil {
 		return fault.New(fault.Internal, v.Name, "there is no machine to reach the agent of")
 	}
-	bound := s.cfg.BootTimeoutFor(s.driver.Features().Accel)
+	bound := s.cfg.BootTimeout
 	wait, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
 	sess, err := c.machines.session(wait, v.ID)
@@ -613,7 +613,7 @@ func (c *agentCapability) Cleanup(ctx context.Context, v *vm.VM, how lifecycle.H
 
 func (c *agentCapability) shutdown(ctx context.Context, v *vm.VM, m *machine) error {
 	s := c.machines.service
-	bound := s.cfg.StopTimeoutFor(s.driver.Features().Accel)
+	bound := s.cfg.StopTimeout
 	wait, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
 	// A quarter of the time for the agent to take the request: the rest belongs to the guest's init.

@@ -183,24 +183,24 @@ func (s *Service) sweep(ctx context.Context) error {
 	if err := s.images.sweep(ctx); err != nil {
 		return err
 	}
-	run, err := names(filepath.Join(s.cfg.Paths.State, "run"))
+	run, err := names(filepath.Join(s.paths.State, "run"))
 	if err != nil {
 		return err
 	}
 	for _, n := range run {
 		if !known[n] {
-			if err := os.RemoveAll(filepath.Join(s.cfg.Paths.State, "run", n)); err != nil {
+			if err := os.RemoveAll(filepath.Join(s.paths.State, "run", n)); err != nil {
 				return fault.Wrap(err, fault.Internal, n, "a left-over run directory cannot be removed")
 			}
 		}
 	}
-	dirs, err := names(filepath.Join(s.cfg.Paths.State, "vms"))
+	dirs, err := names(s.paths.VMs())
 	if err != nil {
 		return err
 	}
 	for _, n := range dirs {
 		if !known[n] {
-			s.warn("%s belongs to no VM in the database; it is kept: move it away if you do not want its disks", filepath.Join(s.cfg.Paths.State, "vms", n))
+			s.warn("%s belongs to no VM in the database; it is kept: move it away if you do not want its disks", filepath.Join(s.paths.State, "vms", n))
 		}
 	}
 	return nil

@@ -29,15 +29,17 @@ type Options struct {
 	Driver    vmm.Driver
 	VMMNotice string // why this driver and not a faster one, "" if there is no faster one
 	Config    config.Config
+	Paths     config.Paths
+	Host      vm.Host
 	Log       *slog.Logger
-	// BootID identifies this boot of the host (/proc/sys/kernel/random/boot_id).
-	BootID string
 }
 
 // Service is the daemon's use cases. Safe for concurrent use.
 type Service struct {
 	store  *store.Store
 	cfg    config.Config
+	paths  config.Paths
+	host   vm.Host
 	log    *slog.Logger
 	notice string
 	driver vmm.Driver
@@ -60,7 +62,7 @@ type Service struct {
 
 // New returns a Service over an open store. Call Reconcile before the first use case.
 func New(o Options) (*Service, error) {
-	s := &Service{store: o.Store, cfg: o.Config, log: o.Log, notice: o.VMMNotice, driver: o.Driver}
+	s := &Service{store: o.Store, cfg: o.Config, paths: o.Paths, host: o.Host, log: o.Log, notice: o.VMMNotice, driver: o.Driver}
 	s.bg, s.bgStop = context.WithCancel(context.Background())
 	s.ops = operation.NewRunner(s.store.SaveOperation,
 		func(op operation.Operation) { s.hub.publish(Event{Operation: &op}) },
@@ -70,7 +72,7 @@ func New(o Options) (*Service, error) {
 	s.store.Subscribe(
 		func(v vm.VM) { s.hub.publish(Event{VM: &v}) },
 		func(id vm.ID) { s.hub.publish(Event{Deleted: id}) })
-	s.images = &images{store: s.store, cfg: o.Config, mu: newCtxLock()}
+	s.images = &images{store: s.store, cfg: o.Config, paths: o.Paths, mu: newCtxLock()}
 	s.machines = &machines{service: s, byID: map[vm.ID]*machine{}}
 
 	parts := capabilities(s)
@@ -100,12 +102,12 @@ func (s *Service) Close(ctx context.Context) error {
 }
 
 // vmDir is where a VM's disks, config drive and log lie.
-func (s *Service) vmDir(id vm.ID) string { return filepath.Join(s.cfg.Paths.State, "vms", string(id)) }
+func (s *Service) vmDir(id vm.ID) string { return s.paths.VM(string(id)) }
 
 // runDir is where a VM's sockets and pidfile lie. It must survive a logout, so it is not below
 // XDG_RUNTIME_DIR.
 func (s *Service) runDir(id vm.ID) string {
-	return filepath.Join(s.cfg.Paths.State, "run", id.Short())
+	return s.paths.Run(id.Short())
 }
 
 // logFile is the VM's console and VMM output. The name is a promise of the first README, whatever

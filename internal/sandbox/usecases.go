@@ -65,7 +65,7 @@ func (s *Service) define(ctx context.Context, r CreateRequest) (vm.VM, error) {
 		}
 	}
 	v.Spec = s.fillIn(r.Spec)
-	if err := v.Spec.Validate(); err != nil {
+	if err := v.Spec.Validate(s.host); err != nil {
 		return v, err
 	}
 	if v.Pins, err = s.images.pins(ctx, r.Image); err != nil {
@@ -78,7 +78,7 @@ func (s *Service) define(ctx context.Context, r CreateRequest) (vm.VM, error) {
 	if err != nil {
 		return v, err
 	}
-	if err := disk.CheckRoom(s.cfg.Paths.State, need); err != nil {
+	if err := disk.CheckRoom(s.paths.State, need); err != nil {
 		return v, err
 	}
 	if v.Name == "" {
@@ -91,7 +91,7 @@ func (s *Service) define(ctx context.Context, r CreateRequest) (vm.VM, error) {
 }
 
 func (s *Service) fillIn(spec vm.Spec) vm.Spec {
-	d := s.cfg.DefaultSpec()
+	d := s.defaultSpec()
 	if spec.VCPU == 0 {
 		spec.VCPU = d.VCPU
 	}
@@ -107,6 +107,11 @@ func (s *Service) fillIn(spec vm.Spec) vm.Spec {
 	return spec
 }
 
+func (s *Service) defaultSpec() vm.Spec {
+	return vm.Spec{VCPU: s.cfg.DefaultVCPU, MemoryMiB: s.cfg.DefaultMemoryMiB,
+		DiskSize: s.cfg.DefaultDiskSize, SystemSize: s.cfg.DefaultSystemSize}
+}
+
 func (s *Service) generateName(ctx context.Context) (string, error) {
 	taken := func(name string) bool { _, ok := s.store.VMByName(name); return ok }
 	if s.cfg.NamegenPath != "" {
@@ -119,6 +124,9 @@ func (s *Service) generateName(ctx context.Context) (string, error) {
 func (s *Service) create(ctx context.Context, h *operation.Handle, v *vm.VM) error {
 	if s.notice != "" {
 		h.Notice(s.notice)
+	}
+	for _, n := range v.Spec.Notices(s.host) {
+		h.Notice(n)
 	}
 	if v.Desired == vm.WantStopped { // --no-start
 		if err := s.engine.UpDurable(ctx, v, h.Stage); err != nil {
@@ -222,7 +230,7 @@ func (s *Service) bringUp(ctx context.Context, h *operation.Handle, v *vm.VM) er
 }
 
 // roomToRun refuses to start a guest that would soon be stopped by a full disk.
-func (s *Service) roomToRun() error { return disk.CheckRoom(s.cfg.Paths.State, 0) }
+func (s *Service) roomToRun() error { return disk.CheckRoom(s.paths.State, 0) }
 
 // Stop shuts a VM down by its agent, then hard when the bound passes. force skips the agent.
 // Stopping a stopped VM succeeds with the notice "already stopped". A start that is under way is
@@ -463,7 +471,7 @@ func (s *Service) Images(ctx context.Context) ([]image.Image, string, error) {
 
 // Defaults tells what Create chooses.
 func (s *Service) Defaults(context.Context) (Defaults, error) {
-	return Defaults{Image: defaultImage, Spec: s.cfg.DefaultSpec()}, nil
+	return Defaults{Image: defaultImage, Spec: s.defaultSpec()}, nil
 }
 
 // Operation returns one operation by id. fault.NotFound.

@@ -1,0 +1,307 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/image"
+	"git.thaloco.com/thaloco/banger/internal/lifecycle"
+	"git.thaloco.com/thaloco/banger/internal/operation"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+)
+
+func open(t *testing.T, path string) *Store {
+	t.Helper()
+	s, err := Open(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	return s
+}
+
+func newVM(name string) vm.VM {
+	return vm.VM{ID: vm.NewID(), Name: name, State: vm.Defined, Desired: vm.WantRunning, CreatedAt: time.Now().UTC()}
+}
+
+func newOp(v vm.VM) operation.Operation {
+	return operation.Operation{ID: operation.NewID(), Kind: operation.Create, VMID: string(v.ID), VMName: v.Name, State: operation.Running, CreatedAt: time.Now().UTC()}
+}
+
+func admit(t *testing.T, s *Store, name string) vm.VM {
+	t.Helper()
+	v := newVM(name)
+	v, err := s.AdmitVM(t.Context(), v, newOp(v))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func TestRecordsSurviveReopening(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a #?%20 b.db") // a path that a URI could misread
+	s := open(t, path)
+	v := admit(t, s, "calm-otter")
+	v.State, v.Spec.Labels = vm.Running, map[string]string{"team": "web"}
+	if err := s.Save(t.Context(), v, lifecycle.StepRecord{Step: "one", State: lifecycle.Ready}, lifecycle.StepRecord{Step: "two", State: lifecycle.Preparing}); err != nil {
+		t.Fatal(err)
+	}
+	id := s.InstallationID()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	s = open(t, path)
+	if s.InstallationID() != id {
+		t.Errorf("installation id changed: %s, %s", id, s.InstallationID())
+	}
+	got, ok := s.VMByName("calm-otter")
+	if diff := cmp.Diff(v, got); !ok || diff != "" {
+		t.Errorf("record: %s", diff)
+	}
+	steps, err := s.Steps(t.Context(), v.ID)
+	want := map[string]lifecycle.StepState{"one": lifecycle.Ready, "two": lifecycle.Preparing}
+	if diff := cmp.Diff(want, steps); err != nil || diff != "" {
+		t.Errorf("steps: %v %s", err, diff)
+	}
+	if entries, err := os.ReadDir(filepath.Dir(path)); err != nil || len(entries) == 0 || entries[0].Name() != "a #?%20 b.db" {
+		t.Errorf("the database is not where it was asked for: %v %v", entries, err)
+	}
+}
+
+func TestNamesAreTakenOnce(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "db"))
+	var wg sync.WaitGroup
+	errs := make([]error, 10)
+	for i := range errs {
+		wg.Go(func() {
+			v := newVM("calm-otter")
+			_, errs[i] = s.AdmitVM(t.Context(), v, newOp(v))
+		})
+	}
+	wg.Wait()
+	won := 0
+	for _, err := range errs {
+		switch {
+		case err == nil:
+			won++
+		case !fault.Is(err, fault.Exists) || fault.HintOf(err) == "":
+			t.Errorf("got %v, want already_exists with a hint", err)
+		}
+	}
+	if won != 1 || len(s.VMs()) != 1 {
+		t.Errorf("%d of ten were admitted, %d recorded", won, len(s.VMs()))
+	}
+	if ops, err := s.Operations(t.Context()); err != nil || len(ops) != 1 {
+		t.Errorf("a refused VM left its operation: %d, %v", len(ops), err)
+	}
+}
+
+func TestSlotsAreTheSmallestFree(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "db"))
+	var vms []vm.VM
+	for i := range 4 {
+		v := admit(t, s, fmt.Sprintf("vm-%d", i))
+		if v.Lease.Slot != i || v.Lease.CID < 0x10000 {
+			t.Errorf("lease of %d: %+v", i, v.Lease)
+		}
+		vms = append(vms, v)
+	}
+	for _, i := range []int{2, 0} {
+		if err := s.Forget(t.Context(), vms[i].ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, want := range []int{0, 2, 4} {
+		if v := admit(t, s, fmt.Sprintf("new-%d", want)); v.Lease.Slot != want {
+			t.Errorf("slot %d, want %d", v.Lease.Slot, want)
+		}
+	}
+}
+
+func TestForgetTakesTheJournalAlong(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "db"))
+	v := admit(t, s, "calm-otter")
+	if err := s.Save(t.Context(), v, lifecycle.StepRecord{Step: "one", State: lifecycle.Ready}); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second finds nothing
+		if err := s.Forget(t.Context(), v.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, ok := s.VM(v.ID); ok {
+		t.Error("still there")
+	}
+	if err := s.Save(t.Context(), v); !fault.Is(err, fault.NotFound) {
+		t.Errorf("saving a forgotten VM: %v", err)
+	}
+	var n int
+	if err := s.db.QueryRow("SELECT count(*) FROM steps").Scan(&n); err != nil || n != 0 {
+		t.Errorf("%d steps left, %v", n, err)
+	}
+}
+
+func TestANewerSchemaIsRefused(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	s := open(t, path)
+	if _, err := s.db.Exec(fmt.Sprintf("PRAGMA user_version = %d", len(migrations)+1)); err != nil {
+		t.Fatal(err)
+	}
+	_ = s.Close()
+	if _, err := Open(t.Context(), path); !fault.Is(err, fault.VersionSkew) || fault.HintOf(err) == "" {
+		t.Errorf("got %v, want version_skew with a hint", err)
+	}
+}
+
+func TestMigrationKeepsABackup(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	s := open(t, path)
+	admit(t, s, "calm-otter")
+	_ = s.Close()
+
+	saved := migrations
+	defer func() { migrations = saved }()
+	migrations = append(append([]string{}, saved...), "CREATE TABLE later (x TEXT) STRICT;")
+	s = open(t, path)
+	if _, ok := s.VMByName("calm-otter"); !ok {
+		t.Error("the record is lost")
+	}
+	backup, err := sql.Open("sqlite", "file:"+fmt.Sprintf("%s.v%d.bak", path, len(saved)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer backup.Close()
+	var name string
+	if err := backup.QueryRow("SELECT name FROM vms").Scan(&name); err != nil || name != "calm-otter" {
+		t.Errorf("backup: %q, %v", name, err)
+	}
+}
+
+func TestAFailedMigrationChangesNothing(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	_ = open(t, path).Close()
+	saved := migrations
+	defer func() { migrations = saved }()
+	migrations = append(append([]string{}, saved...), "CREATE TABLE half (x TEXT) STRICT; CREATE TABLE half (x TEXT) STRICT;")
+	if _, err := Open(t.Context(), path); err == nil {
+		t.Fatal("a broken migration was taken")
+	}
+	migrations = saved
+	s := open(t, path)
+	var n int
+	if err := s.db.QueryRow("SELECT count(*) FROM sqlite_master WHERE name = 'half'").Scan(&n); err != nil || n != 0 {
+		t.Errorf("half a migration stayed: %d, %v", n, err)
+	}
+}
+
+func TestRubbishIsCalledCorrupt(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	if err := os.WriteFile(path, []byte("this is no database, whatever it is called, and long enough to be read as one"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(t.Context(), path); !fault.Is(err, fault.Corrupt) || fault.HintOf(err) == "" {
+		t.Errorf("got %v, want corrupt with a hint", err)
+	}
+}
+
+func TestWatchersSeeCommitsInOrder(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "db"))
+	var mu sync.Mutex
+	var seen []string
+	s.Subscribe(func(v vm.VM) { mu.Lock(); seen = append(seen, v.Note); mu.Unlock() }, func(vm.ID) { mu.Lock(); seen = append(seen, "deleted"); mu.Unlock() })
+	v := admit(t, s, "calm-otter")
+	var wg sync.WaitGroup
+	for i := range 20 {
+		wg.Go(func() {
+			c := v
+			c.Note = fmt.Sprint(i)
+			if err := s.Save(t.Context(), c); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	last, _ := s.VM(v.ID)
+	if seen[len(seen)-1] != last.Note {
+		t.Errorf("the last change told was %q, the record says %q", seen[len(seen)-1], last.Note)
+	}
+	if err := s.Forget(t.Context(), v.ID); err != nil || seen[len(seen)-1] != "deleted" {
+		t.Errorf("%v, %q", err, seen[len(seen)-1])
+	}
+}
+
+func TestOperationsAreKeptInOrderAndBounded(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "db"))
+	v := newVM("calm-otter")
+	running := newOp(v)
+	if err := s.SaveOperation(t.Context(), running); err != nil {
+		t.Fatal(err)
+	}
+	for range keepOperations + 10 {
+		op := newOp(v)
+		op.State = operation.Failed
+		op.Fault = fault.Wrap(errors.New("why"), fault.Timeout, "calm-otter", "what").WithHint("how")
+		if err := s.SaveOperation(t.Context(), op); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ops, err := s.Operations(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(ops); n > keepOperations+1 || n < keepOperations {
+		t.Errorf("%d operations are kept", n)
+	}
+	if ops[len(ops)-1].ID != running.ID {
+		t.Error("the running operation was dropped")
+	}
+	f := ops[0].Fault
+	if f == nil || f.Code != fault.Timeout || f.Hint != "how" || f.Cause == nil || f.Cause.Error() != "why" {
+		t.Errorf("fault: %+v", f)
+	}
+}
+
+func TestImagesReplaceByName(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "db"))
+	for _, id := range []string{"a", "b"} {
+		if err := s.PutImage(t.Context(), image.Image{ID: id, Name: "default"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	list, err := s.Images(t.Context())
+	if err != nil || len(list) != 1 || list[0].ID != "b" {
+		t.Errorf("%v %v", list, err)
+	}
+}
+
+// BenchmarkVMs is the part of a list that the store pays: it must not touch the disk.
+func BenchmarkVMs(b *testing.B) {
+	s, err := Open(context.Background(), filepath.Join(b.TempDir(), "db"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	for i := range 1000 {
+		v := newVM(fmt.Sprintf("vm-%d", i))
+		if _, err := s.AdmitVM(context.Background(), v, newOp(v)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ResetTimer()
+	for b.Loop() {
+		if len(s.VMs()) != 1000 {
+			b.Fatal("wrong number")
+		}
+	}
+}
