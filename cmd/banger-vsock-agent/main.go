@@ -1,0 +1,61 @@
+// Command banger-vsock-agent is the program banger puts into a guest. One static binary leads all
+// its lives, told apart by what it was started as: init of the initrd (process 1), systemd's
+// shutdown program (process 1, argv[0] /shutdown), the agent's supervisor, and the agent.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"syscall"
+
+	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
+	"git.thaloco.com/thaloco/banger/internal/guest/pid1"
+)
+
+// version is set by the linker.
+var version = "devel"
+
+func main() {
+	name := filepath.Base(os.Args[0])
+	var err error
+	switch {
+	case os.Getpid() == 1 && name == "shutdown":
+		verb := "poweroff"
+		if len(os.Args) > 1 {
+			verb = os.Args[1]
+		}
+		pid1.Shutdown(verb)
+	case os.Getpid() == 1:
+		pid1.Boot(os.Args[1:])
+	case name == pid1.SupervisorName:
+		err = pid1.Supervise()
+	case len(os.Args) == 2 && os.Args[1] == "--version":
+		fmt.Println(version)
+	case os.Getenv(pid1.RestartsVariable) != "":
+		err = runAgent()
+	default:
+		err = errors.New("this program runs inside a banger VM; it is started by the VM's kernel")
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "banger-vsock-agent: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+func runAgent() error {
+	restarts, err := strconv.Atoi(os.Getenv(pid1.RestartsVariable))
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if err := agentd.Run(ctx, version, restarts); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}

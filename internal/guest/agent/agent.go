@@ -1,0 +1,63 @@
+// Package agent owns what the two ends of an agent session share, and the host's end of it: the
+// handshake, the streams' headers, and a Session over a vmm.Link.
+//
+// A session is opened with the VM's own secret, in both directions (handshake.go). On a link with
+// Mux it then carries yamux streams; otherwise each stream is a connection with a handshake of its
+// own. Each stream starts with one line (header.go) and is then HTTP or the bytes of a TCP
+// connection in the guest.
+//
+// The package never starts or stops a VM and never trusts the peer: lengths, times, streams and
+// message sizes are bounded on both ends. internal/guest/agentd is the guest's end.
+package agent
+
+import (
+	"io"
+	"net"
+	"time"
+
+	"github.com/hashicorp/yamux"
+)
+
+// Port is the vsock port the agent listens on.
+const Port = 1024
+
+// PortName is the name of the virtio-serial port, in /sys/class/virtio-ports/*/name.
+const PortName = "banger.agent"
+
+// MaxMessage bounds one API message in bytes, in both directions.
+const MaxMessage = 1 << 20
+
+// MaxStreams bounds the streams that one guest serves at a time.
+const MaxStreams = 256
+
+// writeTime bounds one write to a port. Nothing is wrong with a guest that takes a while (it may
+// be emulated on a busy host); one that takes this long reads no more, and its session ends.
+const writeTime = time.Minute
+
+// muxConfig is the same on both ends. No keepalive: a paused VM is a healthy one. No close
+// timeout: it would cut a half-closed stream that still carries data; see cut in header.go.
+func muxConfig() *yamux.Config {
+	c := yamux.DefaultConfig()
+	c.EnableKeepAlive = false
+	c.ConnectionWriteTimeout = writeTime
+	c.StreamOpenTimeout = 0 // OpenStream returns at once; the header exchange has the bound
+	c.StreamCloseTimeout = 0
+	c.AcceptBacklog = MaxStreams
+	c.LogOutput = io.Discard // what goes wrong comes back as an error
+	return c
+}
+
+// ServeMux starts the guest's end of the streams on a port, after GuestHandshake.
+func ServeMux(conn net.Conn) (*yamux.Session, error) {
+	return yamux.Server(&boundedConn{Conn: conn}, muxConfig())
+}
+
+// boundedConn gives each write a deadline of its own.
+type boundedConn struct{ net.Conn }
+
+func (c *boundedConn) Write(b []byte) (int, error) {
+	if err := c.SetWriteDeadline(time.Now().Add(writeTime)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(b)
+}

@@ -1,0 +1,277 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/hashicorp/yamux"
+
+	"git.thaloco.com/thaloco/banger/api/banger/agent/v1/agentv1connect"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+)
+
+// Bounds of opening a session and a stream.
+const (
+	// A vsock of a guest that is still booting refuses, hangs, or closes without a byte. There is no
+	// event on the host for its listener: each try is bounded and repeated.
+	tryTime  = time.Second
+	tryPause = 100 * time.Millisecond
+	// portTryTime is how long one connection to a port waits for the agent before it is given up for
+	// a fresh one: a guest that missed that the host came anew sees it then.
+	portTryTime = 20 * time.Second
+	// answerTime bounds the answer to a header that does not wait, if the context does not.
+	answerTime = 30 * time.Second
+)
+
+// Session is an authenticated way to one guest's agent. Safe for concurrent use. It holds no lock
+// on the VM and ends by Close, or, on a Mux link, when the link breaks.
+type Session struct {
+	link   vmm.Link
+	secret string
+	mux    *yamux.Session // nil without Mux
+	http   *http.Transport
+	client agentv1connect.AgentServiceClient
+
+	closeOnce sync.Once
+	done      chan struct{} // without Mux
+}
+
+// Open returns when the guest's agent has answered the handshake. It tries until ctx ends.
+// fault.Timeout or Cancelled if ctx ends first, with the last try's error as cause;
+// fault.Permission if a guest answered that does not know the secret: it is not this VM's.
+func Open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
+	if secret == "" {
+		return nil, fault.New(fault.Internal, "agent", "a session needs the VM's secret")
+	}
+	var last error
+	for {
+		s, err := open(ctx, link, secret)
+		switch {
+		case err == nil:
+			return s, nil
+		case errors.Is(err, errSecret):
+			return nil, fault.Wrap(err, fault.Permission, "agent", "another guest answered in this VM's place")
+		case ctx.Err() == nil || last == nil:
+			last = err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fault.Wrap(errors.Join(ctx.Err(), last), fault.CodeOf(ctx.Err()), "agent", "the guest's agent did not answer").
+				WithHint("the VM's console log says how far it booted")
+		case <-time.After(tryPause):
+		}
+	}
+}
+
+func open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
+	s := &Session{link: link, secret: secret, done: make(chan struct{})}
+	conn, err := s.shake(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if link.Mux {
+		// The guest is told to open no streams, and yamux resets those it opens all the same.
+		s.mux, err = yamux.Client(&guardedConn{boundedConn: boundedConn{conn}}, muxConfig())
+		if err != nil {
+			return nil, errors.Join(err, conn.Close())
+		}
+		if err := s.mux.GoAway(); err != nil {
+			return nil, errors.Join(err, s.mux.Close())
+		}
+	} else if err := conn.Close(); err != nil {
+		return nil, err
+	}
+	s.http = &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return s.stream(ctx, Header{Kind: KindHTTP})
+		},
+		DisableCompression:     true,
+		MaxIdleConnsPerHost:    2,
+		IdleConnTimeout:        30 * time.Second,
+		MaxResponseHeaderBytes: 16 << 10,
+	}
+	s.client = agentv1connect.NewAgentServiceClient(&http.Client{Transport: s.http}, "http://agent",
+		connect.WithReadMaxBytes(MaxMessage), connect.WithAcceptCompression("gzip", nil, nil))
+	return s, nil
+}
+
+// shake dials the link and passes the handshake, within ctx and the bound of one try.
+func (s *Session) shake(ctx context.Context) (net.Conn, error) {
+	bound := tryTime
+	if s.link.Mux {
+		bound = portTryTime
+	}
+	ctx, cancel := context.WithTimeout(ctx, bound)
+	defer cancel()
+	conn, err := s.link.Dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	deadline, _ := ctx.Deadline()
+	// A cancelled ctx must end the handshake's read as well.
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	err = hostHandshake(conn, s.link.Mux, s.secret, deadline)
+	if !stop() && err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		_ = conn.Close() // closed by the AfterFunc perhaps; the handshake's error is the one that matters
+		return nil, err
+	}
+	return conn, nil
+}
+
+// stream opens a stream and sends its header.
+func (s *Session) stream(ctx context.Context, h Header) (net.Conn, error) {
+	select {
+	case <-s.Done():
+		return nil, net.ErrClosed
+	default:
+	}
+	var conn net.Conn
+	if s.mux != nil {
+		stream, err := s.mux.OpenStream()
+		if err != nil {
+			return nil, err
+		}
+		conn = &muxConn{Stream: stream, session: s}
+	} else {
+		var err error
+		for {
+			conn, err = s.shake(ctx)
+			if err == nil {
+				break
+			}
+			if errors.Is(err, errSecret) {
+				return nil, err
+			}
+			// The agent is being restarted by its supervisor, or has all its streams in use.
+			select {
+			case <-ctx.Done():
+				return nil, errors.Join(ctx.Err(), err)
+			case <-s.done:
+				return nil, net.ErrClosed
+			case <-time.After(tryPause):
+			}
+		}
+	}
+	if _, err := io.WriteString(conn, h.String()); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return conn, nil
+}
+
+// Client is the agent's API over the session's streams.
+func (s *Session) Client() agentv1connect.AgentServiceClient { return s.client }
+
+// DialTCP opens a TCP connection to a port on the guest's loopback. With wait the agent waits until
+// something listens there: until ctx ends or two minutes have passed. The connection has a
+// CloseWrite; without Mux it is the very connection that the link dialled.
+// fault.Unavailable with what the guest said if it refused, fault.Timeout or Cancelled if ctx ended.
+func (s *Session) DialTCP(ctx context.Context, port int, wait bool) (net.Conn, error) {
+	subject := fmt.Sprintf("guest port %d", port)
+	if port < 1 || port > 65535 {
+		return nil, fault.New(fault.Invalid, subject, "a port is a number from 1 to 65535")
+	}
+	if !wait {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, answerTime)
+		defer cancel()
+	}
+	conn, err := s.stream(ctx, Header{Kind: KindTCP, Port: port, Wait: wait})
+	if err == nil {
+		// A deadline in the past ends the read of either kind of stream; a stream's Close would not.
+		stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
+		err = readAnswer(conn)
+		if !stop() && err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			_ = conn.Close() // the answer's error is the one that matters
+		}
+	}
+	var refused *refusedError
+	switch {
+	case err == nil:
+		return conn, nil
+	case ctx.Err() != nil:
+		return nil, fault.Wrap(errors.Join(ctx.Err(), err), fault.CodeOf(ctx.Err()), subject, "nothing answered")
+	case errors.As(err, &refused):
+		return nil, fault.Wrap(err, fault.Unavailable, subject, "the guest refused the connection")
+	default:
+		return nil, fault.Wrap(err, fault.Unavailable, subject, "the guest's agent cannot be reached")
+	}
+}
+
+// Done is closed when the Mux session broke, or by Close.
+func (s *Session) Done() <-chan struct{} {
+	if s.mux != nil {
+		return s.mux.CloseChan()
+	}
+	return s.done
+}
+
+// Close ends the session and, on a Mux link, its streams. Without Mux, connections that DialTCP
+// returned live on.
+func (s *Session) Close() error {
+	var err error
+	s.closeOnce.Do(func() {
+		s.http.CloseIdleConnections()
+		if s.mux != nil {
+			err = s.mux.Close()
+		}
+		close(s.done)
+	})
+	return err
+}
+
+// muxConn is a stream of a port. yamux's Close closes the sending side only; CloseWrite is that,
+// and Close ends the stream on both ends.
+type muxConn struct {
+	*yamux.Stream
+	session *Session
+	once    sync.Once
+}
+
+// CloseWrite says that no more comes; reading goes on.
+func (c *muxConn) CloseWrite() error { return c.Stream.Close() }
+
+// Close gives the stream up: the guest closes its end too, and what it still sent is discarded.
+func (c *muxConn) Close() error {
+	c.once.Do(func() {
+		_ = c.Stream.Close() // fails only with the session, which ends the stream as well
+		_ = c.Stream.SetReadDeadline(time.Time{})
+		go c.abandon()
+	})
+	return nil
+}
+
+// abandon runs until the guest's end is closed, at the latest until the session ends. A stream that
+// the guest has closed already needs no cut: reading it to its end finds that out at once.
+func (c *muxConn) abandon() {
+	if cut, err := c.session.mux.OpenStream(); err == nil {
+		_, _ = io.WriteString(cut, Header{Kind: KindCut, Stream: c.StreamID()}.String())
+		_ = cut.Close()
+		_, _ = io.Copy(io.Discard, cut)
+	}
+	_, _ = io.Copy(io.Discard, c.Stream)
+}
+
+// LocalAddr implements net.Conn: a port has no addresses.
+func (c *muxConn) LocalAddr() net.Addr { return portAddr{} }
+
+// RemoteAddr implements net.Conn: a port has no addresses.
+func (c *muxConn) RemoteAddr() net.Addr { return portAddr{} }
+
+type portAddr struct{}
+
+func (portAddr) Network() string { return "virtio-serial" }
+func (portAddr) String() string  { return PortName }

@@ -1,0 +1,264 @@
+package agentd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
+
+	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/guest/system"
+)
+
+// Run is the agent of a real guest. It serves until ctx ends, on the virtio-serial port if the
+// machine has one and on vsock if it was given a CID.
+func Run(ctx context.Context, version string, restarts int) error {
+	state, err := system.ReadState()
+	if err != nil {
+		return err
+	}
+	live := &live{state: state, restarts: restarts, userspace: "starting"}
+	live.bootID, err = bootID()
+	if err != nil {
+		return err
+	}
+	guest := &Guest{
+		Version: version, Stages: &live.stages,
+		Facts: live.facts, Shutdown: live.shutdown, Grow: live.grow, DialTCP: DialLoopback,
+		Sync: func(context.Context) error { unix.Sync(); return nil },
+	}
+	for _, s := range state.Stages {
+		live.stages.Reach(s)
+	}
+	server := NewServer(state.Secret, guest)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var serving sync.WaitGroup
+	if state.CID != 0 {
+		serving.Go(func() { cancel(live.serveVsock(ctx, server)) })
+	}
+	serving.Go(func() { cancel(live.servePort(ctx, server)) })
+	serving.Go(func() { live.watchUserspace(ctx) })
+	serving.Go(func() { live.watchSSH(ctx) })
+	<-ctx.Done()
+	err = server.Close()
+	serving.Wait()
+	return errors.Join(context.Cause(ctx), err)
+}
+
+// live is the guest the agent runs in.
+type live struct {
+	state    system.State
+	restarts int
+	bootID   string
+	stages   Stages
+	answers  sync.Once // the agent stage: the first transport is ready
+
+	mu        sync.Mutex
+	userspace string
+	failed    []string
+}
+
+func bootID() (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(id)), err
+}
+
+func (l *live) ready() {
+	l.answers.Do(func() { l.stages.Reach(system.Now(boot.StageAgent, "")) })
+}
+
+func (l *live) facts() Facts {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return Facts{BootID: l.bootID, Uptime: system.BootTime(), Userspace: l.userspace, FailedUnits: l.failed,
+		RSS: residentBytes(), Restarts: l.restarts}
+}
+
+// residentBytes is this process's resident memory (proc_pid_statm(5), second field, in pages).
+func residentBytes() int64 {
+	content, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		return 0
+	}
+	fields := strings.Fields(string(content))
+	if len(fields) < 2 {
+		return 0
+	}
+	pages, _ := strconv.ParseInt(fields[1], 10, 64) // 0 for what is no number
+	return pages * int64(os.Getpagesize())
+}
+
+// serveVsock accepts connections of the host, and of nobody else.
+func (l *live) serveVsock(ctx context.Context, server *Server) error {
+	listener, err := vsock.Listen(agent.Port, nil)
+	if err != nil {
+		return fmt.Errorf("listen on vsock: %w", err)
+	}
+	defer listener.Close()
+	stop := context.AfterFunc(ctx, func() { _ = listener.Close() })
+	defer stop()
+	l.ready()
+	// Connections that have not passed the handshake have only its ten seconds: few at a time will do.
+	slots := make(chan struct{}, agent.MaxStreams)
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			return fmt.Errorf("accept on vsock: %w", err)
+		}
+		if from, ok := conn.RemoteAddr().(*vsock.Addr); !ok || from.ContextID != vsock.Host {
+			_ = conn.Close()
+			continue
+		}
+		select {
+		case slots <- struct{}{}:
+		default:
+			_ = conn.Close()
+			continue
+		}
+		go func() {
+			defer func() { <-slots }()
+			_ = server.Serve(ctx, conn, false) // the peer's failure is the peer's to report
+		}()
+	}
+}
+
+// servePort serves one session after another on the virtio-serial port. A machine may have none.
+func (l *live) servePort(ctx context.Context, server *Server) error {
+	var device string
+	err := system.WaitDevice(ctx, "virtio-serial port "+agent.PortName, func() (found bool, err error) {
+		device, err = findPort("/sys/class/virtio-ports")
+		return device != "", err
+	})
+	if err != nil {
+		if l.state.CID != 0 && ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	for ctx.Err() == nil {
+		if err := l.servePortOnce(ctx, server, device); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+// findPort returns the device of the port with our name, "" if there is none (yet).
+func findPort(class string) (string, error) {
+	names, err := filepath.Glob(class + "/*/name")
+	if err != nil {
+		return "", err
+	}
+	for _, name := range names {
+		content, err := os.ReadFile(name)
+		if err == nil && strings.TrimSpace(string(content)) == agent.PortName {
+			device := "/dev/" + filepath.Base(filepath.Dir(name))
+			if _, err := os.Stat(device); err == nil {
+				return device, nil
+			}
+		}
+	}
+	return "", nil
+}
+
+// servePortOnce opens the port, waits for a host, and serves it until it goes.
+func (l *live) servePortOnce(ctx context.Context, server *Server, device string) error {
+	f, err := os.OpenFile(device, os.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err // EBUSY: somebody else holds the port; the supervisor tries again
+	}
+	port := &portConn{File: f}
+	l.ready()
+	stop := context.AfterFunc(ctx, func() { _ = f.Close() })
+	defer stop()
+	if err := port.waitHost(); err != nil {
+		return errors.Join(err, port.Close())
+	}
+	_ = server.Serve(ctx, port, true) // ends with the host's end; closes the port
+	return nil
+}
+
+// portConn is a virtio-serial port as a connection.
+type portConn struct{ *os.File }
+
+// waitHost waits until the host's end is open. A read would not wait: without a host it is at its
+// end at once. The runtime's poller is edge-triggered, and the port announces each change, so this
+// sleeps until the host comes.
+func (p *portConn) waitHost() error {
+	raw, err := p.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var pollErr error
+	err = raw.Read(func(fd uintptr) bool {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		if _, pollErr = unix.Poll(fds, 0); pollErr != nil {
+			return true
+		}
+		return fds[0].Revents&unix.POLLHUP == 0
+	})
+	return errors.Join(err, pollErr)
+}
+
+func (p *portConn) LocalAddr() net.Addr  { return &net.UnixAddr{Name: agent.PortName} }
+func (p *portConn) RemoteAddr() net.Addr { return &net.UnixAddr{Name: agent.PortName} }
+
+// grow enlarges what init mounted with growth.
+func (l *live) grow(context.Context) ([]Grown, error) {
+	var grown []Grown
+	for _, m := range l.state.Mounted {
+		before, after, err := system.Grow(m.Device, m.Path)
+		if err != nil {
+			return grown, fmt.Errorf("grow %s: %w", m.Target, err)
+		}
+		if after > before {
+			grown = append(grown, Grown{Target: m.Target, Before: before, After: after})
+		}
+	}
+	return grown, nil
+}
+
+// shutdown asks systemd, which stops every service and comes to our shutdown program at the end.
+// Other inits would leave the overlay's filesystem mounted: there the agent stops the guest itself.
+func (l *live) shutdown(ctx context.Context, reboot bool) error {
+	if !l.state.Systemd {
+		go stopWithoutSystemd(reboot)
+		return nil
+	}
+	verb := "poweroff"
+	if reboot {
+		verb = "reboot"
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	_, err := systemctl(ctx, "--no-block", verb)
+	return err
+}
+
+// systemctl runs systemctl with an ordinary process's standing towards the OOM killer.
+func systemctl(ctx context.Context, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "systemctl", args...)
+	var output strings.Builder
+	cmd.Stdout, cmd.Stderr = &output, &output
+	if err := cmd.Start(); err != nil {
+		return "", err
+	}
+	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", cmd.Process.Pid), []byte("0"), 0) // gone already: fine
+	err := cmd.Wait()
+	if err != nil {
+		return output.String(), fmt.Errorf("systemctl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(output.String()))
+	}
+	return output.String(), nil
+}

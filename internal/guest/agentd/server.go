@@ -1,0 +1,258 @@
+// Package agentd owns the guest's end of agent sessions: it lets in who knows the VM's secret,
+// serves the API of api/banger/agent/v1, and forwards TCP to the guest's loopback.
+//
+// The server touches the machine it runs on only through a Guest, so that the in-memory VMM runs
+// the very same server inside a test. What a real guest does is in Run (live.go). It never writes
+// to a disk, and keeps no ticker running: an idle guest stays idle.
+package agentd
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/hashicorp/yamux"
+
+	"git.thaloco.com/thaloco/banger/api/banger/agent/v1/agentv1connect"
+	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+)
+
+// Guest is what the server knows of its machine and can do to it. Functions may be called
+// concurrently; a nil one is answered as unimplemented.
+type Guest struct {
+	Version string
+	Stages  *Stages
+	// Facts must answer at once.
+	Facts func() Facts
+	// Shutdown asks for an orderly power-off, or a reboot, and returns once it is asked.
+	Shutdown func(ctx context.Context, reboot bool) error
+	Sync     func(ctx context.Context) error
+	Grow     func(ctx context.Context) ([]Grown, error)
+	// DialTCP connects to a port of the guest's loopback; a refused connection is ECONNREFUSED.
+	DialTCP func(ctx context.Context, port int) (net.Conn, error)
+}
+
+// Facts are what Health reports beside the stages.
+type Facts struct {
+	BootID      string
+	Uptime      time.Duration // CLOCK_BOOTTIME
+	Userspace   string        // "starting", "running", "degraded", "unknown"
+	FailedUnits []string
+	RSS         int64 // bytes of the agent
+	Restarts    int   // of the agent
+}
+
+// Grown is a filesystem that was enlarged, in bytes.
+type Grown struct {
+	Target        string
+	Before, After int64
+}
+
+// headerTime bounds the wait for a stream's header.
+const headerTime = 10 * time.Second
+
+// Server serves sessions of one guest. Make it with NewServer; safe for concurrent use.
+type Server struct {
+	secret  string
+	guest   *Guest
+	http    *http.Server
+	streams chan net.Conn // to the HTTP server
+	slots   chan struct{} // one per stream being served
+	closed  chan struct{}
+}
+
+// NewServer makes a server, to be ended by Close.
+func NewServer(secret string, g *Guest) *Server {
+	mux := http.NewServeMux()
+	mux.Handle(agentv1connect.NewAgentServiceHandler(service{g},
+		connect.WithReadMaxBytes(agent.MaxMessage), connect.WithCompression("gzip", nil, nil)))
+	s := &Server{
+		secret:  secret,
+		guest:   g,
+		streams: make(chan net.Conn),
+		slots:   make(chan struct{}, agent.MaxStreams),
+		closed:  make(chan struct{}),
+		http: &http.Server{
+			Handler:           mux,
+			ReadHeaderTimeout: headerTime,
+			IdleTimeout:       time.Minute,
+			MaxHeaderBytes:    16 << 10,
+		},
+	}
+	go func() { _ = s.http.Serve(chanListener{s}) }() // returns http.ErrServerClosed after Close
+	return s
+}
+
+// Close ends the API's connections. Forwarded ones end with the context they were served under.
+func (s *Server) Close() error {
+	err := s.http.Close() // closes the listener, hence closed
+	return err
+}
+
+// ServeConn serves one connection with a server of its own: the handshake, then one stream, or with
+// mux many. It returns when the connection has ended or ctx has.
+func ServeConn(ctx context.Context, conn net.Conn, mux bool, secret string, g *Guest) error {
+	s := NewServer(secret, g)
+	return errors.Join(s.Serve(ctx, conn, mux), s.Close())
+}
+
+// Serve serves one connection and closes it. Without mux it returns when its one stream has ended.
+// A peer that fails the handshake is an error; a session that ended is not.
+func (s *Server) Serve(ctx context.Context, conn net.Conn, mux bool) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer stop()
+	if err := agent.GuestHandshake(conn, mux, s.secret); err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	if !mux {
+		s.stream(ctx, conn, nil)
+		return nil
+	}
+	session, err := agent.ServeMux(conn)
+	if err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	cuts := &cutter{cancels: map[uint32]context.CancelFunc{}}
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	defer cancel()
+	defer session.Close()
+	for {
+		stream, err := session.AcceptStream()
+		if err != nil {
+			return nil
+		}
+		serving.Go(func() { s.stream(ctx, &muxStream{Stream: stream}, cuts) })
+	}
+}
+
+// stream serves one stream to its end.
+func (s *Server) stream(ctx context.Context, conn net.Conn, cuts *cutter) {
+	defer conn.Close()
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	default:
+		return // the host has as many streams open as it may
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if m, ok := conn.(*muxStream); ok {
+		defer cuts.register(m.StreamID(), cancel)()
+	}
+	if conn.SetReadDeadline(time.Now().Add(headerTime)) != nil {
+		return
+	}
+	header, err := agent.ReadHeader(conn)
+	if err != nil || conn.SetReadDeadline(time.Time{}) != nil {
+		return
+	}
+	switch header.Kind {
+	case agent.KindHTTP:
+		s.serveHTTP(ctx, conn)
+	case agent.KindTCP:
+		s.forward(ctx, conn, header)
+	case agent.KindCut:
+		if cuts != nil {
+			cuts.cut(header.Stream)
+		}
+	}
+}
+
+// serveHTTP hands conn to the HTTP server and returns when that has closed it.
+func (s *Server) serveHTTP(ctx context.Context, conn net.Conn) {
+	c := &watchedConn{Conn: conn, closed: make(chan struct{})}
+	select {
+	case s.streams <- c:
+	case <-s.closed:
+		return
+	case <-ctx.Done():
+		return
+	}
+	select {
+	case <-c.closed:
+	case <-ctx.Done():
+	}
+}
+
+// watchedConn tells when it was closed.
+type watchedConn struct {
+	net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (c *watchedConn) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
+// chanListener gives the HTTP server the streams whose header said http.
+type chanListener struct{ s *Server }
+
+func (l chanListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.s.streams:
+		return c, nil
+	case <-l.s.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close is called once, by http.Server.
+func (l chanListener) Close() error {
+	close(l.s.closed)
+	return nil
+}
+
+func (l chanListener) Addr() net.Addr { return &net.UnixAddr{Name: agent.PortName} }
+
+// muxStream is a stream of a port as its guest end. Close gives it up: what the host still sends is
+// discarded until it closes its end as well, so that it never blocks on a stream nobody reads.
+type muxStream struct {
+	*yamux.Stream
+	once sync.Once
+}
+
+func (m *muxStream) CloseWrite() error { return m.Stream.Close() }
+
+func (m *muxStream) Close() error {
+	m.once.Do(func() {
+		_ = m.Stream.Close() // fails only with the session
+		_ = m.Stream.SetReadDeadline(time.Time{})
+		go func() { _, _ = io.Copy(io.Discard, m.Stream) }()
+	})
+	return nil
+}
+
+// cutter ends streams of one session by their number.
+type cutter struct {
+	mu      sync.Mutex
+	cancels map[uint32]context.CancelFunc
+}
+
+func (c *cutter) register(id uint32, cancel context.CancelFunc) (forget func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.cancels[id] = cancel
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.cancels, id)
+	}
+}
+
+func (c *cutter) cut(id uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if cancel := c.cancels[id]; cancel != nil {
+		cancel()
+	}
+}

@@ -1,0 +1,89 @@
+package agentd
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"connectrpc.com/connect"
+
+	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+)
+
+// service is the API over a Guest.
+type service struct{ guest *Guest }
+
+var errNotHere = connect.NewError(connect.CodeUnimplemented, errors.New("this guest cannot do that"))
+
+func (s service) Health(context.Context, *agentv1.HealthRequest) (*agentv1.HealthResponse, error) {
+	r := &agentv1.HealthResponse{AgentVersion: s.guest.Version}
+	for _, stage := range s.guest.Stages.All() {
+		r.Stages = append(r.Stages, message(stage))
+	}
+	if s.guest.Facts != nil {
+		f := s.guest.Facts()
+		r.BootId = f.BootID
+		r.UptimeMs = milliseconds(f.Uptime)
+		r.Userspace = f.Userspace
+		r.FailedUnits = f.FailedUnits
+		r.AgentRssBytes = f.RSS
+		r.Restarts = int32(f.Restarts)
+	}
+	return r, nil
+}
+
+func (s service) WatchBoot(ctx context.Context, _ *agentv1.WatchBootRequest, stream *connect.ServerStream[agentv1.WatchBootResponse]) error {
+	for sent := 0; ; {
+		stages, err := s.guest.Stages.after(ctx, sent)
+		if err != nil {
+			return err
+		}
+		last := false
+		for _, stage := range stages {
+			if err := stream.Send(&agentv1.WatchBootResponse{Stage: message(stage)}); err != nil {
+				return err
+			}
+			last = last || stage.Name == boot.StageUserspace
+		}
+		if last {
+			return nil
+		}
+		sent += len(stages)
+	}
+}
+
+func (s service) Shutdown(ctx context.Context, r *agentv1.ShutdownRequest) (*agentv1.ShutdownResponse, error) {
+	if s.guest.Shutdown == nil {
+		return nil, errNotHere
+	}
+	return &agentv1.ShutdownResponse{}, s.guest.Shutdown(ctx, r.Reboot)
+}
+
+func (s service) Sync(ctx context.Context, _ *agentv1.SyncRequest) (*agentv1.SyncResponse, error) {
+	if s.guest.Sync == nil {
+		return nil, errNotHere
+	}
+	return &agentv1.SyncResponse{}, s.guest.Sync(ctx)
+}
+
+func (s service) GrowFilesystems(ctx context.Context, _ *agentv1.GrowFilesystemsRequest) (*agentv1.GrowFilesystemsResponse, error) {
+	if s.guest.Grow == nil {
+		return nil, errNotHere
+	}
+	grown, err := s.guest.Grow(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r := &agentv1.GrowFilesystemsResponse{}
+	for _, g := range grown {
+		r.Grown = append(r.Grown, &agentv1.GrownFilesystem{Target: g.Target, BeforeBytes: g.Before, AfterBytes: g.After})
+	}
+	return r, nil
+}
+
+func message(s Stage) *agentv1.Stage {
+	return &agentv1.Stage{Name: s.Name, AtMs: milliseconds(s.At), Detail: s.Detail}
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

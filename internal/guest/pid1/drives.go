@@ -1,0 +1,146 @@
+package pid1
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/guest/system"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+)
+
+// driveTime bounds the wait for the drives. All are probed while their driver loads, so it is
+// only ever used up by a drive that does not come.
+const driveTime = 20 * time.Second
+
+// attachOrder is how drives without serials are told apart (vmm.Role).
+var attachOrder = []vmm.Role{vmm.RoleBase, vmm.RoleSystem, vmm.RoleWork, vmm.RoleModules, vmm.RoleConfig}
+
+// drives maps the role of each drive that is there to its device.
+type drives map[vmm.Role]string
+
+// findDrives looks at the block devices that sysfs lists: by serial where any has one
+// (QEMU), else by order.
+func findDrives(sysBlock string) (drives, error) {
+	found := drives{}
+	entries, err := os.ReadDir(sysBlock)
+	if err != nil {
+		return nil, err
+	}
+	ordered := drives{}
+	for _, e := range entries {
+		letter, ok := strings.CutPrefix(e.Name(), "vd")
+		if !ok || len(letter) != 1 {
+			continue
+		}
+		device := "/dev/" + e.Name()
+		serial, err := os.ReadFile(filepath.Join(sysBlock, e.Name(), "serial"))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		if name := strings.TrimSpace(string(serial)); name != "" {
+			found[vmm.Role(name)] = device
+		}
+		if i := int(letter[0] - 'a'); i < len(attachOrder) {
+			ordered[attachOrder[i]] = device
+		}
+	}
+	if len(found) == 0 {
+		return ordered, nil
+	}
+	return found, nil
+}
+
+// waitDrives waits until each of the roles has its drive.
+func waitDrives(roles ...vmm.Role) (drives, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), driveTime)
+	defer cancel()
+	var have drives
+	var missing []string
+	err := system.WaitDevice(ctx, "drive", func() (bool, error) {
+		var err error
+		if have, err = findDrives("/sys/block"); err != nil {
+			return false, err
+		}
+		missing = missing[:0]
+		for _, role := range roles {
+			if device, ok := have[role]; !ok {
+				missing = append(missing, string(role))
+			} else if _, err := os.Stat(device); err != nil {
+				missing = append(missing, string(role))
+			}
+		}
+		return len(missing) == 0, nil
+	})
+	if err != nil && len(missing) > 0 {
+		return have, fmt.Errorf("no %s drive within %s", strings.Join(missing, ", no "), driveTime)
+	}
+	return have, err
+}
+
+func readConfig(device string) (boot.Config, error) {
+	f, err := os.Open(device)
+	if err != nil {
+		return boot.Config{}, err
+	}
+	defer f.Close()
+	return boot.ReadDrive(f)
+}
+
+// loadModules loads what the initrd carries, in the order it says. A module that cannot be loaded is
+// no failure of the boot in itself (its device may not be there): the errors are kept, to explain a
+// drive that does not come.
+func loadModules(dir string) error {
+	order, err := os.ReadFile(filepath.Join(dir, "order"))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // everything built in
+	}
+	var failed error
+	for line := range bytes.Lines(order) {
+		name := strings.TrimSpace(string(line))
+		if name == "" {
+			continue
+		}
+		if err := loadModule(filepath.Join(dir, name)); err != nil {
+			failed = errors.Join(failed, fmt.Errorf("module %s: %w", name, err))
+		}
+	}
+	return errors.Join(err, failed)
+}
+
+func loadModule(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	err = unix.FinitModule(int(f.Fd()), "", 0)
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	return err
+}
+
+// copyFile copies a file's content into a new one with mode.
+func copyFile(from, to string, mode os.FileMode) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}
