@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -46,6 +47,10 @@ type record struct {
 	Boot   string `json:"boot_id"`     // /proc/sys/kernel/random/boot_id (random(4))
 	Marker string `json:"marker"`      // for people who look at the file
 }
+
+// starting in place of a pid is the intent: it is written before the process is started, so that a
+// daemon killed in between leaves a reason to look for one.
+const starting = 0
 
 // Process is a process that was started or found. Safe for concurrent use.
 type Process struct {
@@ -80,13 +85,23 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 	}
 	defer null.Close()
 
-	p, err := fork(c, append([]*os.File{null, log, log}, c.Files...))
+	boot, err := bootID()
 	if err != nil {
 		return nil, err
 	}
-	if err := p.writePidfile(c); err != nil {
-		kill := p.Kill(context.WithoutCancel(ctx))
-		return nil, errors.Join(fmt.Errorf("write the pidfile: %w", err), kill, Forget(c.Pidfile))
+	r := record{PID: starting, Boot: boot, Marker: c.Marker}
+	if err := writePidfile(c.Pidfile, r); err != nil {
+		return nil, errors.Join(err, Forget(c.Pidfile))
+	}
+	p, err := fork(c, append([]*os.File{null, log, log}, c.Files...))
+	if err != nil {
+		return nil, errors.Join(err, Forget(c.Pidfile))
+	}
+	r.PID, r.Start = p.pid, p.start
+	if err := writePidfile(c.Pidfile, r); err != nil {
+		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer cancel()
+		return nil, errors.Join(err, p.Kill(kill), Forget(c.Pidfile))
 	}
 	return p, nil
 }
@@ -271,14 +286,6 @@ func (p *Process) Close() error {
 	return nil
 }
 
-func (p *Process) writePidfile(c Command) error {
-	boot, err := bootID()
-	if err != nil {
-		return err
-	}
-	return writePidfile(c.Pidfile, record{PID: p.pid, Start: p.start, Boot: boot, Marker: c.Marker})
-}
-
 // writePidfile needs no fsync: a host that loses it has lost the process, too.
 func writePidfile(path string, r record) error {
 	b, err := json.Marshal(r)
@@ -303,11 +310,21 @@ func Forget(pidfile string) error {
 	return errors.Join(errs...)
 }
 
-// Find returns the running process that Start recorded in the pidfile. If there is no pidfile, or
-// what it names is gone or is another process by now, it looks once through /proc for a process of
-// ours whose command line carries the marker: a daemon that was killed between the start and the
-// pidfile left one. In that case the pidfile is written. fault.NotFound if nothing runs.
+// Find returns the running process that Start recorded in the pidfile. If the pidfile names none, it
+// looks once through /proc for a process of this user whose command line carries the marker, so a
+// lost pidfile loses no process. In that case the pidfile is written. fault.NotFound if none runs.
 func Find(ctx context.Context, pidfile, marker string) (*Process, error) {
+	p, err := Open(ctx, pidfile, marker)
+	if !fault.Is(err, fault.NotFound) {
+		return p, err
+	}
+	return recoverLost(ctx, pidfile, marker)
+}
+
+// Open is Find for those who know that the pidfile was not lost: it looks through /proc only if the
+// pidfile says that a start was under way when its daemon was killed, or cannot be read. Its cost
+// does not grow with the number of processes.
+func Open(ctx context.Context, pidfile, marker string) (*Process, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -315,29 +332,46 @@ func Find(ctx context.Context, pidfile, marker string) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	if r, ok := readPidfile(pidfile); ok && r.Boot == boot {
-		p, err := open(r.PID, marker, r.Start)
-		if !fault.Is(err, fault.NotFound) {
-			return p, err
-		}
+	r, err := readPidfile(pidfile)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fault.Wrap(err, fault.NotFound, marker, "nothing was started")
+	case err != nil, r.PID == starting && r.Boot == boot:
+		return recoverLost(ctx, pidfile, marker)
+	case r.Boot != boot:
+		return nil, fault.New(fault.NotFound, marker, "it was started before the host's last boot")
 	}
+	return open(r.PID, marker, r.Start)
+}
+
+// recoverLost finds a process without its pidfile, and writes that.
+func recoverLost(ctx context.Context, pidfile, marker string) (*Process, error) {
 	p, err := scan(ctx, marker)
 	if err != nil {
 		return nil, err
 	}
-	if err := writePidfile(pidfile, record{PID: p.pid, Start: p.start, Boot: boot, Marker: marker}); err != nil {
+	boot, err := bootID()
+	if err == nil {
+		err = writePidfile(pidfile, record{PID: p.pid, Start: p.start, Boot: boot, Marker: marker})
+	}
+	if err != nil {
 		return nil, errors.Join(err, p.Close())
 	}
 	return p, nil
 }
 
-// readPidfile takes anything that it does not understand for no pidfile at all.
-func readPidfile(path string) (r record, ok bool) {
+func readPidfile(path string) (r record, err error) {
 	b, err := os.ReadFile(path)
-	if err != nil || json.Unmarshal(b, &r) != nil || r.PID <= 0 || r.Start == 0 {
-		return record{}, false
+	if err != nil {
+		return r, err
 	}
-	return r, true
+	if err := json.Unmarshal(b, &r); err != nil {
+		return r, fmt.Errorf("%s: %w", path, err)
+	}
+	if r.PID < 0 || r.PID != starting && r.Start == 0 {
+		return r, fmt.Errorf("%s names no process", path)
+	}
+	return r, nil
 }
 
 // scan looks for the marker in the command lines of this user's processes.

@@ -277,19 +277,33 @@ func TestFind(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		trace func(t *testing.T, pidfile string)
+		open  bool // whether Open finds it, too
 	}{
-		{"by its pidfile", func(*testing.T, string) {}},
-		{"without a pidfile", func(t *testing.T, path string) { must(t, os.Remove(path)) }},
-		{"with half a pidfile", func(t *testing.T, path string) { must(t, os.WriteFile(path, []byte(`{"pid":1`), 0o600)) }},
+		{"by its pidfile", func(*testing.T, string) {}, true},
+		{"without a pidfile", func(t *testing.T, path string) { must(t, Forget(path)) }, false},
+		{"with the intent to start it", func(t *testing.T, path string) {
+			r, err := readPidfile(path)
+			must(t, err)
+			r.PID, r.Start = starting, 0
+			must(t, writePidfile(path, r))
+		}, true},
+		{"with half a pidfile", func(t *testing.T, path string) { must(t, os.WriteFile(path, []byte(`{"pid":1`), 0o600)) }, true},
 		{"with a pidfile of another boot", func(t *testing.T, path string) {
-			r, _ := readPidfile(path)
+			r, err := readPidfile(path)
+			must(t, err)
 			r.Boot = "00000000-0000-0000-0000-000000000000"
 			must(t, writePidfile(path, r))
-		}},
+		}, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			cmd := newCommand(t)
 			p := start(t, cmd)
+			c.trace(t, cmd.Pidfile)
+			if opened, err := Open(t.Context(), cmd.Pidfile, cmd.Marker); c.open && err != nil || !c.open && !fault.Is(err, fault.NotFound) {
+				t.Errorf("Open: %v", err)
+			} else if err == nil {
+				must(t, opened.Close())
+			}
 			c.trace(t, cmd.Pidfile)
 			found, err := Find(t.Context(), cmd.Pidfile, cmd.Marker)
 			if err != nil {
@@ -299,8 +313,8 @@ func TestFind(t *testing.T) {
 			if found.PID() != p.PID() {
 				t.Fatalf("found %d, want %d", found.PID(), p.PID())
 			}
-			if r, ok := readPidfile(cmd.Pidfile); !ok || r.PID != p.PID() {
-				t.Errorf("pidfile after Find: %+v, %v", r, ok)
+			if r, err := readPidfile(cmd.Pidfile); err != nil || r.PID != p.PID() {
+				t.Errorf("pidfile after Find: %+v, %v", r, err)
 			}
 			if err := found.Kill(t.Context()); err != nil {
 				t.Fatal(err)
@@ -319,10 +333,8 @@ func TestFind(t *testing.T) {
 func TestNotIt(t *testing.T) {
 	c := newCommand(t)
 	p := start(t, c)
-	real, ok := readPidfile(c.Pidfile)
-	if !ok {
-		t.Fatal("no pidfile")
-	}
+	real, err := readPidfile(c.Pidfile)
+	must(t, err)
 	forge := func(change func(*record)) string {
 		r := real
 		change(&r)

@@ -1,0 +1,110 @@
+package qemu
+
+import (
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+)
+
+// The files of a run directory.
+const (
+	monitorSocket = "qmp.sock"
+	agentSocket   = "agent.sock"
+	pidfile       = "vmm.pid"
+)
+
+// The descriptors that QEMU is given, see listen.go.
+const (
+	monitorFD = 3
+	agentFD   = 4
+)
+
+// machine is what the command line depends on besides the spec.
+type platform struct {
+	kvm   bool
+	vsock bool
+}
+
+var uuidForm = regexp.MustCompile(`^[0-9a-f]{32}$`)
+
+// arguments is QEMU's argv without the program. Each value that QEMU would take apart at commas is
+// JSON or has its commas doubled: state directories may be called anything.
+func arguments(s vmm.Spec, p platform) ([]string, error) {
+	a := []string{
+		"-name", s.Marker(), // alone in its argument: process.Find looks for it
+		"-nodefaults", "-no-user-config", "-display", "none",
+		// The guest waits for the monitor's first client: one that ends at once is seen to end.
+		"-S",
+		// A guest's reboot ends QEMU: the daemon decides what comes next.
+		"-no-reboot",
+		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+		// q35, not microvm, which hangs in timer calibration on a busy emulated host.
+		"-machine", "q35,usb=off,vmport=off",
+	}
+	cmdline := []string{strings.TrimSpace(s.Cmdline), "console=ttyS0", "reboot=t", "panic=-1"}
+	if p.kvm {
+		a = append(a, "-accel", "kvm", "-cpu", "host")
+	} else {
+		// QEMU 7.2's emulation of cmpxchg16b corrupts the memory of kernels from 6.12 on.
+		a = append(a, "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-cx16")
+		// Costly where each indirect branch is emulated, and no use: there is no speculation.
+		cmdline = append(cmdline, "mitigations=off")
+	}
+	if uuidForm.MatchString(s.ID) {
+		a = append(a, "-uuid", fmt.Sprintf("%s-%s-%s-%s-%s", s.ID[:8], s.ID[8:12], s.ID[12:16], s.ID[16:20], s.ID[20:]))
+	}
+	a = append(a,
+		"-smp", strconv.Itoa(s.VCPU), "-m", strconv.FormatInt(s.MemoryMiB, 10),
+		"-kernel", s.Kernel, "-initrd", s.Initrd, "-append", strings.TrimSpace(strings.Join(cmdline, " ")),
+		"-chardev", "file,id=console,append=on,path="+commas(s.Log), "-serial", "chardev:console",
+		"-chardev", fmt.Sprintf("socket,id=monitor,server=on,wait=off,fd=%d", monitorFD), "-mon", "chardev=monitor,mode=control",
+		"-device", "virtio-rng-pci",
+	)
+	for _, d := range s.Drives {
+		node, device, err := drive(d)
+		if err != nil {
+			return nil, err
+		}
+		a = append(a, "-blockdev", node, "-device", device)
+	}
+	if p.vsock {
+		a = append(a, "-device", fmt.Sprintf("vhost-vsock-pci,guest-cid=%d", s.CID))
+	} else {
+		a = append(a,
+			"-chardev", fmt.Sprintf("socket,id=agent,server=on,wait=off,fd=%d", agentFD),
+			"-device", "virtio-serial-pci,id=serial", "-device", "virtserialport,bus=serial.0,chardev=agent,name="+vmm.AgentPortName)
+	}
+	return a, nil
+}
+
+// drive renders a drive and its device. werror=stop and rerror=stop: a host that cannot take or give
+// data pauses the guest, which repeats the request when it is resumed; its filesystem sees no error.
+// QEMU locks the file: a second VMM on the same data drive is refused, readers share.
+func drive(d vmm.Drive) (node, device string, err error) {
+	name := "drive-" + string(d.Role)
+	v := map[string]any{
+		"driver": "raw", "node-name": name, "read-only": d.ReadOnly,
+		// no-flush off: a guest's flush is an fdatasync of the host before it is acknowledged.
+		"cache": map[string]any{"direct": false, "no-flush": false},
+		"file":  map[string]any{"driver": "file", "filename": d.Path},
+	}
+	if !d.ReadOnly {
+		v["discard"] = "unmap"
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		return "", "", err
+	}
+	device = fmt.Sprintf("virtio-blk-pci,drive=%s,serial=%s,werror=stop,rerror=stop", name, d.Role)
+	if !d.ReadOnly {
+		device += ",write-cache=on"
+	}
+	return string(b), device, nil
+}
+
+// commas doubles commas, as QEMU's option syntax asks for.
+func commas(s string) string { return strings.ReplaceAll(s, ",", ",,") }
