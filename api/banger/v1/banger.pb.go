@@ -6,9 +6,10 @@
 
 // The public contract of bangerd: Connect (JSON or protobuf over HTTP) on a unix socket.
 //
-// Every call carries the header "Banger-Api: <revision>"; a daemon refuses a revision that is not
-// its own with FAILED_PRECONDITION and a Fault of code "version_skew". Errors carry a Fault as
-// their detail. Mutations return an Operation that runs on in the daemon whether or not the
+// Clients send the header "Banger-Api: <revision>" with every call; a daemon refuses a revision that
+// is not its own with FAILED_PRECONDITION and a Fault of code "version_skew", except for GetStatus
+// and Shutdown, which any client may call. A call without the header (curl) is not checked. Errors
+// carry a Fault as their detail. Mutations return an Operation that runs on in the daemon whether or not the
 // caller stays. Sizes are bytes unless the name says otherwise.
 
 package bangerv1
@@ -1815,6 +1816,118 @@ func (x *GetDefaultsResponse) GetSystemBytes() int64 {
 	return 0
 }
 
+type GetSSHTargetRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSSHTargetRequest) Reset() {
+	*x = GetSSHTargetRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSSHTargetRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSSHTargetRequest) ProtoMessage() {}
+
+func (x *GetSSHTargetRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSSHTargetRequest.ProtoReflect.Descriptor instead.
+func (*GetSSHTargetRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *GetSSHTargetRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type GetSSHTargetResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	User          string                 `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	IdentityFile  string                 `protobuf:"bytes,2,opt,name=identity_file,json=identityFile,proto3" json:"identity_file,omitempty"`   // private key on this host
+	HostKey       string                 `protobuf:"bytes,3,opt,name=host_key,json=hostKey,proto3" json:"host_key,omitempty"`                  // authorized_keys form, without a comment
+	HostKeyAlias  string                 `protobuf:"bytes,4,opt,name=host_key_alias,json=hostKeyAlias,proto3" json:"host_key_alias,omitempty"` // name of the host key in a known_hosts file; unique to the VM
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSSHTargetResponse) Reset() {
+	*x = GetSSHTargetResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSSHTargetResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSSHTargetResponse) ProtoMessage() {}
+
+func (x *GetSSHTargetResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSSHTargetResponse.ProtoReflect.Descriptor instead.
+func (*GetSSHTargetResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *GetSSHTargetResponse) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *GetSSHTargetResponse) GetIdentityFile() string {
+	if x != nil {
+		return x.IdentityFile
+	}
+	return ""
+}
+
+func (x *GetSSHTargetResponse) GetHostKey() string {
+	if x != nil {
+		return x.HostKey
+	}
+	return ""
+}
+
+func (x *GetSSHTargetResponse) GetHostKeyAlias() string {
+	if x != nil {
+		return x.HostKeyAlias
+	}
+	return ""
+}
+
 type ListImagesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1823,7 +1936,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	mi := &file_banger_v1_banger_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1835,7 +1948,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	mi := &file_banger_v1_banger_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1848,7 +1961,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{28}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{30}
 }
 
 type ListImagesResponse struct {
@@ -1860,7 +1973,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	mi := &file_banger_v1_banger_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1872,7 +1985,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	mi := &file_banger_v1_banger_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1885,7 +1998,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{29}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -1904,7 +2017,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	mi := &file_banger_v1_banger_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1916,7 +2029,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	mi := &file_banger_v1_banger_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1929,7 +2042,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{30}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -1948,7 +2061,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	mi := &file_banger_v1_banger_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1960,7 +2073,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	mi := &file_banger_v1_banger_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1973,7 +2086,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{31}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -1991,7 +2104,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	mi := &file_banger_v1_banger_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2003,7 +2116,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	mi := &file_banger_v1_banger_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2016,7 +2129,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{32}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{34}
 }
 
 type ListOperationsResponse struct {
@@ -2028,7 +2141,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[33]
+	mi := &file_banger_v1_banger_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2040,7 +2153,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[33]
+	mi := &file_banger_v1_banger_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2053,7 +2166,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{33}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -2072,7 +2185,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[34]
+	mi := &file_banger_v1_banger_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2084,7 +2197,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[34]
+	mi := &file_banger_v1_banger_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2097,7 +2210,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{34}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -2116,7 +2229,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[35]
+	mi := &file_banger_v1_banger_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2128,7 +2241,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[35]
+	mi := &file_banger_v1_banger_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2141,7 +2254,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{35}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -2160,7 +2273,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[36]
+	mi := &file_banger_v1_banger_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2172,7 +2285,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[36]
+	mi := &file_banger_v1_banger_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2185,7 +2298,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{36}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -2204,7 +2317,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[37]
+	mi := &file_banger_v1_banger_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2216,7 +2329,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[37]
+	mi := &file_banger_v1_banger_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2229,7 +2342,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{37}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -2247,7 +2360,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[38]
+	mi := &file_banger_v1_banger_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2259,7 +2372,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[38]
+	mi := &file_banger_v1_banger_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2272,7 +2385,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{38}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{40}
 }
 
 type GetStatusResponse struct {
@@ -2300,7 +2413,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[39]
+	mi := &file_banger_v1_banger_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2312,7 +2425,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[39]
+	mi := &file_banger_v1_banger_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2325,7 +2438,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{39}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetStatusResponse) GetPid() int32 {
@@ -2455,7 +2568,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[40]
+	mi := &file_banger_v1_banger_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2467,7 +2580,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[40]
+	mi := &file_banger_v1_banger_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2480,7 +2593,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{40}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{42}
 }
 
 type ShutdownResponse struct {
@@ -2491,7 +2604,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[41]
+	mi := &file_banger_v1_banger_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2503,7 +2616,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[41]
+	mi := &file_banger_v1_banger_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2516,7 +2629,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{41}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{43}
 }
 
 type RunDoctorRequest struct {
@@ -2527,7 +2640,7 @@ type RunDoctorRequest struct {
 
 func (x *RunDoctorRequest) Reset() {
 	*x = RunDoctorRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[42]
+	mi := &file_banger_v1_banger_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2539,7 +2652,7 @@ func (x *RunDoctorRequest) String() string {
 func (*RunDoctorRequest) ProtoMessage() {}
 
 func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[42]
+	mi := &file_banger_v1_banger_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2552,7 +2665,7 @@ func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorRequest.ProtoReflect.Descriptor instead.
 func (*RunDoctorRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{42}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{44}
 }
 
 type RunDoctorResponse struct {
@@ -2564,7 +2677,7 @@ type RunDoctorResponse struct {
 
 func (x *RunDoctorResponse) Reset() {
 	*x = RunDoctorResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[43]
+	mi := &file_banger_v1_banger_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2576,7 +2689,7 @@ func (x *RunDoctorResponse) String() string {
 func (*RunDoctorResponse) ProtoMessage() {}
 
 func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[43]
+	mi := &file_banger_v1_banger_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2589,7 +2702,7 @@ func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorResponse.ProtoReflect.Descriptor instead.
 func (*RunDoctorResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{43}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *RunDoctorResponse) GetFindings() []*Finding {
@@ -2612,7 +2725,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_banger_v1_banger_proto_msgTypes[44]
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2624,7 +2737,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[44]
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2637,7 +2750,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{44}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Finding) GetCode() string {
@@ -2683,7 +2796,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[45]
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2695,7 +2808,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[45]
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2708,7 +2821,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{45}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
 }
 
 type WatchResponse struct {
@@ -2726,7 +2839,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2738,7 +2851,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2751,7 +2864,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -2836,7 +2949,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2848,7 +2961,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2861,7 +2974,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Snapshot) GetVms() []*VM {
@@ -3039,7 +3152,14 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"memory_mib\x18\x03 \x01(\x03R\tmemoryMib\x12\x1d\n" +
 	"\n" +
 	"disk_bytes\x18\x04 \x01(\x03R\tdiskBytes\x12!\n" +
-	"\fsystem_bytes\x18\x05 \x01(\x03R\vsystemBytes\"\x13\n" +
+	"\fsystem_bytes\x18\x05 \x01(\x03R\vsystemBytes\"%\n" +
+	"\x13GetSSHTargetRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x90\x01\n" +
+	"\x14GetSSHTargetResponse\x12\x12\n" +
+	"\x04user\x18\x01 \x01(\tR\x04user\x12#\n" +
+	"\ridentity_file\x18\x02 \x01(\tR\fidentityFile\x12\x19\n" +
+	"\bhost_key\x18\x03 \x01(\tR\ahostKey\x12$\n" +
+	"\x0ehost_key_alias\x18\x04 \x01(\tR\fhostKeyAlias\"\x13\n" +
 	"\x11ListImagesRequest\">\n" +
 	"\x12ListImagesResponse\x12(\n" +
 	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images\"%\n" +
@@ -3109,7 +3229,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\n" +
 	"operations\x18\x02 \x03(\v2\x14.banger.v1.OperationR\n" +
 	"operations\x12(\n" +
-	"\x06images\x18\x03 \x03(\v2\x10.banger.v1.ImageR\x06images2\xb4\x05\n" +
+	"\x06images\x18\x03 \x03(\v2\x10.banger.v1.ImageR\x06images2\x85\x06\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -3121,7 +3241,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\aListVMs\x12\x19.banger.v1.ListVMsRequest\x1a\x1a.banger.v1.ListVMsResponse\x12I\n" +
 	"\n" +
 	"ResolveVMs\x12\x1c.banger.v1.ResolveVMsRequest\x1a\x1d.banger.v1.ResolveVMsResponse\x12L\n" +
-	"\vGetDefaults\x12\x1d.banger.v1.GetDefaultsRequest\x1a\x1e.banger.v1.GetDefaultsResponse2Y\n" +
+	"\vGetDefaults\x12\x1d.banger.v1.GetDefaultsRequest\x1a\x1e.banger.v1.GetDefaultsResponse\x12O\n" +
+	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse2Y\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
 	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse2\xed\x02\n" +
@@ -3148,7 +3269,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                   // 0: banger.v1.Fault
 	(*VM)(nil),                      // 1: banger.v1.VM
@@ -3178,48 +3299,50 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*ResolvedVM)(nil),              // 25: banger.v1.ResolvedVM
 	(*GetDefaultsRequest)(nil),      // 26: banger.v1.GetDefaultsRequest
 	(*GetDefaultsResponse)(nil),     // 27: banger.v1.GetDefaultsResponse
-	(*ListImagesRequest)(nil),       // 28: banger.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),      // 29: banger.v1.ListImagesResponse
-	(*GetOperationRequest)(nil),     // 30: banger.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 31: banger.v1.GetOperationResponse
-	(*ListOperationsRequest)(nil),   // 32: banger.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 33: banger.v1.ListOperationsResponse
-	(*WatchOperationRequest)(nil),   // 34: banger.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 35: banger.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 36: banger.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 37: banger.v1.CancelOperationResponse
-	(*GetStatusRequest)(nil),        // 38: banger.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),       // 39: banger.v1.GetStatusResponse
-	(*ShutdownRequest)(nil),         // 40: banger.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 41: banger.v1.ShutdownResponse
-	(*RunDoctorRequest)(nil),        // 42: banger.v1.RunDoctorRequest
-	(*RunDoctorResponse)(nil),       // 43: banger.v1.RunDoctorResponse
-	(*Finding)(nil),                 // 44: banger.v1.Finding
-	(*WatchRequest)(nil),            // 45: banger.v1.WatchRequest
-	(*WatchResponse)(nil),           // 46: banger.v1.WatchResponse
-	(*Snapshot)(nil),                // 47: banger.v1.Snapshot
-	nil,                             // 48: banger.v1.VM.LabelsEntry
-	nil,                             // 49: banger.v1.CreateVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 50: google.protobuf.Timestamp
+	(*GetSSHTargetRequest)(nil),     // 28: banger.v1.GetSSHTargetRequest
+	(*GetSSHTargetResponse)(nil),    // 29: banger.v1.GetSSHTargetResponse
+	(*ListImagesRequest)(nil),       // 30: banger.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),      // 31: banger.v1.ListImagesResponse
+	(*GetOperationRequest)(nil),     // 32: banger.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),    // 33: banger.v1.GetOperationResponse
+	(*ListOperationsRequest)(nil),   // 34: banger.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),  // 35: banger.v1.ListOperationsResponse
+	(*WatchOperationRequest)(nil),   // 36: banger.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),  // 37: banger.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),  // 38: banger.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil), // 39: banger.v1.CancelOperationResponse
+	(*GetStatusRequest)(nil),        // 40: banger.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),       // 41: banger.v1.GetStatusResponse
+	(*ShutdownRequest)(nil),         // 42: banger.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 43: banger.v1.ShutdownResponse
+	(*RunDoctorRequest)(nil),        // 44: banger.v1.RunDoctorRequest
+	(*RunDoctorResponse)(nil),       // 45: banger.v1.RunDoctorResponse
+	(*Finding)(nil),                 // 46: banger.v1.Finding
+	(*WatchRequest)(nil),            // 47: banger.v1.WatchRequest
+	(*WatchResponse)(nil),           // 48: banger.v1.WatchResponse
+	(*Snapshot)(nil),                // 49: banger.v1.Snapshot
+	nil,                             // 50: banger.v1.VM.LabelsEntry
+	nil,                             // 51: banger.v1.CreateVMRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 52: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	48, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	50, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	50, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	50, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	50, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	52, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	52, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	52, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	2,  // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	3,  // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	0,  // 6: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	50, // 7: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	50, // 8: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	52, // 7: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	52, // 8: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	6,  // 9: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	50, // 10: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	50, // 11: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	52, // 10: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	52, // 11: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,  // 12: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,  // 13: banger.v1.Operation.vm:type_name -> banger.v1.VM
-	50, // 14: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	50, // 15: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	49, // 16: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	52, // 14: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	52, // 15: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	51, // 16: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	5,  // 17: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	5,  // 18: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	5,  // 19: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
@@ -3236,9 +3359,9 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	5,  // 30: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	5,  // 31: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	5,  // 32: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	50, // 33: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	44, // 34: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
-	47, // 35: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
+	52, // 33: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	46, // 34: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
+	49, // 35: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
 	1,  // 36: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
 	5,  // 37: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
 	1,  // 38: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
@@ -3254,36 +3377,38 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	21, // 48: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
 	23, // 49: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
 	26, // 50: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	28, // 51: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	30, // 52: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	32, // 53: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	34, // 54: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	36, // 55: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	38, // 56: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	40, // 57: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	42, // 58: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	45, // 59: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	8,  // 60: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	10, // 61: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	12, // 62: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	14, // 63: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	16, // 64: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	18, // 65: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	20, // 66: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	22, // 67: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	24, // 68: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	27, // 69: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	29, // 70: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	31, // 71: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	33, // 72: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	35, // 73: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	37, // 74: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	39, // 75: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	41, // 76: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	43, // 77: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	46, // 78: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	60, // [60:79] is the sub-list for method output_type
-	41, // [41:60] is the sub-list for method input_type
+	28, // 51: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	30, // 52: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	32, // 53: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	34, // 54: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	36, // 55: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	38, // 56: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	40, // 57: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	42, // 58: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	44, // 59: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	47, // 60: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	8,  // 61: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	10, // 62: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	12, // 63: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	14, // 64: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	16, // 65: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	18, // 66: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	20, // 67: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	22, // 68: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	24, // 69: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	27, // 70: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	29, // 71: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	31, // 72: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	33, // 73: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	35, // 74: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	37, // 75: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	39, // 76: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	41, // 77: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	43, // 78: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	45, // 79: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	48, // 80: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	61, // [61:81] is the sub-list for method output_type
+	41, // [41:61] is the sub-list for method input_type
 	41, // [41:41] is the sub-list for extension type_name
 	41, // [41:41] is the sub-list for extension extendee
 	0,  // [0:41] is the sub-list for field type_name
@@ -3294,7 +3419,7 @@ func file_banger_v1_banger_proto_init() {
 	if File_banger_v1_banger_proto != nil {
 		return
 	}
-	file_banger_v1_banger_proto_msgTypes[46].OneofWrappers = []any{
+	file_banger_v1_banger_proto_msgTypes[48].OneofWrappers = []any{
 		(*WatchResponse_Snapshot)(nil),
 		(*WatchResponse_Vm)(nil),
 		(*WatchResponse_VmDeleted)(nil),
@@ -3306,7 +3431,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   50,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

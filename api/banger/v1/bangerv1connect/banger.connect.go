@@ -4,9 +4,10 @@
 
 // The public contract of bangerd: Connect (JSON or protobuf over HTTP) on a unix socket.
 //
-// Every call carries the header "Banger-Api: <revision>"; a daemon refuses a revision that is not
-// its own with FAILED_PRECONDITION and a Fault of code "version_skew". Errors carry a Fault as
-// their detail. Mutations return an Operation that runs on in the daemon whether or not the
+// Clients send the header "Banger-Api: <revision>" with every call; a daemon refuses a revision that
+// is not its own with FAILED_PRECONDITION and a Fault of code "version_skew", except for GetStatus
+// and Shutdown, which any client may call. A call without the header (curl) is not checked. Errors
+// carry a Fault as their detail. Mutations return an Operation that runs on in the daemon whether or not the
 // caller stays. Sizes are bytes unless the name says otherwise.
 package bangerv1connect
 
@@ -65,6 +66,8 @@ const (
 	VMServiceResolveVMsProcedure = "/banger.v1.VMService/ResolveVMs"
 	// VMServiceGetDefaultsProcedure is the fully-qualified name of the VMService's GetDefaults RPC.
 	VMServiceGetDefaultsProcedure = "/banger.v1.VMService/GetDefaults"
+	// VMServiceGetSSHTargetProcedure is the fully-qualified name of the VMService's GetSSHTarget RPC.
+	VMServiceGetSSHTargetProcedure = "/banger.v1.VMService/GetSSHTarget"
 	// ImageServiceListImagesProcedure is the fully-qualified name of the ImageService's ListImages RPC.
 	ImageServiceListImagesProcedure = "/banger.v1.ImageService/ListImages"
 	// OperationServiceGetOperationProcedure is the fully-qualified name of the OperationService's
@@ -105,6 +108,9 @@ type VMServiceClient interface {
 	ResolveVMs(context.Context, *v1.ResolveVMsRequest) (*v1.ResolveVMsResponse, error)
 	// GetDefaults tells what CreateVM would choose.
 	GetDefaults(context.Context, *v1.GetDefaultsRequest) (*v1.GetDefaultsResponse, error)
+	// GetSSHTarget tells how to enter a VM by SSH: whom to log in as, with which key, and which host
+	// key to expect. It neither connects nor waits.
+	GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error)
 }
 
 // NewVMServiceClient constructs a client for the banger.v1.VMService service. By default, it uses
@@ -178,21 +184,28 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("GetDefaults")),
 			connect.WithClientOptions(opts...),
 		),
+		getSSHTarget: connect.NewClient[v1.GetSSHTargetRequest, v1.GetSSHTargetResponse](
+			httpClient,
+			baseURL+VMServiceGetSSHTargetProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("GetSSHTarget")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // vMServiceClient implements VMServiceClient.
 type vMServiceClient struct {
-	createVM    *connect.Client[v1.CreateVMRequest, v1.CreateVMResponse]
-	startVM     *connect.Client[v1.StartVMRequest, v1.StartVMResponse]
-	stopVM      *connect.Client[v1.StopVMRequest, v1.StopVMResponse]
-	restartVM   *connect.Client[v1.RestartVMRequest, v1.RestartVMResponse]
-	deleteVM    *connect.Client[v1.DeleteVMRequest, v1.DeleteVMResponse]
-	killVM      *connect.Client[v1.KillVMRequest, v1.KillVMResponse]
-	getVM       *connect.Client[v1.GetVMRequest, v1.GetVMResponse]
-	listVMs     *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
-	resolveVMs  *connect.Client[v1.ResolveVMsRequest, v1.ResolveVMsResponse]
-	getDefaults *connect.Client[v1.GetDefaultsRequest, v1.GetDefaultsResponse]
+	createVM     *connect.Client[v1.CreateVMRequest, v1.CreateVMResponse]
+	startVM      *connect.Client[v1.StartVMRequest, v1.StartVMResponse]
+	stopVM       *connect.Client[v1.StopVMRequest, v1.StopVMResponse]
+	restartVM    *connect.Client[v1.RestartVMRequest, v1.RestartVMResponse]
+	deleteVM     *connect.Client[v1.DeleteVMRequest, v1.DeleteVMResponse]
+	killVM       *connect.Client[v1.KillVMRequest, v1.KillVMResponse]
+	getVM        *connect.Client[v1.GetVMRequest, v1.GetVMResponse]
+	listVMs      *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
+	resolveVMs   *connect.Client[v1.ResolveVMsRequest, v1.ResolveVMsResponse]
+	getDefaults  *connect.Client[v1.GetDefaultsRequest, v1.GetDefaultsResponse]
+	getSSHTarget *connect.Client[v1.GetSSHTargetRequest, v1.GetSSHTargetResponse]
 }
 
 // CreateVM calls banger.v1.VMService.CreateVM.
@@ -285,6 +298,15 @@ func (c *vMServiceClient) GetDefaults(ctx context.Context, req *v1.GetDefaultsRe
 	return nil, err
 }
 
+// GetSSHTarget calls banger.v1.VMService.GetSSHTarget.
+func (c *vMServiceClient) GetSSHTarget(ctx context.Context, req *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error) {
+	response, err := c.getSSHTarget.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // VMServiceHandler is an implementation of the banger.v1.VMService service.
 type VMServiceHandler interface {
 	// CreateVM admits a VM (name, slot, record) and starts it.
@@ -301,6 +323,9 @@ type VMServiceHandler interface {
 	ResolveVMs(context.Context, *v1.ResolveVMsRequest) (*v1.ResolveVMsResponse, error)
 	// GetDefaults tells what CreateVM would choose.
 	GetDefaults(context.Context, *v1.GetDefaultsRequest) (*v1.GetDefaultsResponse, error)
+	// GetSSHTarget tells how to enter a VM by SSH: whom to log in as, with which key, and which host
+	// key to expect. It neither connects nor waits.
+	GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error)
 }
 
 // NewVMServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -370,6 +395,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("GetDefaults")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceGetSSHTargetHandler := connect.NewUnaryHandlerSimple(
+		VMServiceGetSSHTargetProcedure,
+		svc.GetSSHTarget,
+		connect.WithSchema(vMServiceMethods.ByName("GetSSHTarget")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/banger.v1.VMService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case VMServiceCreateVMProcedure:
@@ -392,6 +423,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceResolveVMsHandler.ServeHTTP(w, r)
 		case VMServiceGetDefaultsProcedure:
 			vMServiceGetDefaultsHandler.ServeHTTP(w, r)
+		case VMServiceGetSSHTargetProcedure:
+			vMServiceGetSSHTargetHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -439,6 +472,10 @@ func (UnimplementedVMServiceHandler) ResolveVMs(context.Context, *v1.ResolveVMsR
 
 func (UnimplementedVMServiceHandler) GetDefaults(context.Context, *v1.GetDefaultsRequest) (*v1.GetDefaultsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.GetDefaults is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.GetSSHTarget is not implemented"))
 }
 
 // ImageServiceClient is a client for the banger.v1.ImageService service.

@@ -1,0 +1,28 @@
+package bangerv1
+
+// The dial socket hands out raw streams to a guest's TCP ports. A client sends one DialRequest as a
+// JSON line; the daemon answers with one DialAnswer as a JSON line. If the answer has Descriptor, a
+// connected descriptor came with its first byte (SCM_RIGHTS, unix(7)) and the connection itself is
+// over: nothing copies and the stream outlives the daemon. Otherwise what follows the line is the
+// stream, and it ends with the daemon.
+
+// MaxDialLine bounds both lines, in bytes.
+const MaxDialLine = 4096
+
+// DialRequest asks for a stream.
+type DialRequest struct {
+	VMID string `json:"vm_id"`
+	Port int    `json:"port"` // 1..65535, on the guest's loopback
+	// Wait lets the daemon wait until something listens, for WaitMS milliseconds (0: two minutes).
+	Wait   bool  `json:"wait,omitempty"`
+	WaitMS int64 `json:"wait_ms,omitempty"`
+}
+
+// DialAnswer is the daemon's answer. Without Fault the stream is there.
+type DialAnswer struct {
+	Descriptor bool   `json:"descriptor,omitempty"`
+	Fault      *Fault `json:"fault,omitempty"`
+}
+
+// DialSocketName is the dial socket's name, in the API socket's directory.
+const DialSocketName = "bangerd-dial.sock"

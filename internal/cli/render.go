@@ -1,0 +1,139 @@
+package cli
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// Colours, as SGR parameters (ECMA-48). Only the terminal's own sixteen are used.
+const (
+	red    = "31"
+	green  = "32"
+	yellow = "33"
+	dim    = "2"
+)
+
+func paint(on bool, color, s string) string {
+	if !on || color == "" || s == "" {
+		return s
+	}
+	return "\x1b[" + color + "m" + s + "\x1b[0m"
+}
+
+func (a *app) paint(color, s string) string    { return paint(a.color, color, s) }
+func (a *app) paintErr(color, s string) string { return paint(a.errColor, color, s) }
+
+// stateColor is how a VM's or an operation's state is painted.
+func stateColor(state string) string {
+	switch state {
+	case "running", "succeeded", "pass":
+		return green
+	case "failed", "fail":
+		return red
+	case "starting", "stopping", "deleting", "defined", "warn":
+		return yellow
+	}
+	return dim
+}
+
+// printJSON prints a view, indented, on stdout.
+func (a *app) printJSON(v any) error {
+	enc := json.NewEncoder(a.stdout)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+// cell is a table's cell; its colour takes no width.
+type cell struct{ text, color string }
+
+// table prints aligned columns. Trailing space is left out, so that output can be compared.
+func table(w io.Writer, color bool, header []string, rows [][]cell) error {
+	all := rows
+	if header != nil {
+		head := make([]cell, len(header))
+		for i, h := range header {
+			head[i] = cell{text: h, color: dim}
+		}
+		all = append([][]cell{head}, rows...)
+	}
+	var widths []int
+	for _, row := range all {
+		for i, c := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], utf8.RuneCountInString(c.text))
+		}
+	}
+	var b strings.Builder
+	for _, row := range all {
+		for i, c := range row {
+			b.WriteString(paint(color, c.color, c.text))
+			if i < len(row)-1 {
+				b.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text)+2))
+			}
+		}
+		b.WriteByte('\n')
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// formatBytes is a size for people: "512 MiB", "1.5 GiB".
+func formatBytes(n int64) string {
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
+	v, i := float64(n), 0
+	for v >= 1024 && i < len(units)-1 {
+		v, i = v/1024, i+1
+	}
+	s := fmt.Sprintf("%.1f", v)
+	return strings.TrimSuffix(s, ".0") + " " + units[i]
+}
+
+// formatAge is how long ago something was: "12s ago", "3m ago", "5h ago", "9d ago".
+func formatAge(now time.Time, at *timestamppb.Timestamp) string {
+	if at == nil {
+		return "-"
+	}
+	return formatSpan(max(0, now.Sub(at.AsTime()))) + " ago"
+}
+
+func formatSpan(d time.Duration) string {
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh", int(d.Hours()))
+	}
+	return fmt.Sprintf("%dd", int(d.Hours()/24))
+}
+
+// formatTook is how long something took: "4 ms", "1.3 s", "2m05s".
+func formatTook(d time.Duration) string {
+	switch {
+	case d < 100*time.Millisecond:
+		return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000)
+	case d < time.Second:
+		return fmt.Sprintf("%d ms", d.Milliseconds())
+	case d < time.Minute:
+		return fmt.Sprintf("%.1f s", d.Seconds())
+	}
+	return fmt.Sprintf("%dm%02ds", int(d.Minutes()), int(d.Seconds())%60)
+}
+
+func timeOf(t *timestamppb.Timestamp) *time.Time {
+	if t == nil {
+		return nil
+	}
+	v := t.AsTime()
+	return &v
+}

@@ -1,0 +1,173 @@
+package cli
+
+import (
+	"time"
+
+	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
+	"git.thaloco.com/thaloco/banger/client"
+)
+
+// The views are what --output json prints: snake_case, numbers as numbers, sizes in bytes unless
+// the name says otherwise, times in RFC 3339. Fields are only ever added (docs/cli.md).
+
+type vmView struct {
+	ID          string            `json:"id"`
+	Name        string            `json:"name"`
+	State       string            `json:"state"`
+	Desired     string            `json:"desired"`
+	Image       string            `json:"image"`
+	ImageID     string            `json:"image_id"`
+	VCPU        int32             `json:"vcpu"`
+	MemoryMiB   int64             `json:"memory_mib"`
+	DiskBytes   int64             `json:"disk_bytes"`
+	SystemBytes int64             `json:"system_bytes"`
+	Labels      map[string]string `json:"labels"`
+	CreatedAt   *time.Time        `json:"created_at"`
+	StartedAt   *time.Time        `json:"started_at,omitempty"`
+	StoppedAt   *time.Time        `json:"stopped_at,omitempty"`
+	Failure     *failureView      `json:"failure,omitempty"`
+	VMM         string            `json:"vmm,omitempty"`
+	Accel       string            `json:"accel,omitempty"`
+	PID         int32             `json:"pid,omitempty"`
+	Note        string            `json:"note,omitempty"`
+	Boot        []bootView        `json:"boot"`
+
+	// Only in `vm show`.
+	Kernel               string `json:"kernel,omitempty"`
+	OperationID          string `json:"operation_id,omitempty"`
+	DiskAllocatedBytes   int64  `json:"disk_allocated_bytes,omitempty"`
+	SystemAllocatedBytes int64  `json:"system_allocated_bytes,omitempty"`
+	Directory            string `json:"directory,omitempty"`
+	Log                  string `json:"log,omitempty"`
+	VMMState             string `json:"vmm_state,omitempty"`
+	Agent                string `json:"agent,omitempty"`
+}
+
+type failureView struct {
+	Step  string     `json:"step"`
+	Error *errorView `json:"error"`
+	At    *time.Time `json:"at"`
+}
+
+type bootView struct {
+	Name string  `json:"name"`
+	AtMS float64 `json:"at_ms"` // since the guest's kernel started
+}
+
+func viewVM(m *bangerv1.VM) *vmView {
+	if m == nil {
+		return nil
+	}
+	v := &vmView{
+		ID: m.GetId(), Name: m.GetName(), State: m.GetState(), Desired: m.GetDesired(),
+		Image: m.GetImage(), ImageID: m.GetImageId(), VCPU: m.GetVcpu(), MemoryMiB: m.GetMemoryMib(),
+		DiskBytes: m.GetDiskBytes(), SystemBytes: m.GetSystemBytes(), Labels: m.GetLabels(),
+		CreatedAt: timeOf(m.GetCreatedAt()), StartedAt: timeOf(m.GetStartedAt()), StoppedAt: timeOf(m.GetStoppedAt()),
+		VMM: m.GetVmm(), Accel: m.GetAccel(), PID: m.GetPid(), Note: m.GetNote(), Boot: []bootView{},
+		Kernel: m.GetKernel(), OperationID: m.GetOperationId(),
+		DiskAllocatedBytes: m.GetDiskAllocatedBytes(), SystemAllocatedBytes: m.GetSystemAllocatedBytes(),
+		Directory: m.GetDirectory(), Log: m.GetLog(), VMMState: m.GetVmmState(), Agent: m.GetAgent(),
+	}
+	if v.Labels == nil {
+		v.Labels = map[string]string{}
+	}
+	if f := m.GetFailure(); f != nil {
+		v.Failure = &failureView{Step: f.GetStep(), Error: viewError(client.FromFault(f.GetFault())), At: timeOf(f.GetAt())}
+	}
+	for _, s := range m.GetBoot() {
+		v.Boot = append(v.Boot, bootView{s.GetName(), s.GetAtMs()})
+	}
+	return v
+}
+
+type imageView struct {
+	ID          string     `json:"id"`
+	Name        string     `json:"name"`
+	SizeBytes   int64      `json:"size_bytes"`
+	Kernel      string     `json:"kernel"`
+	Managed     bool       `json:"managed"`
+	HasWorkSeed bool       `json:"has_work_seed"`
+	IsDefault   bool       `json:"is_default"`
+	Source      string     `json:"source"`
+	CreatedAt   *time.Time `json:"created_at"`
+}
+
+func viewImage(m *bangerv1.Image) imageView {
+	return imageView{
+		ID: m.GetId(), Name: m.GetName(), SizeBytes: m.GetSizeBytes(), Kernel: m.GetKernel(), Managed: m.GetManaged(),
+		HasWorkSeed: m.GetHasWorkSeed(), IsDefault: m.GetIsDefault(), Source: m.GetSource(), CreatedAt: timeOf(m.GetCreatedAt()),
+	}
+}
+
+type operationView struct {
+	ID         string      `json:"id"`
+	Kind       string      `json:"kind"`
+	VMID       string      `json:"vm_id"`
+	VMName     string      `json:"vm_name"`
+	State      string      `json:"state"`
+	Stages     []stageView `json:"stages"`
+	Notices    []string    `json:"notices"`
+	CreatedAt  *time.Time  `json:"created_at"`
+	FinishedAt *time.Time  `json:"finished_at,omitempty"`
+	Error      *errorView  `json:"error,omitempty"`
+}
+
+type stageView struct {
+	Name       string     `json:"name"`
+	Detail     string     `json:"detail,omitempty"`
+	StartedAt  *time.Time `json:"started_at"`
+	FinishedAt *time.Time `json:"finished_at,omitempty"`
+}
+
+func viewOperation(m *bangerv1.Operation) operationView {
+	v := operationView{
+		ID: m.GetId(), Kind: m.GetKind(), VMID: m.GetVmId(), VMName: m.GetVmName(), State: m.GetState(),
+		Stages: []stageView{}, Notices: append([]string{}, m.GetNotices()...),
+		CreatedAt: timeOf(m.GetCreatedAt()), FinishedAt: timeOf(m.GetFinishedAt()),
+		Error: viewError(client.FromFault(m.GetFault())),
+	}
+	for _, s := range m.GetStages() {
+		v.Stages = append(v.Stages, stageView{s.GetName(), s.GetDetail(), timeOf(s.GetStartedAt()), timeOf(s.GetFinishedAt())})
+	}
+	return v
+}
+
+// resultView is one reference's result in a batch.
+type resultView struct {
+	Ref     string     `json:"ref"`
+	OK      bool       `json:"ok"`
+	ID      string     `json:"id,omitempty"`
+	Name    string     `json:"name,omitempty"`
+	State   string     `json:"state,omitempty"`
+	Notices []string   `json:"notices"`
+	Error   *errorView `json:"error,omitempty"`
+}
+
+type daemonView struct {
+	Running           bool       `json:"running"`
+	PID               int32      `json:"pid,omitempty"`
+	Version           string     `json:"version,omitempty"`
+	APIRevision       int32      `json:"api_revision,omitempty"`
+	Socket            string     `json:"socket"`
+	Log               string     `json:"log"`
+	StateDir          string     `json:"state_dir"`
+	RuntimeDir        string     `json:"runtime_dir,omitempty"`
+	DNSAddress        string     `json:"dns_address,omitempty"`
+	VMM               string     `json:"vmm,omitempty"`
+	Accel             string     `json:"accel,omitempty"`
+	VMMNotice         string     `json:"vmm_notice,omitempty"`
+	StartedAt         *time.Time `json:"started_at,omitempty"`
+	VMsTotal          int32      `json:"vms_total"`
+	VMsRunning        int32      `json:"vms_running"`
+	OperationsRunning int32      `json:"operations_running"`
+	Warnings          []string   `json:"warnings"`
+	InstallationID    string     `json:"installation_id,omitempty"`
+}
+
+type findingView struct {
+	Code     string `json:"code"`
+	Severity string `json:"severity"`
+	Title    string `json:"title"`
+	Detail   string `json:"detail,omitempty"`
+	Fix      string `json:"fix,omitempty"`
+}

@@ -1,0 +1,249 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
+)
+
+func (a *app) vmCommand() *cobra.Command {
+	cmd := group(&cobra.Command{
+		Use:   "vm",
+		Short: "Make, enter and look after VMs",
+		Example: `  banger vm create --name calm-otter --memory 4G
+  banger vm ssh calm-otter`,
+	})
+	cmd.AddCommand(
+		a.createCommand(), a.listCommand(), a.showCommand(), a.sshCommand(),
+		a.startCommand(), a.stopCommand(), a.restartCommand(), a.killCommand(), a.deleteCommand(),
+	)
+	return cmd
+}
+
+func (a *app) createCommand() *cobra.Command {
+	var (
+		name, image    string
+		vcpu           = &count{what: "virtual CPUs"}
+		memory         = &size{what: "memory", bare: mib}
+		disk           = &size{what: "the work disk"}
+		system         = &size{what: "the system disk"}
+		labelled       = labels{}
+		noStart, quiet bool
+	)
+	d := createDefaults()
+	cmd := &cobra.Command{
+		Use:   "create [flags]",
+		Short: "Make a VM and start it",
+		Long: `Make a VM and start it. Returns when the VM's agent answers; banger vm ssh waits for
+the SSH server if it needs to. Sizes are written 4G, 4GiB or 512M.`,
+		Example: `  banger vm create
+  banger vm create --name calm-otter --vcpu 4 --memory 4G --disk-size 32G
+  ssh_to=$(banger vm create --quiet)`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usage(cmd, "%s takes no arguments; a name is given as --name %s", cmd.CommandPath(), args[0])
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if cmd.Flags().Changed("name") && name == "" {
+				return usage(cmd, "--name is empty: leave it out to get a name")
+			}
+			mebibytes := memory.bytes / mib
+			if memory.bytes > 0 && mebibytes == 0 {
+				return usage(cmd, "--memory is less than 1 MiB")
+			}
+			return a.create(cmd.Context(), &bangerv1.CreateVMRequest{
+				Name: name, Image: image, Vcpu: vcpu.value, MemoryMib: mebibytes,
+				DiskBytes: disk.bytes, SystemBytes: system.bytes, Labels: labelled, NoStart: noStart,
+			}, quiet)
+		},
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.StringVar(&name, "name", "", "name, a DNS label (default: a generated adjective-animal)")
+	f.StringVar(&image, "image", "", "image to make it from"+d.image)
+	f.Var(vcpu, "vcpu", "virtual CPUs"+d.vcpu)
+	f.Var(memory, "memory", "memory; a number alone is MiB"+d.memory)
+	f.Var(disk, "disk-size", "work disk, mounted at /root"+d.disk)
+	f.Var(system, "system-size", "system disk: everything written elsewhere"+d.system)
+	f.Var(labelled, "label", "label, can be repeated")
+	f.BoolVar(&noStart, "no-start", false, "make it, do not start it")
+	f.BoolVarP(&quiet, "quiet", "q", false, "print nothing but the VM's name")
+	return cmd
+}
+
+func (a *app) create(ctx context.Context, r *bangerv1.CreateVMRequest, quiet bool) error {
+	c, err := a.connect()
+	if err != nil {
+		return err
+	}
+	resp, err := c.VMs.CreateVM(ctx, r)
+	if err != nil {
+		return err
+	}
+	op, err := a.follow(ctx, c, resp.GetOperation(), quiet)
+	if err != nil {
+		if errors.Is(err, errInterrupted) {
+			a.goesOn(resp.GetOperation())
+		}
+		return err
+	}
+	switch {
+	case a.json:
+		return a.printJSON(viewVM(op.GetVm()))
+	case quiet:
+		fmt.Fprintln(a.stdout, op.GetVmName())
+		return nil
+	}
+	for _, n := range op.GetNotices() {
+		fmt.Fprintln(a.stderr, n)
+	}
+	took := op.GetFinishedAt().AsTime().Sub(op.GetCreatedAt().AsTime())
+	fmt.Fprintf(a.stderr, "%s: %s after %s\n", op.GetVmName(), op.GetVm().GetState(), formatTook(took))
+	if r.GetNoStart() {
+		fmt.Fprintf(a.stdout, "banger vm start %s\n", op.GetVmName())
+		return nil
+	}
+	fmt.Fprintf(a.stdout, "banger vm ssh %s\n", op.GetVmName())
+	return nil
+}
+
+func (a *app) listCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "list",
+		Aliases: []string{"ls", "ps"},
+		Short:   "List all VMs",
+		Example: `  banger vm list
+  banger vm list --output json | jq -r '.[] | select(.state == "running") | .name'`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.connect()
+			if err != nil {
+				return err
+			}
+			resp, err := c.VMs.ListVMs(cmd.Context(), &bangerv1.ListVMsRequest{})
+			if err != nil {
+				return err
+			}
+			if a.json {
+				views := make([]*vmView, len(resp.GetVms()))
+				for i, v := range resp.GetVms() {
+					views[i] = viewVM(v)
+				}
+				return a.printJSON(views)
+			}
+			if len(resp.GetVms()) == 0 {
+				fmt.Fprintln(a.stderr, "No VMs yet. Make one: banger vm create")
+				return nil
+			}
+			now := a.now()
+			var rows [][]cell
+			for _, v := range resp.GetVms() {
+				rows = append(rows, []cell{
+					{text: v.GetName()}, {text: shortID(v.GetId())}, {text: v.GetState(), color: stateColor(v.GetState())},
+					{text: v.GetImage()}, {text: fmt.Sprint(v.GetVcpu())}, {text: formatBytes(v.GetMemoryMib() * mib)},
+					{text: formatBytes(v.GetDiskBytes())}, {text: formatAge(now, v.GetCreatedAt())},
+				})
+			}
+			return table(a.stdout, a.color, []string{"NAME", "ID", "STATE", "IMAGE", "VCPU", "MEMORY", "DISK", "CREATED"}, rows)
+		},
+	}
+}
+
+// shortID is as much of an id as people are shown; it is a reference, too.
+func shortID(id string) string { return id[:min(12, len(id))] }
+
+func (a *app) showCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "show VM",
+		Short: "Show everything about one VM",
+		Example: `  banger vm show calm-otter
+  banger vm show calm-otter --output json | jq .boot`,
+		Args: oneRef,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.connect()
+			if err != nil {
+				return err
+			}
+			resp, err := c.VMs.GetVM(cmd.Context(), &bangerv1.GetVMRequest{Id: args[0]})
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(viewVM(resp.GetVm()))
+			}
+			return a.printVM(resp.GetVm())
+		},
+	}
+}
+
+func (a *app) printVM(v *bangerv1.VM) error {
+	now := a.now()
+	var rows [][]cell
+	add := func(key, value string) {
+		if value != "" {
+			rows = append(rows, []cell{{text: key, color: dim}, {text: value}})
+		}
+	}
+	add("name", v.GetName())
+	add("id", v.GetId())
+	rows = append(rows, []cell{{text: "state", color: dim}, {text: v.GetState(), color: stateColor(v.GetState())}})
+	if v.GetVmmState() != "" && v.GetVmmState() != v.GetState() {
+		add("machine", v.GetVmmState())
+	}
+	if f := v.GetFailure(); f != nil {
+		add("failed at", f.GetStep()+", "+formatAge(now, f.GetAt()))
+		add("because", f.GetFault().GetMessage())
+		add("hint", f.GetFault().GetHint())
+	}
+	add("note", v.GetNote())
+	add("operation", v.GetOperationId())
+	add("image", v.GetImage())
+	add("kernel", v.GetKernel())
+	add("vcpu", fmt.Sprint(v.GetVcpu()))
+	add("memory", formatBytes(v.GetMemoryMib()*mib))
+	add("work disk", diskText(v.GetDiskBytes(), v.GetDiskAllocatedBytes()))
+	add("system disk", diskText(v.GetSystemBytes(), v.GetSystemAllocatedBytes()))
+	var pairs []string
+	for key, value := range v.GetLabels() {
+		pairs = append(pairs, key+"="+value)
+	}
+	slices.Sort(pairs)
+	add("labels", strings.Join(pairs, " "))
+	if v.GetVmm() != "" {
+		add("vmm", strings.TrimSpace(v.GetVmm()+" "+v.GetAccel()))
+	}
+	if v.GetPid() > 0 {
+		add("pid", fmt.Sprint(v.GetPid()))
+	}
+	add("agent", v.GetAgent())
+	var stages []string
+	for _, s := range v.GetBoot() {
+		stages = append(stages, fmt.Sprintf("%s %.1fs", s.GetName(), s.GetAtMs()/1000))
+	}
+	add("boot", strings.Join(stages, ", "))
+	add("created", formatAge(now, v.GetCreatedAt()))
+	if v.GetStartedAt() != nil {
+		add("started", formatAge(now, v.GetStartedAt()))
+	}
+	if v.GetStoppedAt() != nil {
+		add("stopped", formatAge(now, v.GetStoppedAt()))
+	}
+	add("directory", v.GetDirectory())
+	add("log", v.GetLog())
+	return table(a.stdout, a.color, nil, rows)
+}
+
+func diskText(size, allocated int64) string {
+	if allocated == 0 {
+		return formatBytes(size)
+	}
+	return fmt.Sprintf("%s (%s used on the host)", formatBytes(size), formatBytes(allocated))
+}
