@@ -30,6 +30,10 @@ const journalMiB = 64
 // reservedGrowBlocks sizes the room that resize_inode reserves for group descriptors: 2 TiB.
 const reservedGrowBlocks = 2 << 40 / BlockSize
 
+// FixedBlocks is what a filesystem of kind Growing or Base holds beside content and inode tables: the
+// journal, the reserved group descriptors with their copies, bitmaps.
+const FixedBlocks = journalMiB<<20/BlockSize + 4096
+
 // Kind says what a filesystem is for.
 type Kind int
 
