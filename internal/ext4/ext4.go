@@ -43,6 +43,10 @@ const MinGrowBytes int64 = 256 << 20
 // bytesPerInode is set because mke2fs.conf chooses it by the size at birth, and it cannot be changed.
 const bytesPerInode = 16384
 
+// FixedBlocks is what a filesystem of kind Growing or Base holds beside content and inode tables: the
+// journal, the reserved group descriptors with their copies, bitmaps.
+const FixedBlocks = journalMiB<<20/BlockSize + 4096
+
 // Kind says what a filesystem is for.
 type Kind int
 

@@ -1,0 +1,61 @@
+package bundle
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/pem"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/crypto/ssh"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+)
+
+// keyComment marks the public key in a guest's authorized_keys.
+const keyComment = "banger"
+
+// EnsureSSHKey sees to it that dir holds id_ed25519 (0600) and id_ed25519.pub. A key that is there is kept for
+// good: running guests know it. One that cannot be read as a key is fault.Corrupt and is not overwritten.
+func EnsureSSHKey(dir string) error {
+	file := filepath.Join(dir, FileName(SSHKey))
+	raw, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		if raw, err = newKey(); err != nil {
+			return fault.Wrap(err, fault.Internal, file, "cannot be made")
+		}
+		if err := replaceFile(file, raw, 0o600); err != nil {
+			return err
+		}
+	} else if err != nil {
+		return fault.Wrap(err, fault.Permission, file, "cannot be read")
+	}
+	signer, err := ssh.ParsePrivateKey(raw)
+	if err != nil {
+		return fault.Wrap(err, fault.Corrupt, file, "is not an SSH private key").
+			WithHint("move it away and run the same command again: a new key is made; running VMs know the old one until they are restarted")
+	}
+	if err := os.Chmod(file, 0o600); err != nil {
+		return fault.Wrap(err, fault.Permission, file, "cannot be made private")
+	}
+	pub := ssh.MarshalAuthorizedKey(signer.PublicKey())
+	pub = append(pub[:len(pub)-1], " "+keyComment+"\n"...)
+	if old, err := os.ReadFile(file + ".pub"); err == nil && string(old) == string(pub) {
+		return nil
+	}
+	return replaceFile(file+".pub", pub, 0o644)
+}
+
+func newKey() ([]byte, error) {
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	block, err := ssh.MarshalPrivateKey(private, keyComment)
+	if err != nil {
+		return nil, err
+	}
+	return pem.EncodeToMemory(block), nil
+}

@@ -1,0 +1,432 @@
+package main
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"git.thaloco.com/thaloco/banger/internal/bundle"
+	"git.thaloco.com/thaloco/banger/internal/ext4"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/kernel"
+)
+
+// Names of files in the cache's entries.
+const (
+	fileVmlinux = "vmlinux"
+	fileModules = "modules.ext4"
+	fileInitrd  = "initrd-base.img" // with an empty guest program
+	fileVersion = "kernel-version"
+	fileImage   = "rootfs.ext4"
+	fileSeed    = "work-seed.ext4"
+	dirTools    = "tools"
+)
+
+// cacheNeed is the space a build takes in the cache for a moment: two images and their tar, in bytes.
+const cacheNeed = 5 << 30
+
+// seedBlocks is the size of the work seed, 256 MiB: enough for its journal; sparse, and enlarged with
+// every disk that is cloned from it.
+const seedBlocks = 256 << 20 / ext4.BlockSize
+
+// kernelKey and imageKey name what the artifacts are made of. An image's key has all of packages.apt
+// that counts: names, not comments.
+func kernelKey() string {
+	return contentKey("kernel", recipeVersion, suite, runtime.GOARCH, kernelPackages, kernel.InitrdModules(), ext4.MkfsArgs(ext4.ReadOnly))
+}
+
+func imageKey(packages []string) (string, error) {
+	repl, err := replacements()
+	if err != nil {
+		return "", err
+	}
+	var own []string
+	for _, r := range repl {
+		own = append(own, r.name, r.link, string(r.content), strconv.FormatInt(r.mode, 8))
+	}
+	return contentKey("image", recipeVersion, suite, runtime.GOARCH, debootstrapArgs("", "minbase", packages), own, dropped,
+		ext4.MkfsArgs(ext4.Base), ext4.MkfsArgs(ext4.Growing), kernelPackages), nil
+}
+
+// buildKernel unpacks the kernel package: vmlinux, the modules image, the initrd but for the guest program,
+// and the tools that make images.
+func buildKernel(ctx context.Context, p *progress, mode, dir string) ([]string, error) {
+	p.begin("fetching the kernel and the image tools")
+	root := filepath.Join(dir, dirTools)
+	err := debootstrap(ctx, p, mode, "extract", kernelPackages, func(r io.Reader) error { return extractTools(r, root) })
+	if err != nil {
+		return nil, err
+	}
+	p.begin("unpacking the kernel")
+	images, err := filepath.Glob(filepath.Join(root, "boot/vmlinuz-*"))
+	if err != nil || len(images) != 1 {
+		return nil, fault.New(fault.Corrupt, kernelPackages[0], "holds %d kernels instead of one", len(images))
+	}
+	raw, err := os.ReadFile(images[0])
+	if err != nil {
+		return nil, err
+	}
+	vmlinux, err := kernel.Unpack(raw, filepath.Base(images[0]))
+	if err != nil {
+		return nil, err
+	}
+	version, err := kernel.Version(raw, filepath.Base(images[0]))
+	if err != nil {
+		return nil, err
+	}
+	// Packages carry no index; depmod looks in lib/modules, which usrmerge makes a link.
+	if err := os.Symlink("usr/lib", filepath.Join(root, "lib")); err != nil {
+		return nil, err
+	}
+	tools := toolchain{root}
+	if err := tools.run(ctx, "depmod", "-b", root, version); err != nil {
+		return nil, err
+	}
+	tree, err := kernel.OpenTree(filepath.Join(root, "usr/lib/modules", version))
+	if err != nil {
+		return nil, err
+	}
+	initrd, err := kernel.BuildInitrd(nil, tree)
+	if err != nil {
+		return nil, err
+	}
+	for name, content := range map[string][]byte{fileVmlinux: vmlinux, fileInitrd: initrd, fileVersion: []byte(version)} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {
+			return nil, fault.Wrap(err, fault.Exhausted, name, "cannot be written")
+		}
+	}
+	if err := buildModulesImage(ctx, tools, tree.Dir(), filepath.Join(dir, fileModules)); err != nil {
+		return nil, err
+	}
+	// The packages' rest has served.
+	for _, d := range []string{"boot", "usr/lib/modules", "lib"} {
+		if err := os.RemoveAll(filepath.Join(root, d)); err != nil {
+			return nil, err
+		}
+	}
+	return []string{fileVmlinux, fileModules, fileInitrd, fileVersion}, nil
+}
+
+// buildModulesImage goes by a tar, so that the modules belong to root whoever builds.
+func buildModulesImage(ctx context.Context, tools toolchain, tree, file string) error {
+	tarFile := file + ".tar"
+	defer os.Remove(tarFile)
+	f, err := os.Create(tarFile)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	w := tar.NewWriter(f)
+	var size imageSize
+	err = filepath.WalkDir(tree, func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(tree, p)
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		h := &tar.Header{Name: tarName(rel, tar.TypeReg), Typeflag: tar.TypeReg, Mode: 0o644, Size: info.Size(), ModTime: info.ModTime()}
+		if d.IsDir() {
+			h = &tar.Header{Name: tarName(rel, tar.TypeDir), Typeflag: tar.TypeDir, Mode: 0o755, ModTime: info.ModTime()}
+		} else if !d.Type().IsRegular() {
+			return nil // links to headers that are not in the package
+		}
+		size.add(h)
+		if err := w.WriteHeader(h); err != nil || d.IsDir() {
+			return err
+		}
+		in, err := os.Open(p)
+		if err != nil {
+			return err
+		}
+		defer in.Close()
+		_, err = io.Copy(w, in)
+		return err
+	})
+	if err := errors.Join(err, w.Close()); err != nil {
+		return err
+	}
+	return makeImage(ctx, tools, ext4.ReadOnly, "modules", tarFile, file, size, 0)
+}
+
+// extractTools unpacks what buildKernel needs of the packages: the kernel, its modules, the programs
+// with their libraries. Nothing is written through a link: links are made last.
+func extractTools(r io.Reader, root string) error {
+	wanted := func(name string) bool {
+		switch dir := path.Dir(name); {
+		case dir == "boot":
+			return strings.HasPrefix(name, "boot/vmlinuz-")
+		case strings.HasPrefix(name, "usr/lib/modules/"):
+			return true
+		case dir == "usr/lib/x86_64-linux-gnu":
+			return strings.Contains(path.Base(name), ".so")
+		}
+		switch name {
+		case "usr/sbin/mke2fs", "usr/sbin/debugfs", "usr/bin/kmod", "usr/sbin/depmod":
+			return true
+		}
+		return false
+	}
+	links := map[string]string{}
+	tr := tar.NewReader(r)
+	for {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		name := path.Clean(h.Name)
+		if !filepath.IsLocal(name) || !wanted(name) {
+			continue
+		}
+		file := filepath.Join(root, name)
+		switch h.Typeflag {
+		case tar.TypeSymlink:
+			links[file] = h.Linkname
+		case tar.TypeReg:
+			if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+				return err
+			}
+			f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, fs.FileMode(h.Mode&0o755))
+			if err != nil {
+				return err
+			}
+			_, err = io.Copy(f, tr)
+			if err := errors.Join(err, f.Close()); err != nil {
+				return err
+			}
+		}
+	}
+	for file, target := range links {
+		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+			return err
+		}
+		if err := os.Symlink(target, file); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// buildImage makes the root filesystem and the work seed in dir.
+func buildImage(ctx context.Context, p *progress, mode, dir string, packages []string, tools toolchain) ([]string, error) {
+	if free, err := freeBytes(dir); err != nil || free < cacheNeed {
+		return nil, fault.Wrap(err, fault.Exhausted, dir, "building the image takes %s, and there are %s", gib(cacheNeed), gib(free)).
+			WithHint("free some space, or set XDG_CACHE_HOME to a directory with more")
+	}
+	p.begin("building the root filesystem from %d packages", len(packages))
+	imageTar, seedTar := filepath.Join(dir, "rootfs.tar"), filepath.Join(dir, "seed.tar")
+	var imgSize, seedSize imageSize
+	err := debootstrap(ctx, p, mode, "minbase", packages, func(r io.Reader) (err error) {
+		image, err := os.Create(imageTar)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, image.Close()) }()
+		seed, err := os.Create(seedTar)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, seed.Close()) }()
+		imgSize, seedSize, err = rewriteTar(r, image, seed, time.Now())
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.begin("writing the root filesystem image")
+	if err := makeImage(ctx, tools, ext4.Base, "rootfs", imageTar, filepath.Join(dir, fileImage), imgSize, 0); err != nil {
+		return nil, err
+	}
+	seed := filepath.Join(dir, fileSeed)
+	if err := makeImage(ctx, tools, ext4.Growing, "work", seedTar, seed, seedSize, seedBlocks); err != nil {
+		return nil, err
+	}
+	// The seed's root is somebody's home directory; e2fsck makes lost+found when it needs one.
+	if err := tools.run(ctx, "debugfs", "-w", "-R", "rmdir lost+found", seed); err != nil {
+		return nil, err
+	}
+	return []string{fileImage, fileSeed}, errors.Join(os.Remove(imageTar), os.Remove(seedTar))
+}
+
+// makeImage makes an ext4 image of a tar. blocks 0 means as many as the content needs.
+func makeImage(ctx context.Context, tools toolchain, kind ext4.Kind, label, tarFile, file string, size imageSize, blocks int64) error {
+	args := append(ext4.MkfsArgs(kind), "-L", label)
+	if blocks == 0 {
+		inodes := size.inodes + 32
+		blocks = size.blocks + size.blocks/50 + 512
+		switch kind {
+		case ext4.ReadOnly:
+			args = append(args, "-N", strconv.FormatInt(inodes, 10))
+			blocks += inodes / 16
+		default:
+			// One inode for 16 KiB as usual, so that a clone which is enlarged has enough; more if
+			// the content is of small files. An inode table block holds 16.
+			inodes = max(inodes, blocks/4)
+			args = append(args, "-N", strconv.FormatInt(inodes, 10))
+			blocks += inodes/16 + ext4.FixedBlocks
+		}
+	}
+	args = append(args, "-d", tarFile, file, strconv.FormatInt(blocks, 10))
+	if err := tools.run(ctx, "mke2fs", args...); err != nil {
+		return err
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	sb, err := ext4.ReadSuperblock(f, file)
+	if err == nil && (sb.Blocks != blocks || !sb.Clean()) {
+		err = fault.New(fault.Internal, file, "mke2fs made %d blocks instead of %d", sb.Blocks, blocks)
+	}
+	return err
+}
+
+// buildAgent gives the guest program: the one named, or the checkout's own, built static.
+func buildAgent(ctx context.Context, o options, file string) error {
+	if o.agent != "" {
+		_, err := placeFile(ctx, o.agent, file, 0o755)
+		return err
+	}
+	ldflags := "-s -w -X main.version=" + o.version
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", ldflags, "-o", file, "./cmd/banger-vsock-agent")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+runtime.GOARCH)
+	out, err := cmd.CombinedOutput()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, "banger-vsock-agent", "cannot be built:\n%s", strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// makeRuntime builds or repairs the bundle. The artifacts are made beside the bundle, synced, and
+// renamed into it; bundle.json is the last, so a bundle is never described before it is there.
+func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error {
+	packages, err := readPackages(o.packages)
+	if err != nil {
+		return err
+	}
+	c, err := openCache(ctx, p)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	// Only a build needs mmdebstrap: with a warm cache neither it nor the network is asked for.
+	var mode string
+	needMode := func() (err error) {
+		if mode == "" {
+			mode, err = debootstrapMode()
+		}
+		return err
+	}
+	kernelDir, kernelFiles, err := c.get(ctx, "kernel", kernelKey(), false, func(dir string) ([]string, error) {
+		if err := needMode(); err != nil {
+			return nil, err
+		}
+		return buildKernel(ctx, p, mode, dir)
+	})
+	if err != nil {
+		return err
+	}
+	key, err := imageKey(packages)
+	if err != nil {
+		return err
+	}
+	imageDir, imageFiles, err := c.get(ctx, "image", key, fresh, func(dir string) ([]string, error) {
+		if err := needMode(); err != nil {
+			return nil, err
+		}
+		return buildImage(ctx, p, mode, dir, packages, toolchain{filepath.Join(kernelDir, dirTools)})
+	})
+	if err != nil {
+		return err
+	}
+
+	p.begin("putting the bundle together in %s", o.runtime)
+	if err := os.MkdirAll(o.runtime, 0o755); err != nil {
+		return fault.Wrap(err, fault.Permission, o.runtime, "cannot be made")
+	}
+	s, err := newStaging(o.runtime)
+	if err != nil {
+		return err
+	}
+	defer s.discard()
+	version, err := os.ReadFile(filepath.Join(kernelDir, fileVersion))
+	if err != nil {
+		return fault.Wrap(err, fault.Corrupt, kernelDir, "is damaged").WithHint("remove it and try again")
+	}
+	for _, a := range []struct {
+		role  bundle.Role
+		dir   string
+		file  string
+		files map[string]bundle.Artifact
+	}{
+		{bundle.Kernel, kernelDir, fileVmlinux, kernelFiles},
+		{bundle.Modules, kernelDir, fileModules, kernelFiles},
+		{bundle.RootFS, imageDir, fileImage, imageFiles},
+		{bundle.WorkSeed, imageDir, fileSeed, imageFiles},
+	} {
+		p.note(bundle.FileName(a.role))
+		if err := s.addCached(ctx, a.role, filepath.Join(a.dir, a.file), a.files[a.file]); err != nil {
+			return err
+		}
+	}
+	p.note(bundle.FileName(bundle.Agent))
+	if err := s.addAgent(ctx, o, filepath.Join(kernelDir, fileInitrd)); err != nil {
+		return err
+	}
+	if err := s.add(ctx, bundle.Packages, o.packages, 0o644); err != nil {
+		return err
+	}
+	if fileExists(filepath.Join(o.runtime, bundle.FileName(bundle.BaseRootFS))) {
+		p.note(bundle.FileName(bundle.BaseRootFS))
+		if err := s.keep(ctx, bundle.BaseRootFS); err != nil {
+			return err
+		}
+	}
+	if err := s.commit(&bundle.Bundle{CreatedBy: o.version, Arch: runtime.GOARCH, KernelVersion: string(version)}); err != nil {
+		return err
+	}
+	return errors.Join(c.prune("kernel"), c.prune("image"))
+}
+
+// refreshAgent builds the guest program into a bundle that is there, and the initrd with it.
+func refreshAgent(ctx context.Context, p *progress, o options) error {
+	b, err := bundle.Load(o.runtime)
+	if err != nil {
+		return err
+	}
+	p.begin("building the guest program")
+	s, err := newStaging(o.runtime)
+	if err != nil {
+		return err
+	}
+	defer s.discard()
+	for r, a := range b.Artifacts {
+		s.done[r] = a
+	}
+	if err := s.addAgent(ctx, o, b.Path(bundle.Initrd)); err != nil {
+		return err
+	}
+	return s.commit(b)
+}

@@ -1,0 +1,188 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.thaloco.com/thaloco/banger/internal/bundle"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+)
+
+// keepEntries is how many results of each kind the cache keeps: today's, and the one to go back to.
+const keepEntries = 2
+
+// cache holds what is slow to make, each under a key of all that decides its content. An entry is a
+// directory that was renamed into place when complete.
+type cache struct {
+	dir  string
+	lock *os.File
+}
+
+// openCache opens the cache and waits until no other build uses it.
+func openCache(ctx context.Context, p *progress) (*cache, error) {
+	base := os.Getenv("XDG_CACHE_HOME")
+	if !filepath.IsAbs(base) { // the XDG specification: a relative path is to be ignored
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return nil, fault.Wrap(err, fault.Invalid, "cache", "has no place").WithHint("set HOME or XDG_CACHE_HOME")
+		}
+		base = filepath.Join(home, ".cache")
+	}
+	c := &cache{dir: filepath.Join(base, "banger", "build")}
+	if err := os.MkdirAll(c.dir, 0o755); err != nil {
+		return nil, fault.Wrap(err, fault.Permission, c.dir, "cannot be made")
+	}
+	lock, err := os.OpenFile(filepath.Join(c.dir, "lock"), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Permission, c.dir, "cannot be locked")
+	}
+	c.lock = lock
+	if unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		p.begin("waiting for another build to finish")
+		got := make(chan error, 1)
+		go func() { got <- unix.Flock(int(lock.Fd()), unix.LOCK_EX) }()
+		select {
+		case err := <-got:
+			if err != nil {
+				return nil, fault.Wrap(err, fault.Internal, c.dir, "cannot be locked")
+			}
+		case <-ctx.Done():
+			return nil, ctx.Err() // the process ends, and the goroutine with it
+		}
+	}
+	// What a killed build left behind is nobody's now that we have the lock.
+	return c, c.removeAll(".tmp-")
+}
+
+func (c *cache) close() error { return c.lock.Close() }
+
+func (c *cache) removeAll(prefix string) error {
+	entries, err := os.ReadDir(c.dir)
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), prefix) {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(c.dir, e.Name())))
+		}
+	}
+	return err
+}
+
+// contentKey hashes everything that decides an artifact's content.
+func contentKey(parts ...any) string {
+	h := sha256.New()
+	for _, p := range parts {
+		raw, err := json.Marshal(p)
+		if err != nil {
+			panic(err) // only strings and lists of them come here
+		}
+		fmt.Fprintf(h, "%d:%s;", len(raw), raw)
+	}
+	return hex.EncodeToString(h.Sum(nil))[:32]
+}
+
+// manifestName lists an entry's files with their checksums: a damaged cache is noticed when it is used.
+const manifestName = "manifest.json"
+
+// get returns the entry kind-key, made by build in a scratch directory if it is not there or, with
+// fresh, in any case. build returns the names of the files that are artifacts.
+func (c *cache) get(ctx context.Context, kind, key string, fresh bool, build func(dir string) ([]string, error)) (string, map[string]bundle.Artifact, error) {
+	dir := filepath.Join(c.dir, kind+"-"+key)
+	if !fresh {
+		if files, err := readManifest(dir); err == nil {
+			// The time of use decides what prune keeps.
+			now := time.Now()
+			return dir, files, os.Chtimes(dir, now, now)
+		}
+	}
+	tmp, err := os.MkdirTemp(c.dir, ".tmp-"+kind+"-")
+	if err != nil {
+		return "", nil, fault.Wrap(err, fault.Permission, c.dir, "cannot be written")
+	}
+	defer os.RemoveAll(tmp)
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return "", nil, err
+	}
+	names, err := build(tmp)
+	if err != nil {
+		return "", nil, err
+	}
+	files := map[string]bundle.Artifact{}
+	for _, n := range names {
+		if files[n], err = bundle.Describe(ctx, tmp, n); err != nil {
+			return "", nil, err
+		}
+	}
+	raw, err := json.MarshalIndent(files, "", "  ")
+	if err != nil {
+		return "", nil, err
+	}
+	if err := os.WriteFile(filepath.Join(tmp, manifestName), raw, 0o644); err != nil {
+		return "", nil, fault.Wrap(err, fault.Exhausted, c.dir, "cannot be written")
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return "", nil, err
+	}
+	return dir, files, os.Rename(tmp, dir)
+}
+
+func readManifest(dir string) (map[string]bundle.Artifact, error) {
+	raw, err := os.ReadFile(filepath.Join(dir, manifestName))
+	if err != nil {
+		return nil, err
+	}
+	var files map[string]bundle.Artifact
+	if err := json.Unmarshal(raw, &files); err != nil {
+		return nil, err
+	}
+	for name, f := range files {
+		info, err := os.Stat(filepath.Join(dir, name))
+		if err != nil {
+			return nil, err
+		}
+		if info.Size() != f.Size {
+			return nil, fmt.Errorf("%s has another size than when it was made", name)
+		}
+	}
+	return files, nil
+}
+
+// prune removes all but the entries of a kind that were used last.
+func (c *cache) prune(kind string) error {
+	type entry struct {
+		path string
+		used time.Time
+	}
+	var found []entry
+	list, err := os.ReadDir(c.dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range list {
+		if !strings.HasPrefix(e.Name(), kind+"-") {
+			continue
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		found = append(found, entry{filepath.Join(c.dir, e.Name()), info.ModTime()})
+	}
+	slices.SortFunc(found, func(a, b entry) int { return cmp.Compare(b.used.UnixNano(), a.used.UnixNano()) })
+	for _, e := range found[min(keepEntries, len(found)):] {
+		if err := os.RemoveAll(e.path); err != nil {
+			return err
+		}
+	}
+	return nil
+}

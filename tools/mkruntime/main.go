@@ -1,0 +1,89 @@
+// Command mkruntime builds the runtime bundle (`make runtime`): kernel, initrd, modules image, the
+// default root filesystem with its work seed, the guest program, and bundle.json.
+//
+// Everything comes from Debian packages by mmdebstrap, as root or as an ordinary user, without a
+// mount of its own or a loop device. What is slow is kept under $XDG_CACHE_HOME/banger/build by content
+// key, never by date. It owns how artifacts are made; internal/bundle owns what a bundle is.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+)
+
+const usage = `Usage: mkruntime [flags] <command>
+
+Commands:
+  all      build or repair the runtime bundle
+  rootfs   the same, with the default image built afresh from today's packages
+  agent    build the guest program into an existing bundle
+  pack     write the bundle to dist/banger-runtime.tar.gz and print its SHA256
+  install  copy the bundle to -to, with a key of its own
+
+Flags:
+`
+
+type options struct {
+	runtime  string
+	packages string
+	agent    string
+	to       string
+	version  string
+}
+
+func main() {
+	// The files made here are read by other users' programs (mmdebstrap's mapped user, the VMM).
+	syscall.Umask(0o022)
+
+	var o options
+	flag.StringVar(&o.runtime, "runtime", "runtime", "the bundle's `directory`")
+	flag.StringVar(&o.packages, "packages", "packages.apt", "the `file` that lists the packages of the default image")
+	flag.StringVar(&o.agent, "agent", "", "take this guest program instead of building ./cmd/banger-vsock-agent")
+	flag.StringVar(&o.to, "to", "", "where pack and install put their result")
+	flag.StringVar(&o.version, "version", "devel", "the version to write into bundle.json")
+	flag.Usage = func() {
+		fmt.Fprint(os.Stderr, usage)
+		flag.PrintDefaults()
+	}
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+
+	commands := map[string]func(context.Context, *progress, options) error{
+		"all":     func(ctx context.Context, p *progress, o options) error { return makeRuntime(ctx, p, o, false) },
+		"rootfs":  func(ctx context.Context, p *progress, o options) error { return makeRuntime(ctx, p, o, true) },
+		"agent":   refreshAgent,
+		"pack":    pack,
+		"install": install,
+	}
+	run := commands[flag.Arg(0)]
+	if run == nil || flag.NArg() != 1 {
+		flag.Usage()
+		os.Exit(2)
+	}
+	if abs, err := filepath.Abs(o.runtime); err == nil {
+		o.runtime = abs
+	}
+	p := newProgress(os.Stderr)
+	err := run(ctx, p, o)
+	p.end()
+	if err != nil {
+		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+			fmt.Fprintln(os.Stderr, "interrupted; temporary files are removed, nothing was changed")
+			os.Exit(130)
+		}
+		fmt.Fprintf(os.Stderr, "error: %v\n", err)
+		if hint := fault.HintOf(err); hint != "" {
+			fmt.Fprintf(os.Stderr, "       %s\n", hint)
+		}
+		os.Exit(1)
+	}
+}
