@@ -3,6 +3,7 @@ package system
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strconv"
@@ -80,8 +81,8 @@ var kernelOnly = []string{"proc", "sysfs", "devtmpfs", "devpts", "tmpfs", "ramfs
 	"binfmt_misc", "autofs", "fusectl", "nsfs", "rpc_pipefs"}
 
 // UnmountDisks flushes and unmounts every filesystem that is on a disk or over one, the latest
-// first, with whatever is mounted below it. What is still in use is made read-only, which leaves a
-// clean filesystem as well. The error names what stayed writable. Kernel filesystems stay.
+// first, with whatever is mounted below it. If something is still in use, the kernel makes all of
+// them read-only by force, which leaves clean disks as well. Kernel filesystems stay.
 func UnmountDisks() error {
 	unix.Sync()
 	// A mount may be held by one that an earlier pass removes: repeat while a pass gets further.
@@ -90,87 +91,70 @@ func UnmountDisks() error {
 		if err != nil {
 			return err
 		}
-		progress, left := false, false
-		var failed error
+		progress := false
+		var busy error
 		for _, m := range slices.Backward(mounts) {
-			if !onDisk(m, mounts) {
-				continue
-			}
-			if err := unix.Unmount(m.Path, unix.UMOUNT_NOFOLLOW); err == nil {
+			switch {
+			case isDisk(m):
+				if err := unix.Unmount(m.Path, unix.UMOUNT_NOFOLLOW); err != nil {
+					busy = errors.Join(busy, PathError("unmount", m.Path, err))
+					continue
+				}
 				progress = true
-				continue
-			} else if isDisk(m) {
-				left = true
-				failed = errors.Join(failed, PathError("unmount", m.Path, err))
+			case belowDisk(m, mounts):
+				// systemd leaves control groups in use; detached they no longer hold the root.
+				progress = unix.Unmount(m.Path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil || progress
 			}
 		}
 		switch {
-		case !left:
+		case busy == nil:
 			unix.Sync()
 			return nil
 		case !progress:
-			return errors.Join(seal(mounts), withoutSealed(failed))
+			if err := remountReadOnly(); err != nil {
+				return errors.Join(busy, err)
+			}
+			return nil
 		}
 	}
 }
 
-// withoutSealed exists to say why the mounts were sealed instead of unmounted, if anything stayed
-// writable; see seal.
-func withoutSealed(failed error) error {
-	if stillWritable() {
-		return failed
+// remountReadOnly is the kernel's emergency remount (sysrq 'u'): every filesystem on a block device
+// becomes read-only, files open for writing or not, also those that no mount of ours shows, like
+// the upper one of an overlay. It runs on a work queue and says only in the kernel's log when it
+// is done.
+func remountReadOnly() error {
+	const doneTime = 10 * time.Second
+	log, err := os.OpenFile("/dev/kmsg", os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
 	}
-	return nil
-}
-
-// seal makes what cannot be unmounted read-only: first politely, then by the kernel's emergency
-// remount, which does it with files open for writing (sysrq 'u').
-func seal(mounts []Mount) error {
-	for _, m := range slices.Backward(mounts) {
-		if isDisk(m) {
-			_ = unix.Mount("", m.Path, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") // judged by stillWritable
-		}
+	defer log.Close()
+	if _, err := log.Seek(0, io.SeekEnd); err != nil {
+		return err
 	}
-	unix.Sync()
-	if !stillWritable() {
-		return nil
+	if err := log.SetReadDeadline(time.Now().Add(doneTime)); err != nil {
+		return err
 	}
 	if err := os.WriteFile("/proc/sysrq-trigger", []byte("u"), 0); err != nil {
 		return err
 	}
-	// The kernel does it on a work queue and tells nobody but its log.
-	for range 50 {
-		if !stillWritable() {
+	line := make([]byte, 8<<10) // one record a read
+	for {
+		n, err := log.Read(line)
+		if err != nil && !errors.Is(err, unix.EPIPE) { // EPIPE: records were overwritten meanwhile
+			return fmt.Errorf("emergency remount: %w", err)
+		}
+		if strings.Contains(string(line[:max(n, 0)]), "Emergency Remount complete") {
+			unix.Sync()
 			return nil
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
-	return errors.New("a filesystem is still writable after the emergency remount")
-}
-
-func stillWritable() bool {
-	content, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return true
-	}
-	for line := range strings.Lines(string(content)) {
-		_, after, _ := strings.Cut(line, " - ")
-		rest := strings.Fields(after)
-		if len(rest) == 3 && !slices.Contains(kernelOnly, rest[0]) && rest[0] != "overlay" &&
-			slices.Contains(strings.Split(rest[2], ","), "rw") {
-			return true
-		}
-	}
-	return false
 }
 
 func isDisk(m Mount) bool { return !slices.Contains(kernelOnly, m.FSType) }
 
-// onDisk is true for a disk's mount and for anything mounted below one.
-func onDisk(m Mount, all []Mount) bool {
-	if isDisk(m) {
-		return true
-	}
+func belowDisk(m Mount, all []Mount) bool {
 	return slices.ContainsFunc(all, func(o Mount) bool {
 		return isDisk(o) && o.Path != "/" && strings.HasPrefix(m.Path, o.Path+"/")
 	})
