@@ -21,8 +21,8 @@ type Image struct {
 	CreatedAt time.Time `json:"created_at"`
 }
 
-// Kernel is what any root filesystem can be booted with. The files of a captured kernel lie in
-// kernels/<ID>/ under the names vmlinux, initrd.img, modules.ext4, and foreign.img if there is one.
+// Kernel is what any root filesystem can be booted with. Its parts are captured by content, each a
+// file of its own.
 type Kernel struct {
 	ID            string    `json:"id"`      // content id over its files
 	Version       string    `json:"version"` // uname -r of it, and the name of its modules directory

@@ -2,8 +2,6 @@ package sandbox
 
 import (
 	"context"
-	"errors"
-	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -19,6 +17,37 @@ import (
 func (s *Service) systemDisk(id vm.ID) string { return filepath.Join(s.vmDir(id), "system.ext4") }
 func (s *Service) workDisk(id vm.ID) string   { return filepath.Join(s.vmDir(id), "work.ext4") }
 
+// Labels of blank filesystems.
+const (
+	systemLabel = "banger-system"
+	workLabel   = "banger-work"
+)
+
+// ensureBlanks makes the blank filesystems that VMs of the default sizes are cloned from. It runs
+// mke2fs, once, so that making a VM need not.
+func (s *Service) ensureBlanks(ctx context.Context) error {
+	t := disk.Templates{Dir: s.paths.Templates()}
+	for label, size := range map[string]int64{systemLabel: s.cfg.DefaultSystemSize, workLabel: s.cfg.DefaultDiskSize} {
+		for _, size := range []int64{vm.MinDiskBytes, size} {
+			if _, err := t.Ensure(ctx, label, size); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// blank is the filesystem to clone for a disk of a size. What the daemon made at its start is
+// normally there; the cache may have been emptied since.
+func (s *Service) blank(ctx context.Context, label string, size int64) (string, error) {
+	t := disk.Templates{Dir: s.paths.Templates()}
+	path, err := t.Best(label, size)
+	if fault.Is(err, fault.NotFound) {
+		path, err = t.Ensure(ctx, label, vm.MinDiskBytes)
+	}
+	return path, err
+}
+
 // systemDisk owns the VM's directory and its system overlay.
 type systemDisk struct{ service *Service }
 
@@ -33,11 +62,12 @@ func (d *systemDisk) Prepare(ctx context.Context, v *vm.VM) error {
 	if err := os.MkdirAll(s.vmDir(v.ID), 0o700); err != nil {
 		return fault.Wrap(err, fault.Internal, s.vmDir(v.ID), "the VM's directory cannot be made")
 	}
-	template, err := disk.Blank(ctx, s.paths.Cache)
+	template, err := s.blank(ctx, systemLabel, v.Spec.SystemSize)
 	if err != nil {
 		return err
 	}
-	return disk.FromTemplate(ctx, template, s.systemDisk(v.ID), v.Spec.SystemSize)
+	_, err = disk.NewFromTemplate(ctx, template, s.systemDisk(v.ID), v.Spec.SystemSize)
+	return err
 }
 
 // Cleanup removes the directory with all that is in it.
@@ -63,7 +93,7 @@ func (d *systemDisk) Machine(_ context.Context, v *vm.VM, spec *vmm.Spec) error 
 
 // Check makes the blank template, once: it needs mke2fs.
 func (d *systemDisk) Check(ctx context.Context) []doctor.Finding {
-	if err := disk.CheckTools(ctx, d.service.paths.Cache); err != nil {
+	if err := d.service.ensureBlanks(ctx); err != nil {
 		return []doctor.Finding{doctor.FromError("mke2fs", "Blank disks", err)}
 	}
 	return []doctor.Finding{{Code: "mke2fs", Severity: doctor.Pass, Title: "Blank disks", Detail: "can be made"}}
@@ -80,22 +110,20 @@ func (d *workDisk) Durable() {}
 // Prepare clones the image's work seed, or a blank disk if the image has none.
 func (d *workDisk) Prepare(ctx context.Context, v *vm.VM) error {
 	s := d.service
-	template := s.images.seedPath(v.Pins)
-	if template == "" {
+	template := s.images.content(v.Pins.Seed)
+	if v.Pins.Seed == "" {
 		var err error
-		if template, err = disk.Blank(ctx, s.paths.Cache); err != nil {
+		if template, err = s.blank(ctx, workLabel, v.Spec.DiskSize); err != nil {
 			return err
 		}
 	}
-	return disk.FromTemplate(ctx, template, s.workDisk(v.ID), v.Spec.DiskSize)
+	_, err := disk.NewFromTemplate(ctx, template, s.workDisk(v.ID), v.Spec.DiskSize)
+	return err
 }
 
 // Cleanup removes the disk.
 func (d *workDisk) Cleanup(_ context.Context, v *vm.VM, _ lifecycle.How) error {
-	if err := os.Remove(d.service.workDisk(v.ID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fault.Wrap(err, fault.Internal, v.Name, "the work disk cannot be removed")
-	}
-	return nil
+	return disk.Remove(d.service.workDisk(v.ID))
 }
 
 // GuestConfig mounts it at /root, grown to the drive.

@@ -5,12 +5,10 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/bundle"
@@ -29,7 +27,7 @@ import (
 // defaultImage is the name under which the bundle's root filesystem is registered by itself.
 const defaultImage = "default"
 
-// images owns captured artifacts: root filesystems, work seeds and kernels, each in a directory
+// images owns captured artifacts: root filesystems, work seeds and the parts of kernels, each a file
 // named by its content id, kept as long as an image or a VM refers to it.
 type images struct {
 	store *store.Store
@@ -49,37 +47,48 @@ type source struct {
 	size int64
 }
 
-func (im *images) baseDir(id string) string { return filepath.Join(im.paths.State, "images", id) }
-func (im *images) basePath(id string) string {
-	return filepath.Join(im.baseDir(id), "rootfs.ext4")
-}
-func (im *images) kernelDir(id string) string {
-	return filepath.Join(im.paths.State, "kernels", id)
-}
+// content is where captured content lies: one file an id.
+func (im *images) content(id string) string { return filepath.Join(im.paths.Images(), id) }
 
-// seedPath is where the captured work seed of a VM's image lies, "" if it has none.
-func (im *images) seedPath(p vm.Pins) string {
-	if p.Seed == "" {
-		return ""
-	}
-	return filepath.Join(im.baseDir(p.Seed), "work-seed.ext4")
-}
+// kernelPart is where a captured part of a kernel lies.
+func (im *images) kernelPart(id string) string { return filepath.Join(im.paths.Kernels(), id) }
 
-// The files of a captured kernel.
+// The parts of a kernel, as indices of image.Kernel.Files.
 const (
-	kernelFile  = "vmlinux"
-	initrdFile  = "initrd.img"  // ours: guest program and modules
-	foreignFile = "foreign.img" // default_initrd, put before ours
-	modulesFile = "modules.ext4"
+	partKernel  = iota
+	partInitrd  // ours: guest program and modules
+	partModules // ext4
+	partForeign // default_initrd, if there is one
 )
+
+// bundle reads where the bundle is and what it says it holds.
+func (im *images) bundle() (*bundle.Bundle, error) {
+	where, err := bundle.Locate(im.cfg.RuntimeDir)
+	if err != nil {
+		return nil, err
+	}
+	return bundle.Load(where.Dir)
+}
 
 // identity is the path of the installation's private SSH key.
 func (im *images) identity() (string, error) {
-	dir, err := bundle.Locate(im.cfg.RuntimeDir)
+	b, err := im.bundle()
 	if err != nil {
 		return "", err
 	}
-	return filepath.Join(dir, bundle.SSHKey), nil
+	return b.Path(bundle.SSHKey), nil
+}
+
+// agentPath is the guest program that VMs boot with.
+func (im *images) agentPath() (string, error) {
+	if im.cfg.VsockAgentPath != "" {
+		return im.cfg.VsockAgentPath, nil
+	}
+	b, err := im.bundle()
+	if err != nil {
+		return "", err
+	}
+	return b.Path(bundle.Agent), nil
 }
 
 // pins resolves an image name to the content that a VM of it is made from.
@@ -116,11 +125,7 @@ func (im *images) refresh(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	dir, err := bundle.Locate(im.cfg.RuntimeDir)
-	if err != nil {
-		return err
-	}
-	b, err := bundle.Load(dir)
+	b, err := im.bundle()
 	if err != nil {
 		return err
 	}
@@ -128,39 +133,41 @@ func (im *images) refresh(ctx context.Context) error {
 		return err
 	}
 	c := im.cfg
-	print := fingerprint(append([]string{filepath.Join(dir, bundle.ManifestName)},
-		c.DefaultRootfs, c.DefaultWorkSeed, c.DefaultKernel, c.DefaultInitrd, c.DefaultModulesDir)...)
+	print := fingerprint(filepath.Join(b.Dir(), bundle.ManifestName), b.Path(bundle.RootFS), b.Path(bundle.WorkSeed),
+		c.DefaultRootfs, c.DefaultWorkSeed, c.DefaultKernel, c.DefaultInitrd, c.DefaultModulesDir)
 	if print == im.seen {
 		return nil
 	}
 	sources := map[string]source{}
-	take := func(path string, known bundle.Artifact) (string, error) {
-		id := known.SHA256
+	// take names the content of a file by its path, or of the bundle's artifact where there is none:
+	// that one's id is known without reading it.
+	take := func(path string, role bundle.Role) (string, error) {
+		id := b.Artifacts[role].SHA256
 		if path == "" {
-			path = filepath.Join(dir, known.Path)
+			path = b.Path(role)
 		} else if id, err = im.hash(ctx, path); err != nil {
 			return "", err
 		}
-		st, err := os.Stat(path)
+		size, err := disk.Allocated(path)
 		if err != nil {
-			return "", fault.Wrap(err, fault.NotFound, path, "the file cannot be read")
+			return "", err
 		}
-		sources[id] = source{path: path, size: allocated(st)}
+		sources[id] = source{path: path, size: size}
 		return id, nil
 	}
-	img := image.Image{Name: defaultImage, Source: filepath.Join(dir, b.Rootfs.Path), Packages: filepath.Join(dir, b.Packages.Path), CreatedAt: time.Now()}
+	img := image.Image{Name: defaultImage, Source: b.Path(bundle.RootFS), Packages: b.Path(bundle.Packages), CreatedAt: time.Now()}
 	if c.DefaultRootfs != "" {
 		img.Source = c.DefaultRootfs
 	}
 	if c.DefaultPackagesFile != "" {
 		img.Packages = c.DefaultPackagesFile
 	}
-	if img.Base, err = take(c.DefaultRootfs, b.Rootfs); err != nil {
+	if img.Base, err = take(c.DefaultRootfs, bundle.RootFS); err != nil {
 		return err
 	}
 	// The bundle's seed is /root of the bundle's root filesystem: no other one's.
-	if c.DefaultWorkSeed != "" || c.DefaultRootfs == "" && b.WorkSeed.Path != "" {
-		if img.Seed, err = take(c.DefaultWorkSeed, b.WorkSeed); err != nil {
+	if c.DefaultWorkSeed != "" || c.DefaultRootfs == "" {
+		if img.Seed, err = take(c.DefaultWorkSeed, bundle.WorkSeed); err != nil {
 			return err
 		}
 	}
@@ -169,7 +176,7 @@ func (im *images) refresh(ctx context.Context) error {
 		return fault.Wrap(err, fault.NotFound, img.Source, "the root filesystem cannot be read")
 	}
 	img.SizeBytes = st.Size()
-	k, err := im.kernelSources(ctx, dir, b, take)
+	k, err := im.kernelSources(ctx, b, take)
 	if err != nil {
 		return err
 	}
@@ -188,31 +195,31 @@ func (im *images) refresh(ctx context.Context) error {
 
 // kernelSources finds the files of the kernel that new VMs boot with: the bundle's, or what the
 // configuration puts in their place. What has to be made of them is made in the cache.
-func (im *images) kernelSources(ctx context.Context, dir string, b *bundle.Bundle, take func(string, bundle.Artifact) (string, error)) (image.Kernel, error) {
+func (im *images) kernelSources(ctx context.Context, b *bundle.Bundle, take func(string, bundle.Role) (string, error)) (image.Kernel, error) {
 	c := im.cfg
 	k := image.Kernel{Version: b.KernelVersion, ForeignInitrd: c.DefaultInitrd != "", CreatedAt: time.Now()}
 	var own ownKernel
 	if c.DefaultKernel != "" || c.DefaultModulesDir != "" {
 		var err error
-		if own, err = im.makeKernel(ctx, dir, b); err != nil {
+		if own, err = im.makeKernel(ctx); err != nil {
 			return k, err
 		}
 		k.Version = own.version
 	}
 	parts := []struct {
-		path  string
-		known bundle.Artifact
-	}{{own.vmlinux, b.Kernel}, {own.initrd, b.Initrd}, {own.modules, b.Modules}}
+		path string
+		role bundle.Role
+	}{{own.vmlinux, bundle.Kernel}, {own.initrd, bundle.Initrd}, {own.modules, bundle.Modules}}
 	var ids []string
 	for _, p := range parts {
-		id, err := take(p.path, p.known)
+		id, err := take(p.path, p.role)
 		if err != nil {
 			return k, err
 		}
 		ids = append(ids, id)
 	}
 	if c.DefaultInitrd != "" {
-		id, err := take(c.DefaultInitrd, bundle.Artifact{})
+		id, err := take(c.DefaultInitrd, bundle.Initrd)
 		if err != nil {
 			return k, err
 		}
@@ -229,7 +236,7 @@ type ownKernel struct{ vmlinux, initrd, modules, version string }
 
 // makeKernel makes boot artifacts of default_kernel and default_modules_dir, once per content, in
 // the cache.
-func (im *images) makeKernel(ctx context.Context, dir string, b *bundle.Bundle) (ownKernel, error) {
+func (im *images) makeKernel(ctx context.Context) (ownKernel, error) {
 	c := im.cfg
 	if c.DefaultModulesDir == "" || c.DefaultKernel == "" {
 		return ownKernel{}, fault.New(fault.Invalid, "default_kernel", "default_kernel and default_modules_dir go together: modules fit one kernel only").
@@ -256,17 +263,17 @@ func (im *images) makeKernel(ctx context.Context, dir string, b *bundle.Bundle) 
 	if err := os.MkdirAll(out, 0o700); err != nil {
 		return ownKernel{}, fault.Wrap(err, fault.Internal, out, "the cache cannot be written")
 	}
-	own := ownKernel{vmlinux: filepath.Join(out, kernelFile), initrd: filepath.Join(out, initrdFile), modules: filepath.Join(out, modulesFile), version: version}
+	own := ownKernel{vmlinux: filepath.Join(out, "vmlinux"), initrd: filepath.Join(out, "initrd.img"), modules: filepath.Join(out, "modules.ext4"), version: version}
 	if _, err := os.Stat(own.initrd); err == nil { // written last
 		return own, nil
 	}
-	if err := disk.WriteFile(own.vmlinux, vmlinux, 0o400); err != nil {
+	if err := writeCache(own.vmlinux, vmlinux); err != nil {
 		return own, err
 	}
 	if err := kernel.WriteModulesImage(ctx, tree, own.modules); err != nil {
 		return own, err
 	}
-	agent, err := im.agentProgram(dir)
+	agent, err := im.agentProgram()
 	if err != nil {
 		return own, err
 	}
@@ -274,14 +281,14 @@ func (im *images) makeKernel(ctx context.Context, dir string, b *bundle.Bundle) 
 	if err != nil {
 		return own, err
 	}
-	return own, disk.WriteFile(own.initrd, initrd, 0o400)
+	return own, writeCache(own.initrd, initrd)
 }
 
-// agentProgram reads the guest program that VMs boot with.
-func (im *images) agentProgram(dir string) ([]byte, error) {
-	path := im.cfg.VsockAgentPath
-	if path == "" {
-		path = filepath.Join(dir, bundle.Agent)
+// agentProgram reads the guest program.
+func (im *images) agentProgram() ([]byte, error) {
+	path, err := im.agentPath()
+	if err != nil {
+		return nil, err
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -300,32 +307,50 @@ func (im *images) hash(ctx context.Context, path string) (string, error) {
 	} else if id, ok := strings.CutPrefix(known, print+" "); ok {
 		return id, nil
 	}
-	id, err := disk.Hash(ctx, path)
+	id, err := disk.ContentID(ctx, path)
 	if err != nil {
 		return "", err
 	}
 	return id, im.store.SetMeta(ctx, key, print+" "+id)
 }
 
-// fingerprint changes when one of the files does.
+// fingerprint changes when one of the files does; "" stands for none.
 func fingerprint(paths ...string) string {
 	var out []string
 	for _, p := range paths {
 		if p == "" {
 			continue
 		}
-		st, err := os.Stat(p)
+		print, err := disk.Fingerprint(p)
 		if err != nil {
-			out = append(out, p+":missing")
-			continue
+			print = "missing" // whoever needs the file will say so
 		}
-		sys := st.Sys().(*syscall.Stat_t)
-		out = append(out, fmt.Sprintf("%s:%d:%d:%d:%d", p, sys.Ino, st.Size(), sys.Mtim.Nano(), sys.Ctim.Nano()))
+		out = append(out, p+":"+print)
 	}
 	return strings.Join(out, "|")
 }
 
-func allocated(st fs.FileInfo) int64 { return st.Sys().(*syscall.Stat_t).Blocks * 512 } // stat(2): in 512-byte units
+// writeCache writes a file of the cache whole or not at all.
+func writeCache(path string, b []byte) (err error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return fault.Wrap(err, fault.Internal, path, "the cache cannot be written")
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, path, "the cache cannot be written")
+	}
+	defer func() {
+		if err != nil {
+			err = fault.Wrap(errors.Join(err, os.Remove(f.Name())), fault.Internal, path, "the cache cannot be written")
+		}
+	}()
+	_, werr := f.Write(b)
+	// Without the sync a power cut could leave the name on an empty file.
+	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), path)
+}
 
 // captureNeed is how many bytes capturing what a VM needs may take.
 func (im *images) captureNeed(ctx context.Context, p vm.Pins) (int64, error) {
@@ -334,7 +359,7 @@ func (im *images) captureNeed(ctx context.Context, p vm.Pins) (int64, error) {
 		return 0, err
 	}
 	defer unlock()
-	if exists(im.basePath(p.Base)) {
+	if exists(im.content(p.Base)) {
 		return 0, nil
 	}
 	return im.sources[p.Base].size, nil
@@ -352,11 +377,12 @@ func (im *images) capture(ctx context.Context, p vm.Pins) error {
 		return err
 	}
 	defer unlock()
-	if err := im.captureFile(ctx, p.Base, im.basePath(p.Base)); err != nil {
-		return err
-	}
+	ids := []string{p.Base}
 	if p.Seed != "" {
-		if err := im.captureFile(ctx, p.Seed, im.seedPath(p)); err != nil {
+		ids = append(ids, p.Seed)
+	}
+	for _, id := range ids {
+		if err := im.captureFile(ctx, id, im.paths.Images()); err != nil {
 			return err
 		}
 	}
@@ -364,29 +390,25 @@ func (im *images) capture(ctx context.Context, p vm.Pins) error {
 	if err != nil {
 		return err
 	}
-	for i, name := range []string{kernelFile, initrdFile, modulesFile, foreignFile} {
-		if i < len(k.Files) {
-			if err := im.captureFile(ctx, k.Files[i], filepath.Join(im.kernelDir(p.Kernel), name)); err != nil {
-				return err
-			}
+	for _, id := range k.Files {
+		if err := im.captureFile(ctx, id, im.paths.Kernels()); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-func (im *images) captureFile(ctx context.Context, id, dst string) error {
-	if exists(dst) {
+func (im *images) captureFile(ctx context.Context, id, dir string) error {
+	if exists(filepath.Join(dir, id)) {
 		return nil
 	}
 	src, ok := im.sources[id]
 	if !ok {
-		return fault.New(fault.Corrupt, dst, "the captured artifact is gone, and nothing on this machine holds its content any more").
+		return fault.New(fault.Corrupt, filepath.Join(dir, id), "the captured artifact is gone, and nothing on this machine holds its content any more").
 			WithHint("put the file back from a backup, or delete the VM and make a new one")
 	}
-	if err := os.MkdirAll(filepath.Dir(dst), 0o700); err != nil {
-		return fault.Wrap(err, fault.Internal, dst, "the directory cannot be made")
-	}
-	return disk.Capture(ctx, src.path, dst, id)
+	_, err := disk.Capture(ctx, src.path, dir, id)
+	return err
 }
 
 func (im *images) kernelRecord(ctx context.Context, id string) (image.Kernel, error) {
@@ -410,13 +432,9 @@ func (im *images) kernelVersion(ctx context.Context, id string) (string, error) 
 // initrd returns the path of the initrd to boot a kernel with: its own modules, today's guest
 // program. It is made once per pair, in the cache.
 func (im *images) initrd(ctx context.Context, id string) (string, error) {
-	dir, err := bundle.Locate(im.cfg.RuntimeDir)
+	agentPath, err := im.agentPath()
 	if err != nil {
 		return "", err
-	}
-	agentPath := im.cfg.VsockAgentPath
-	if agentPath == "" {
-		agentPath = filepath.Join(dir, bundle.Agent)
 	}
 	agentID, err := im.hash(ctx, agentPath)
 	if err != nil {
@@ -426,30 +444,35 @@ func (im *images) initrd(ctx context.Context, id string) (string, error) {
 	if exists(out) {
 		return out, nil
 	}
-	agent, err := im.agentProgram(dir)
+	agent, err := im.agentProgram()
 	if err != nil {
 		return "", err
 	}
-	ownPath := filepath.Join(im.kernelDir(id), initrdFile)
+	k, err := im.kernelRecord(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	if len(k.Files) <= partModules {
+		return "", fault.New(fault.Corrupt, id, "the kernel's record is incomplete")
+	}
+	ownPath := im.kernelPart(k.Files[partInitrd])
 	own, err := os.ReadFile(ownPath)
 	if err != nil {
 		return "", fault.Wrap(err, fault.Corrupt, ownPath, "the captured initrd cannot be read")
 	}
 	var made []byte
-	foreign, err := os.ReadFile(filepath.Join(im.kernelDir(id), foreignFile))
-	switch {
-	case err == nil:
-		made, err = kernel.JoinForeign(foreign, agent, own, ownPath)
-	case errors.Is(err, fs.ErrNotExist):
+	if k.ForeignInitrd {
+		var foreign []byte
+		if foreign, err = os.ReadFile(im.kernelPart(k.Files[partForeign])); err == nil {
+			made, err = kernel.JoinForeign(foreign, agent, own, ownPath)
+		}
+	} else {
 		made, err = kernel.RegenerateInitrd(own, agent, ownPath)
 	}
 	if err != nil {
 		return "", fault.Wrap(err, fault.Corrupt, ownPath, "no initrd can be made")
 	}
-	if err := os.MkdirAll(filepath.Dir(out), 0o700); err != nil {
-		return "", fault.Wrap(err, fault.Internal, out, "the cache cannot be written")
-	}
-	return out, disk.WriteFile(out, made, 0o400)
+	return out, writeCache(out, made)
 }
 
 // collectUnused is collect for callers that do not hold mu.
@@ -475,8 +498,22 @@ func (im *images) collect(ctx context.Context) error {
 	for _, v := range im.store.VMs() {
 		keep[v.Pins.Base], keep[v.Pins.Seed], keep[v.Pins.Kernel] = true, true, true
 	}
-	for _, kind := range []string{"images", "kernels"} {
-		dir := filepath.Join(im.paths.State, kind)
+	kernels, err := im.store.Kernels(ctx)
+	if err != nil {
+		return err
+	}
+	for _, k := range kernels {
+		if !keep[k.ID] {
+			if err := im.store.DeleteKernel(ctx, k.ID); err != nil {
+				return err
+			}
+			continue
+		}
+		for _, id := range k.Files {
+			keep[id] = true
+		}
+	}
+	for _, dir := range []string{im.paths.Images(), im.paths.Kernels()} {
 		have, err := names(dir)
 		if err != nil {
 			return err
@@ -486,18 +523,7 @@ func (im *images) collect(ctx context.Context) error {
 			if raw, err := hex.DecodeString(id); err != nil || len(raw) != sha256.Size || keep[id] {
 				continue
 			}
-			if err := os.RemoveAll(filepath.Join(dir, id)); err != nil {
-				return fault.Wrap(err, fault.Internal, id, "a captured artifact that nothing refers to cannot be removed")
-			}
-		}
-	}
-	kernels, err := im.store.Kernels(ctx)
-	if err != nil {
-		return err
-	}
-	for _, k := range kernels {
-		if !keep[k.ID] {
-			if err := im.store.DeleteKernel(ctx, k.ID); err != nil {
+			if err := disk.Remove(filepath.Join(dir, id)); err != nil {
 				return err
 			}
 		}
@@ -512,16 +538,9 @@ func (im *images) sweep(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	for _, kind := range []string{"images", "kernels"} {
-		dir := filepath.Join(im.paths.State, kind)
-		have, err := names(dir)
-		if err != nil {
+	for _, dir := range []string{im.paths.Images(), im.paths.Kernels(), im.paths.Templates()} {
+		if _, err := disk.Sweep(dir); err != nil {
 			return err
-		}
-		for _, id := range have {
-			if err := disk.SweepTemporary(filepath.Join(dir, id)); err != nil {
-				return err
-			}
 		}
 	}
 	return nil
@@ -544,29 +563,33 @@ func (c *imageCapability) Prepare(ctx context.Context, v *vm.VM) error {
 func (c *imageCapability) Cleanup(context.Context, *vm.VM, lifecycle.How) error { return nil }
 
 // Machine names kernel and initrd and attaches base and modules.
-func (c *imageCapability) Machine(ctx context.Context, v *vm.VM, spec *vmm.Spec) (err error) {
-	dir := c.images.kernelDir(v.Pins.Kernel)
-	spec.Kernel = filepath.Join(dir, kernelFile)
-	if spec.Initrd, err = c.images.initrd(ctx, v.Pins.Kernel); err != nil {
+func (c *imageCapability) Machine(ctx context.Context, v *vm.VM, spec *vmm.Spec) error {
+	initrd, err := c.images.initrd(ctx, v.Pins.Kernel)
+	if err != nil {
 		return err
 	}
-	if exists(filepath.Join(dir, foreignFile)) {
+	k, err := c.images.kernelRecord(ctx, v.Pins.Kernel)
+	if err != nil {
+		return err
+	}
+	spec.Kernel, spec.Initrd = c.images.kernelPart(k.Files[partKernel]), initrd
+	if k.ForeignInitrd {
 		spec.Cmdline += " rdinit=/" + kernel.ForeignAgentPath
 	}
 	spec.Drives = append(spec.Drives,
-		vmm.Drive{Role: vmm.RoleBase, Path: c.images.basePath(v.Pins.Base), ReadOnly: true},
-		vmm.Drive{Role: vmm.RoleModules, Path: filepath.Join(dir, modulesFile), ReadOnly: true})
+		vmm.Drive{Role: vmm.RoleBase, Path: c.images.content(v.Pins.Base), ReadOnly: true},
+		vmm.Drive{Role: vmm.RoleModules, Path: c.images.kernelPart(k.Files[partModules]), ReadOnly: true})
 	return nil
 }
 
 // Check looks at the bundle.
 func (c *imageCapability) Check(ctx context.Context) []doctor.Finding {
-	dir, err := bundle.Locate(c.images.cfg.RuntimeDir)
+	b, err := c.images.bundle()
 	if err == nil {
 		err = c.images.refresh(ctx)
 	}
 	if err != nil {
 		return []doctor.Finding{doctor.FromError("bundle", "Runtime bundle", err)}
 	}
-	return []doctor.Finding{{Code: "bundle", Severity: doctor.Pass, Title: "Runtime bundle", Detail: dir}}
+	return []doctor.Finding{{Code: "bundle", Severity: doctor.Pass, Title: "Runtime bundle", Detail: b.Dir()}}
 }

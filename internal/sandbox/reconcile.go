@@ -22,6 +22,10 @@ import (
 // installation. Disks without a record are reported, never removed. One VM that cannot be
 // reconciled is a warning, not an end to the others.
 func (s *Service) Reconcile(ctx context.Context, bootID string) error {
+	if err := s.ensureBlanks(ctx); err != nil {
+		// Everything but making VMs works without them, and doctor and create say so again.
+		s.log.Warn("blank disks could not be made", "err", err)
+	}
 	last, err := s.store.Meta(ctx, "boot_id")
 	if err != nil {
 		return err
@@ -176,7 +180,7 @@ func (s *Service) sweep(ctx context.Context) error {
 	for _, v := range s.store.VMs() {
 		known[string(v.ID)] = true
 		known[v.ID.Short()] = true
-		if err := disk.SweepTemporary(s.vmDir(v.ID)); err != nil {
+		if _, err := disk.Sweep(s.vmDir(v.ID)); err != nil {
 			return err
 		}
 	}

@@ -169,12 +169,6 @@ type Status struct {
 	Warnings          []string
 }
 
-// SSHTarget is what `vm ssh` needs to know.
-type SSHTarget struct {
-	HostKey      string // authorized_keys form, without a comment
-	IdentityFile string
-}
-
 // begin records an operation of an existing VM and runs fn in it under the VM's lock, on a fresh
 // copy of its record. fn ends with the record saved.
 func (s *Service) begin(ctx context.Context, kind operation.Kind, v vm.VM, fn func(context.Context, *operation.Handle, *vm.VM) error) (operation.Operation, error) {

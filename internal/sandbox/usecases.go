@@ -113,11 +113,10 @@ func (s *Service) defaultSpec() vm.Spec {
 }
 
 func (s *Service) generateName(ctx context.Context) (string, error) {
-	taken := func(name string) bool { _, ok := s.store.VMByName(name); return ok }
-	if s.cfg.NamegenPath != "" {
-		return namegen.FromProgram(ctx, s.cfg.NamegenPath, taken)
-	}
-	return namegen.Generate(taken)
+	return namegen.Generator{Program: s.cfg.NamegenPath}.Generate(ctx, func(name string) bool {
+		_, ok := s.store.VMByName(name)
+		return ok
+	})
 }
 
 // create is the body of a create operation.
@@ -512,7 +511,7 @@ func (s *Service) Cancel(_ context.Context, id string) (operation.Operation, err
 // DialGuest opens a TCP connection to a port on the guest's loopback through the agent and waits
 // until something listens there or ctx ends. Where the VMM has vsock the connection is backed by a
 // descriptor of its own (syscall.Conn); otherwise it is a stream of the daemon's session.
-func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int, wait bool) (net.Conn, error) {
+func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, error) {
 	v, err := s.known(id)
 	if err != nil {
 		return nil, err
@@ -529,24 +528,24 @@ func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int, wait bool) 
 		return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "the guest's agent does not answer").
 			WithHint("see `banger vm show %s`", v.Name)
 	}
-	conn, err := session.DialTCP(ctx, port, wait)
+	conn, err := session.DialTCP(ctx, port, true)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "port %d of the guest cannot be reached", port)
 	}
 	return conn, nil
 }
 
-// SSHTarget tells what `vm ssh` needs. fault.Precondition if the VM does not run.
-func (s *Service) SSHTarget(ctx context.Context, id vm.ID) (SSHTarget, error) {
+// SSHTarget tells which host key to expect, in authorized_keys form. fault.Precondition if the VM
+// does not run.
+func (s *Service) SSHTarget(_ context.Context, id vm.ID) (hostKeyPub string, err error) {
 	v, err := s.known(id)
 	if err != nil {
-		return SSHTarget{}, err
+		return "", err
 	}
 	if v.State != vm.Running && v.State != vm.Starting {
-		return SSHTarget{}, notRunning(v)
+		return "", notRunning(v)
 	}
-	key, err := s.images.identity()
-	return SSHTarget{HostKey: v.Secrets.HostKeyPub, IdentityFile: key}, err
+	return v.Secrets.HostKeyPub, nil
 }
 
 // Status tells what the daemon knows of itself.
