@@ -25,7 +25,6 @@ import (
 
 // Options are what a Service is made of.
 type Options struct {
-	Store     *store.Store
 	Driver    vmm.Driver
 	VMMNotice string // why this driver and not a faster one, "" if there is no faster one
 	Config    config.Config
@@ -60,9 +59,10 @@ type Service struct {
 	warnings []string
 }
 
-// New returns a Service over an open store. Call Reconcile before the first use case.
-func New(o Options) (*Service, error) {
-	s := &Service{store: o.Store, cfg: o.Config, paths: o.Paths, host: o.Host, log: o.Log, notice: o.VMMNotice, driver: o.Driver}
+// New returns a Service over an open store, which it closes in the end. Call Reconcile before the
+// first use case.
+func New(st *store.Store, o Options) *Service {
+	s := &Service{store: st, cfg: o.Config, paths: o.Paths, host: o.Host, log: o.Log, notice: o.VMMNotice, driver: o.Driver}
 	s.bg, s.bgStop = context.WithCancel(context.Background())
 	s.ops = operation.NewRunner(s.store.SaveOperation,
 		func(op operation.Operation) { s.hub.publish(Event{Operation: &op}) },
@@ -82,7 +82,7 @@ func New(o Options) (*Service, error) {
 		steps[i] = c
 	}
 	s.engine = lifecycle.New(s.store, steps...)
-	return s, nil
+	return s
 }
 
 // Close suspends running operations (the next daemon goes on with them), lets go of all machines
@@ -95,10 +95,10 @@ func (s *Service) Close(ctx context.Context) error {
 	go func() { s.watchers.Wait(); close(done) }()
 	select {
 	case <-done:
-		return err
 	case <-ctx.Done():
-		return errors.Join(err, fault.Wrap(ctx.Err(), fault.Timeout, "watchers", "some did not stop in time"))
+		err = errors.Join(err, fault.Wrap(ctx.Err(), fault.Timeout, "watchers", "some did not stop in time"))
 	}
+	return errors.Join(err, s.store.Close())
 }
 
 // vmDir is where a VM's disks, config drive and log lie.
