@@ -48,8 +48,7 @@ type Options struct {
 	LogLevel slog.Level
 	Warnings []string // about the settings, for status and log
 
-	IdentityFile string // private key that VMs accept
-	Revision     int    // 0: bangerv1.Revision; tests of version skew set another
+	Revision int // 0: bangerv1.Revision; tests of version skew set another
 
 	// Ready, if set, is the write end of the pipe of the process that started this daemon: it gets
 	// one line (see Report), and stdout and stderr then go to the log.
@@ -189,7 +188,7 @@ func run(ctx context.Context, o *Options) (err error) {
 		Handler: server.New(backend, server.Info{
 			PID: os.Getpid(), Version: version.String(), Revision: revision,
 			Socket: o.Paths.Socket(), Log: logPath,
-			StateDir: o.Paths.State, RuntimeDir: o.Paths.Runtime, IdentityFile: o.IdentityFile,
+			StateDir: o.Paths.State, RuntimeDir: o.Paths.Runtime,
 			StartedAt: started, Warnings: o.Warnings, Ending: ending, Shutdown: end,
 		}, log),
 		ReadHeaderTimeout: 10 * time.Second,

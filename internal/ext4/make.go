@@ -139,11 +139,8 @@ func (f Format) args(t Tool, path, root string) []string {
 }
 
 // Make writes a filesystem into path, which must not exist; what is left of a failure is removed.
-// The file is sparse and 0600. fault.Exhausted on a full disk.
+// The file is sparse and 0600, and is on the disk when Make returns. fault.Exhausted on a full disk.
 func (t Tool) Make(ctx context.Context, path string, f Format) (err error) {
-	if err := f.validate(); err != nil {
-		return err
-	}
 	out, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
@@ -154,6 +151,14 @@ func (t Tool) Make(ctx context.Context, path string, f Format) (err error) {
 			_ = os.Remove(path) // the failure being returned says more
 		}
 	}()
+	return t.Fill(ctx, out, f)
+}
+
+// Fill is Make for a file that the caller made, empty and open for writing, and removes on failure.
+func (t Tool) Fill(ctx context.Context, out *os.File, f Format) error {
+	if err := f.validate(); err != nil {
+		return err
+	}
 	if err := out.Truncate(f.Size); err != nil {
 		return err
 	}
@@ -161,10 +166,9 @@ func (t Tool) Make(ctx context.Context, path string, f Format) (err error) {
 	if f.Tar != nil {
 		root = "-"
 	}
-	argv := append(append([]string{}, t.Argv...), f.args(t, path, root)...)
+	argv := append(append([]string{}, t.Argv...), f.args(t, out.Name(), root)...)
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	cmd.Env = append(os.Environ(), "LC_ALL=C",
-		"E2FSPROGS_FAKE_TIME="+fakeTime, "SOURCE_DATE_EPOCH="+fakeTime)
+	cmd.Env = append(os.Environ(), "LC_ALL=C", "E2FSPROGS_FAKE_TIME="+fakeTime, "SOURCE_DATE_EPOCH="+fakeTime)
 	cmd.Stdin = f.Tar
 	msg, err := cmd.CombinedOutput()
 	if err != nil {
@@ -172,10 +176,10 @@ func (t Tool) Make(ctx context.Context, path string, f Format) (err error) {
 			return context.Cause(ctx)
 		}
 		code := fault.Internal
-		if strings.Contains(string(msg), "No space left") {
+		if strings.Contains(string(msg), "No space left") || strings.Contains(string(msg), "Could not allocate") {
 			code = fault.Exhausted
 		}
-		return fault.Wrap(err, code, path, "mke2fs failed: %s", firstLine(msg))
+		return fault.Wrap(err, code, out.Name(), "mke2fs failed: %s", firstLine(msg))
 	}
 	return out.Sync()
 }

@@ -51,7 +51,9 @@ func (w *world) Steps(context.Context, vm.ID) (map[string]StepState, error) {
 
 func (w *world) Forget(context.Context, vm.ID) error { return nil }
 
-func (w *world) say(format string, args ...any) { w.diary = append(w.diary, fmt.Sprintf(format, args...)) }
+func (w *world) say(format string, args ...any) {
+	w.diary = append(w.diary, fmt.Sprintf(format, args...))
+}
 
 func (w *world) told() string {
 	s := strings.Join(w.diary, "; ")

@@ -535,17 +535,23 @@ func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, 
 	return conn, nil
 }
 
-// SSHTarget tells which host key to expect, in authorized_keys form. fault.Precondition if the VM
-// does not run.
-func (s *Service) SSHTarget(_ context.Context, id vm.ID) (hostKeyPub string, err error) {
+// SSHTarget is what `vm ssh` needs to know.
+type SSHTarget struct {
+	HostKey      string // to expect, in authorized_keys form without a comment
+	IdentityFile string // private key that the VM accepts
+}
+
+// SSHTarget tells how to enter a VM. fault.Precondition if it does not run.
+func (s *Service) SSHTarget(_ context.Context, id vm.ID) (SSHTarget, error) {
 	v, err := s.known(id)
 	if err != nil {
-		return "", err
+		return SSHTarget{}, err
 	}
 	if v.State != vm.Running && v.State != vm.Starting {
-		return "", notRunning(v)
+		return SSHTarget{}, notRunning(v)
 	}
-	return v.Secrets.HostKeyPub, nil
+	key, err := s.images.identity()
+	return SSHTarget{HostKey: v.Secrets.HostKeyPub, IdentityFile: key}, err
 }
 
 // Status tells what the daemon knows of itself.

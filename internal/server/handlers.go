@@ -128,12 +128,12 @@ func (h *vmHandler) GetSSHTarget(ctx context.Context, r *bangerv1.GetSSHTargetRe
 	if err != nil {
 		return nil, err
 	}
-	key, err := h.svc.SSHTarget(ctx, v.ID)
+	target, err := h.svc.SSHTarget(ctx, v.ID)
 	if err != nil {
 		return nil, err
 	}
 	return &bangerv1.GetSSHTargetResponse{
-		User: "root", IdentityFile: h.info.IdentityFile, HostKey: key,
+		User: "root", IdentityFile: target.IdentityFile, HostKey: target.HostKey,
 		HostKeyAlias: string(v.ID) + ".banger",
 	}, nil
 }

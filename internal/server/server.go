@@ -35,7 +35,7 @@ type Machines interface {
 	List(ctx context.Context) ([]vm.VM, error)
 	Images(ctx context.Context) ([]image.Image, string, error)
 	Defaults(ctx context.Context) (sandbox.Defaults, error)
-	SSHTarget(ctx context.Context, id vm.ID) (hostKeyPub string, err error)
+	SSHTarget(ctx context.Context, id vm.ID) (sandbox.SSHTarget, error)
 }
 
 // Operations is what the operation calls need.
@@ -70,16 +70,15 @@ var _ Service = (*sandbox.Service)(nil)
 
 // Info is what the daemon's process knows of itself and the use cases do not.
 type Info struct {
-	PID          int
-	Version      string
-	Revision     int // bangerv1.Revision, except in tests of version skew
-	Socket       string
-	Log          string
-	StateDir     string
-	RuntimeDir   string // where the sockets are
-	IdentityFile string // private key that VMs accept
-	StartedAt    time.Time
-	Warnings     []string // found while starting, e.g. retired config keys
+	PID        int
+	Version    string
+	Revision   int // bangerv1.Revision, except in tests of version skew
+	Socket     string
+	Log        string
+	StateDir   string
+	RuntimeDir string // where the sockets are
+	StartedAt  time.Time
+	Warnings   []string // found while starting, e.g. retired config keys
 	// Ending is closed when the daemon stops accepting work: streams end then, calls finish.
 	Ending <-chan struct{}
 	// Shutdown asks the process to end. It returns at once.
