@@ -18,24 +18,42 @@ var (
 // exactly: it is how a process is known to be this installation's and this VM's.
 func (s Spec) Marker() string { return "banger-" + s.Owner + "-" + s.ID }
 
-// Validate looks at what every driver needs, without touching the host. fault.Invalid names the
-// field. Limits of a driver or of the host are the driver's to check.
-func (s Spec) Validate() error {
-	bad := func(format string, args ...any) error {
-		return fault.New(fault.Invalid, s.Name, format, args...).WithOp("vmm spec")
-	}
+func (s Spec) invalid(format string, args ...any) error {
+	return fault.New(fault.Invalid, s.Name, format, args...).WithOp("vmm spec")
+}
+
+// ValidateIdentity looks at what it takes to find a running machine: ID, Owner, RunDir and Log.
+// fault.Invalid names the field.
+func (s Spec) ValidateIdentity() error {
 	switch {
 	case !idForm.MatchString(s.ID):
-		return bad("machine id %q is not made of 1 to 64 letters, digits and underscores", s.ID)
+		return s.invalid("machine id %q is not made of 1 to 64 letters, digits and underscores", s.ID)
 	case !ownerForm.MatchString(s.Owner):
-		return bad("owner %q is not made of 1 to 64 letters, digits, underscores and dashes", s.Owner)
+		return s.invalid("owner %q is not made of 1 to 64 letters, digits, underscores and dashes", s.Owner)
+	}
+	for _, p := range []struct{ what, path string }{{"run directory", s.RunDir}, {"log", s.Log}} {
+		if !filepath.IsAbs(p.path) {
+			return s.invalid("the path of the %s is not absolute: %q", p.what, p.path)
+		}
+	}
+	return nil
+}
+
+// Validate looks at what every driver needs to start a machine, without touching the host.
+// fault.Invalid names the field. Limits of a driver or of the host are the driver's to check.
+func (s Spec) Validate() error {
+	if err := s.ValidateIdentity(); err != nil {
+		return err
+	}
+	bad := s.invalid
+	switch {
 	case s.VCPU < 1:
 		return bad("%d virtual CPUs", s.VCPU)
 	case s.MemoryMiB < 1:
 		return bad("%d MiB of memory", s.MemoryMiB)
 	}
 	type path struct{ what, path string }
-	paths := []path{{"run directory", s.RunDir}, {"log", s.Log}, {"kernel", s.Kernel}, {"initrd", s.Initrd}}
+	paths := []path{{"kernel", s.Kernel}, {"initrd", s.Initrd}}
 	seen := map[Role]bool{}
 	for _, d := range s.Drives {
 		if d.Role == "" {

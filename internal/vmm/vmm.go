@@ -151,7 +151,8 @@ type Driver interface {
 	// starts the process it removes stale sockets of the run directory; if it fails, nothing it
 	// made is left. If the machine of this spec runs already it is adopted.
 	Start(ctx context.Context, spec Spec) (Machine, error)
-	// Adopt finds the running machine of this spec by its pidfile (pid, start time, command line)
+	// Adopt finds the running machine of this spec (ID, Owner, Name, RunDir, Log and CID are all it
+	// takes: the artifacts it was started from may be gone) by its pidfile (pid, start time, command line)
 	// and socket. fault.NotFound if none runs, with everything stale in the run directory removed.
 	Adopt(ctx context.Context, spec Spec) (Machine, error)
 }

@@ -117,7 +117,7 @@ func (d *Driver) boot(spec vmm.Spec, r Record) error {
 
 // Adopt is vmm.Driver's.
 func (d *Driver) Adopt(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) {
-	if err := spec.Validate(); err != nil {
+	if err := spec.ValidateIdentity(); err != nil {
 		return nil, err
 	}
 	if err := ctx.Err(); err != nil {

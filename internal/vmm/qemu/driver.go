@@ -346,7 +346,7 @@ func tail(path string, from int64) string {
 // Adopt is vmm.Driver's. fault.Unavailable if the machine runs and its monitor does not answer,
 // perhaps because another daemon holds it: nothing was changed then.
 func (d *Driver) Adopt(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) {
-	if err := spec.Validate(); err != nil {
+	if err := spec.ValidateIdentity(); err != nil {
 		return nil, err
 	}
 	dir, err := openRunDir(spec.RunDir)
