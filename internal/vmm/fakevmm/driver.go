@@ -133,7 +133,7 @@ func (d *Driver) Adopt(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 		}
 		return nil, fault.New(fault.NotFound, spec.Name, "no VMM of it runs").WithOp("vmm adopt")
 	}
-	return d.handle(spec, r)
+	return d.handle(r.Spec, r) // the spec it was started with: this one need hold no more than an identity
 }
 
 // handle makes the Machine of a record. It watches before it looks, so that an end in between is

@@ -1,0 +1,572 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"sort"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"git.thaloco.com/thaloco/banger/internal/config"
+	"git.thaloco.com/thaloco/banger/internal/disk"
+	"git.thaloco.com/thaloco/banger/internal/lifecycle"
+	"git.thaloco.com/thaloco/banger/internal/operation"
+	"git.thaloco.com/thaloco/banger/internal/store"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/fakevmm"
+	"git.thaloco.com/thaloco/banger/test/fakebundle"
+	"git.thaloco.com/thaloco/banger/test/fakeguest"
+)
+
+// The signature test. A daemon process is ended at every boundary of every operation, where a
+// boundary is a moment before or after a commit of the production journal: that is, between any two
+// things that are done to the host. The daemon that follows is ended at each of its boundaries as
+// well. Whatever happens, the next one must converge: records, journal, machines, files agree, what
+// a user wanted is so, no work disk is ever made anew, and one more daemon changes nothing.
+//
+// Only the VMM is fake, and its machines survive the process as real ones do.
+
+const (
+	crashEnv  = "BANGER_CRASH_CHILD"
+	crashExit = 42
+)
+
+// crashChild is what a child process is told to do.
+type crashChild struct {
+	Dir     string // everything but the templates
+	Cache   string // templates, shared: made once
+	Do      string // operation, or "" for recovery alone
+	CrashAt int    // boundary to end at, from 1; 0 for none
+	Reboot  bool   // pretend that the host was booted anew
+}
+
+func TestMain(m *testing.M) {
+	if spec := os.Getenv(crashEnv); spec != "" {
+		var c crashChild
+		if err := json.Unmarshal([]byte(spec), &c); err != nil {
+			panic(err)
+		}
+		if err := c.run(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func (c crashChild) paths() (config.Paths, error) {
+	env := map[string]string{"BANGER_STATE_DIR": filepath.Join(c.Dir, "state"), "XDG_CACHE_HOME": c.Cache, "XDG_RUNTIME_DIR": c.Dir}
+	return config.ResolvePaths(config.Environment{Getenv: func(k string) string { return env[k] }, Home: c.Dir, UID: os.Geteuid(), Tmp: c.Dir})
+}
+
+// open is a daemon's start, with a counter at every boundary.
+func (c crashChild) open(ctx context.Context, count *int) (*Service, error) {
+	p, err := c.paths()
+	if err != nil {
+		return nil, err
+	}
+	if err := p.EnsureState(); err != nil {
+		return nil, err
+	}
+	if err := p.EnsureCache(); err != nil {
+		return nil, err
+	}
+	st, err := store.Open(ctx, p.Database())
+	if err != nil {
+		return nil, err
+	}
+	var mu sync.Mutex
+	st.AtCommit(func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if *count++; *count == c.CrashAt {
+			os.Exit(crashExit) // as kill -9 does: nothing deferred runs
+		}
+	})
+	world, err := fakevmm.Open(filepath.Join(c.Dir, "world"))
+	if err != nil {
+		return nil, err
+	}
+	cfg := config.Defaults(config.Host())
+	cfg.RuntimeDir = filepath.Join(c.Dir, "bundle")
+	cfg.BootTimeout, cfg.StopTimeout = 10*time.Second, 5*time.Second
+	cfg.DefaultDiskSize, cfg.DefaultSystemSize = vm.MinDiskBytes, vm.MinDiskBytes
+	s := New(st, Options{Driver: fakevmm.New(world, fakeguest.Agent(nil)), Config: cfg, Paths: p, Log: slog.New(slog.DiscardHandler)})
+	boot := "boot-1"
+	if c.Reboot {
+		boot = "boot-2"
+	}
+	return s, s.Reconcile(ctx, boot)
+}
+
+func (c crashChild) run() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	count := 0
+	s, err := c.open(ctx, &count)
+	if err != nil {
+		return err
+	}
+	if c.Do != "" {
+		v, _ := s.store.VMByName("calm-otter")
+		var op operation.Operation
+		switch operation.Kind(c.Do) {
+		case operation.Create:
+			op, err = s.Create(ctx, CreateRequest{Name: "calm-otter"})
+		case operation.Start:
+			op, err = s.Start(ctx, v.ID)
+		case operation.Stop:
+			op, err = s.Stop(ctx, v.ID, false)
+		case operation.Restart:
+			op, err = s.Restart(ctx, v.ID)
+		case operation.Delete:
+			op, err = s.Delete(ctx, v.ID)
+		}
+		if err != nil {
+			return err
+		}
+		_ = op
+	}
+	for _, op := range s.ops.List() {
+		err := s.WatchOperation(ctx, op.ID, func(o operation.Operation) error {
+			if o.State == operation.Failed && o.Kind != "" && c.Do == string(o.Kind) {
+				return fmt.Errorf("%s failed: %w", o.Kind, o.Fault)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if err := s.Close(ctx); err != nil {
+		return err
+	}
+	fmt.Println(count)
+	return nil
+}
+
+// spawn runs a child and returns how many boundaries it passed, or crashed.
+func (c crashChild) spawn(ctx context.Context) (boundaries int, crashed bool, err error) {
+	spec, err := json.Marshal(c)
+	if err != nil {
+		return 0, false, err
+	}
+	cmd := exec.CommandContext(ctx, os.Args[0])
+	cmd.Env = append(os.Environ(), crashEnv+"="+string(spec), "BANGER_RUNTIME_DIR=")
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if cmd.ProcessState != nil && cmd.ProcessState.ExitCode() == crashExit {
+		return 0, true, nil
+	}
+	if err != nil {
+		return 0, false, fmt.Errorf("child %s: %w: %s", spec, err, stderr.String())
+	}
+	_, err = fmt.Sscan(string(out), &boundaries)
+	return boundaries, false, err
+}
+
+// prepare gives the commands that lead to the state in which each operation is tried.
+var crashCases = []struct {
+	op     operation.Kind
+	before []operation.Kind
+	want   string // "running", "stopped", "gone": what the user wanted in the end
+}{
+	{operation.Create, nil, "running"},
+	{operation.Stop, []operation.Kind{operation.Create}, "stopped"},
+	{operation.Start, []operation.Kind{operation.Create, operation.Stop}, "running"},
+	{operation.Restart, []operation.Kind{operation.Create}, "running"},
+	{operation.Restart, []operation.Kind{operation.Create, operation.Stop}, "running"},
+	{operation.Delete, []operation.Kind{operation.Create}, "gone"},
+	{operation.Delete, []operation.Kind{operation.Create, operation.Stop}, "gone"},
+}
+
+const workMark = "a user's file"
+
+// look checks that everything agrees and returns the state of the VM. marked says that the work
+// disk carries a mark that must still be there.
+func look(dir, cache string, marked bool) (state string, err error) {
+	ctx := context.Background()
+	c := crashChild{Dir: dir, Cache: cache}
+	p, err := c.paths()
+	if err != nil {
+		return "", err
+	}
+	st, err := store.Open(ctx, p.Database())
+	if err != nil {
+		return "", err
+	}
+	defer st.Close()
+	world, err := fakevmm.Open(filepath.Join(dir, "world"))
+	if err != nil {
+		return "", err
+	}
+	machines, err := world.Machines()
+	if err != nil {
+		return "", err
+	}
+	ops, err := st.Operations(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, op := range ops {
+		if op.State == operation.Running {
+			return "", fmt.Errorf("operation %s is still recorded as running", op.Kind)
+		}
+	}
+	dirs, err := names(p.VMs())
+	if err != nil {
+		return "", err
+	}
+	runs, err := names(filepath.Join(p.State, "run"))
+	if err != nil {
+		return "", err
+	}
+	bases, err := names(p.Images())
+	if err != nil {
+		return "", err
+	}
+	vms := st.VMs()
+	if len(vms) == 0 {
+		if len(machines)+len(dirs)+len(runs) != 0 {
+			return "", fmt.Errorf("no VM is left, but %d machines, directories %v, run directories %v are", len(machines), dirs, runs)
+		}
+		return "gone", nil
+	}
+	v := vms[0]
+	if len(dirs) != 1 || dirs[0] != string(v.ID) {
+		return "", fmt.Errorf("VM directories: %v", dirs)
+	}
+	for _, id := range []string{v.Pins.Base, v.Pins.Seed} {
+		if !strings.Contains(strings.Join(bases, " "), id) {
+			return "", fmt.Errorf("%s is not captured: %v", id, bases)
+		}
+	}
+	steps, err := st.Steps(ctx, v.ID)
+	if err != nil {
+		return "", err
+	}
+	want := map[string]lifecycle.StepState{stepImage: lifecycle.Ready, stepSystem: lifecycle.Ready, stepWork: lifecycle.Ready}
+	files := []string{"system.ext4", "work.ext4"}
+	switch v.State {
+	case vm.Running:
+		want[stepConfig], want[stepVMM], want[stepAgent] = lifecycle.Ready, lifecycle.Ready, lifecycle.Ready
+		files = append(files, "config.tar")
+		if len(machines) != 1 || machines[0].Spec.ID != string(v.ID) || machines[0].PID() != v.PID {
+			return "", fmt.Errorf("the VM is running, the machines are %+v", machines)
+		}
+		if len(runs) != 1 {
+			return "", fmt.Errorf("run directories: %v", runs)
+		}
+	case vm.Stopped:
+		if len(machines)+len(runs) != 0 || v.PID != 0 {
+			return "", fmt.Errorf("the VM is stopped, but %d machines run, run directories: %v, pid %d", len(machines), runs, v.PID)
+		}
+	default:
+		return "", fmt.Errorf("the VM is %s, wanted %s: %+v", v.State, v.Desired, v.Failure)
+	}
+	if string(v.State) != string(v.Desired) {
+		return "", fmt.Errorf("the VM is %s, wanted %s", v.State, v.Desired)
+	}
+	if fmt.Sprint(steps) != fmt.Sprint(want) {
+		return "", fmt.Errorf("journal: %v, want %v", steps, want)
+	}
+	have, err := names(p.VM(string(v.ID)))
+	if err != nil {
+		return "", err
+	}
+	var disks []string
+	for _, n := range have {
+		if n != "firecracker.log" {
+			disks = append(disks, n)
+		}
+	}
+	sort.Strings(files)
+	if fmt.Sprint(disks) != fmt.Sprint(files) {
+		return "", fmt.Errorf("files: %v, want %v", disks, files)
+	}
+	if marked {
+		f, err := os.Open(filepath.Join(p.VM(string(v.ID)), "work.ext4"))
+		if err != nil {
+			return "", err
+		}
+		defer f.Close()
+		b := make([]byte, len(workMark))
+		if _, err := f.ReadAt(b, vm.MinDiskBytes-4096); err != nil || string(b) != workMark {
+			return "", fmt.Errorf("the work disk was made anew: %q, %v", b, err)
+		}
+	}
+	return string(v.State), nil
+}
+
+// mark writes into the work disk, as a guest does.
+func mark(dir, cache string) error {
+	p, err := crashChild{Dir: dir, Cache: cache}.paths()
+	if err != nil {
+		return err
+	}
+	disks, err := filepath.Glob(filepath.Join(p.VMs(), "*", "work.ext4"))
+	if err != nil || len(disks) != 1 {
+		return fmt.Errorf("work disks: %v, %w", disks, err)
+	}
+	f, err := os.OpenFile(disks[0], os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = f.WriteAt([]byte(workMark), vm.MinDiskBytes-4096)
+	return err
+}
+
+// digest is everything that a second recovery must leave as it is: the tree with sizes and times,
+// the machines with their instance numbers, the records.
+func digest(dir, cache string) (string, error) {
+	var out strings.Builder
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if strings.Contains(d.Name(), "banger.db") || d.Name() == "lock" || strings.HasPrefix(d.Name(), ".") {
+			return nil
+		}
+		info, err := d.Info()
+		if err != nil || d.IsDir() {
+			return err
+		}
+		fmt.Fprintln(&out, path, info.Size(), info.ModTime().UnixNano())
+		return nil
+	})
+	if err != nil {
+		return "", err
+	}
+	p, err := crashChild{Dir: dir, Cache: cache}.paths()
+	if err != nil {
+		return "", err
+	}
+	st, err := store.Open(context.Background(), p.Database())
+	if err != nil {
+		return "", err
+	}
+	defer st.Close()
+	for _, v := range st.VMs() {
+		steps, err := st.Steps(context.Background(), v.ID)
+		if err != nil {
+			return "", err
+		}
+		doc, err := json.Marshal(v)
+		if err != nil {
+			return "", err
+		}
+		fmt.Fprintln(&out, string(doc), steps)
+	}
+	return out.String(), nil
+}
+
+// scratch is a directory for crash cases: in memory where there is such a place, for a commit waits
+// for its disk and there are thousands of them.
+func scratch(t *testing.T) string {
+	t.Helper()
+	base := ""
+	if st, err := os.Stat("/dev/shm"); err == nil && st.IsDir() {
+		base = "/dev/shm"
+	}
+	dir, err := os.MkdirTemp(base, "banger-crash-*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+func copyTree(src, dst string) error {
+	return filepath.WalkDir(src, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(src, path)
+		if err != nil {
+			return err
+		}
+		to := filepath.Join(dst, rel)
+		switch {
+		case d.IsDir():
+			return os.MkdirAll(to, 0o700)
+		case d.Type().IsRegular():
+			_, err := disk.Clone(context.Background(), path, to)
+			return err
+		}
+		return nil
+	})
+}
+
+func TestCrashAtEveryBoundary(t *testing.T) {
+	root := scratch(t)
+	cache := filepath.Join(root, "cache")
+	seedBundle := filepath.Join(root, "bundle")
+	if err := fakebundle.Make(seedBundle); err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(2 * runtime.NumCPU())
+	var mu sync.Mutex
+	total := 0
+
+	for i, c := range crashCases {
+		// The state before, once; every case begins with a copy of it.
+		name := fmt.Sprintf("%d-%s", i, c.op)
+		before := filepath.Join(root, name+"-before")
+		if err := copyTree(seedBundle, filepath.Join(before, "bundle")); err != nil {
+			t.Fatal(err)
+		}
+		for _, op := range c.before {
+			if _, _, err := (crashChild{Dir: before, Cache: cache, Do: string(op)}).spawn(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if op == operation.Create {
+				if err := mark(before, cache); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		marked := len(c.before) > 0
+		// at runs the operation with a crash at one boundary, then recoveries with a crash each at
+		// the given boundaries, then one to the end, and checks.
+		at := func(id string, reboot bool, crashes ...int) (passed int, err error) {
+			dir := filepath.Join(root, name+"-"+id)
+			defer os.RemoveAll(dir)
+			if err := copyTree(before, dir); err != nil {
+				return 0, err
+			}
+			// Paths are in the records of machines: they must be the ones of the copy.
+			if err := moveWorld(before, dir); err != nil {
+				return 0, err
+			}
+			mu.Lock()
+			total++
+			mu.Unlock()
+			for i, n := range crashes {
+				child := crashChild{Dir: dir, Cache: cache, CrashAt: n}
+				if i == 0 {
+					child.Do = string(c.op)
+				}
+				passed, crashed, err := child.spawn(ctx)
+				if err != nil || !crashed {
+					return passed, err // beyond the last boundary: nothing left to crash
+				}
+			}
+			if reboot {
+				if err := os.RemoveAll(filepath.Join(dir, "world", "machines")); err != nil {
+					return 0, err
+				}
+			}
+			last := crashChild{Dir: dir, Cache: cache, Reboot: reboot}
+			if passed, _, err = last.spawn(ctx); err != nil {
+				return 0, fmt.Errorf("recovery: %w", err)
+			}
+			state, err := look(dir, cache, marked)
+			if err != nil {
+				return 0, err
+			}
+			// A crash before the request was on record leaves what was before.
+			begin, err := look(before, cache, false)
+			if err != nil {
+				return 0, err
+			}
+			ok := state == c.want || crashes[0] <= 2 && state == begin
+			if reboot {
+				ok = state == "stopped" || state == "gone"
+			}
+			if !ok {
+				return 0, fmt.Errorf("the VM is %s in the end, want %s", state, c.want)
+			}
+			one, err := digest(dir, cache)
+			if err != nil {
+				return 0, err
+			}
+			if _, _, err := last.spawn(ctx); err != nil {
+				return 0, fmt.Errorf("second recovery: %w", err)
+			}
+			two, err := digest(dir, cache)
+			if err != nil {
+				return 0, err
+			}
+			if one != two {
+				return 0, fmt.Errorf("a second recovery changed something:\n%s\nthen\n%s", one, two)
+			}
+			return passed, nil
+		}
+		n, crashed, err := func() (int, bool, error) {
+			dir := filepath.Join(root, name+"-plain")
+			defer os.RemoveAll(dir)
+			if err := copyTree(before, dir); err != nil {
+				return 0, false, err
+			}
+			if err := moveWorld(before, dir); err != nil {
+				return 0, false, err
+			}
+			return crashChild{Dir: dir, Cache: cache, Do: string(c.op)}.spawn(ctx)
+		}()
+		if err != nil || crashed || n < 4 {
+			t.Fatalf("%s: %d boundaries, %v", name, n, err)
+		}
+		t.Logf("%s: %d boundaries", name, n)
+		for first := 1; first <= n; first++ {
+			group.Go(func() error {
+				passed, err := at(fmt.Sprint(first), false, first)
+				if err != nil {
+					return fmt.Errorf("%s, crash at %d of %d: %w", name, first, n, err)
+				}
+				if _, err := at(fmt.Sprintf("%d-reboot", first), true, first); err != nil {
+					return fmt.Errorf("%s, crash at %d of %d, host rebooted: %w", name, first, n, err)
+				}
+				for second := 1; second <= passed; second++ {
+					if testing.Short() && second%5 != first%5 {
+						continue
+					}
+					if _, err := at(fmt.Sprintf("%d-%d", first, second), false, first, second); err != nil {
+						return fmt.Errorf("%s, crash at %d of %d, recovery at %d of %d: %w", name, first, n, second, passed, err)
+					}
+				}
+				return nil
+			})
+		}
+	}
+	if err := group.Wait(); err != nil {
+		t.Error(err)
+	}
+	t.Logf("%d cases", total)
+	if !t.Failed() && total < 500 {
+		t.Errorf("only %d cases ran", total)
+	}
+}
+
+// moveWorld points the fake machines' records at the copy of their files.
+func moveWorld(from, to string) error {
+	files, err := filepath.Glob(filepath.Join(to, "world", "machines", "*.json"))
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(f, []byte(strings.ReplaceAll(string(b), from+"/", to+"/")), 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,74 @@
+// Package fakeguest owns what runs inside fake machines in tests: the real agent server, fed from
+// the machine's own config drive as the real guest program is.
+//
+// It never touches the host: shutting down ends the fake machine, growing a disk does nothing.
+package fakeguest
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"syscall"
+	"time"
+
+	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/fakevmm"
+)
+
+// Dial connects to a port of the fake guest; a port that nobody serves is syscall.ECONNREFUSED.
+type Dial func(ctx context.Context, g *fakevmm.Guest, port int) (net.Conn, error)
+
+// Agent plays the guest program of a fake machine. A nil dial refuses every port.
+func Agent(dial Dial) fakevmm.Agent {
+	return func(ctx context.Context, g *fakevmm.Guest, conn net.Conn) {
+		defer conn.Close()
+		config, err := readConfig(g.Spec())
+		if err != nil {
+			_ = g.Console(boot.FatalLine("config", err.Error())) // the machine may be gone; then nobody reads it
+			return
+		}
+		stages := &agentd.Stages{}
+		for i, name := range []string{boot.StageInit, boot.StageRoot, boot.StageAgent, boot.StageSSH, boot.StageUserspace} {
+			stages.Reach(agentd.Stage{Name: name, At: time.Duration(i+1) * time.Millisecond})
+		}
+		guest := &agentd.Guest{
+			Version: "fake",
+			Stages:  stages,
+			Facts: func() agentd.Facts {
+				return agentd.Facts{BootID: g.Boot(), Uptime: time.Since(g.StartedAt()), Userspace: "running"}
+			},
+			Shutdown: func(_ context.Context, reboot bool) error {
+				if reboot {
+					return g.Reset()
+				}
+				return g.PowerOff()
+			},
+			Sync: func(context.Context) error { return nil },
+			Grow: func(context.Context) ([]agentd.Grown, error) { return nil, nil },
+			DialTCP: func(ctx context.Context, port int) (net.Conn, error) {
+				if dial == nil {
+					return nil, syscall.ECONNREFUSED
+				}
+				return dial(ctx, g, port)
+			},
+		}
+		_ = agentd.ServeConn(ctx, conn, false, config.Secret, guest) // ends with the connection; the host sees why
+	}
+}
+
+func readConfig(spec vmm.Spec) (boot.Config, error) {
+	for _, d := range spec.Drives {
+		if d.Role == vmm.RoleConfig {
+			f, err := os.Open(d.Path)
+			if err != nil {
+				return boot.Config{}, err
+			}
+			defer f.Close()
+			return boot.ReadDrive(f)
+		}
+	}
+	return boot.Config{}, errors.New("the machine has no config drive")
+}
