@@ -24,6 +24,14 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
+// An ordinary user's PATH on Debian lacks the directories of debugfs and its kin.
+func TestMain(m *testing.M) {
+	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
+
 var ctx = context.Background()
 
 // withFiclone replaces the ioctl for one test.

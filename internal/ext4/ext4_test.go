@@ -15,6 +15,14 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
+// An ordinary user's PATH on Debian lacks the directories of debugfs and its kin.
+func TestMain(m *testing.M) {
+	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
+
 func tool(t testing.TB) Tool {
 	t.Helper()
 	tl, err := FindTool(context.Background())
