@@ -257,6 +257,24 @@ func TestSourceThatChangesIsNoticed(t *testing.T) {
 	}
 }
 
+func TestSourceThatShrinksIsNoticed(t *testing.T) {
+	withFiclone(t, noReflink)
+	dir := t.TempDir()
+	src := filepath.Join(dir, "src")
+	write(t, src, strings.Repeat("x", 100_000))
+	shrink := func() {
+		if err := os.Truncate(src, 10); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := Clone(actingContext{ctx, shrink}, src, filepath.Join(dir, "dst")); !fault.Is(err, fault.Busy) {
+		t.Errorf("%v", err)
+	}
+	if n := names(t, dir); n != "src" {
+		t.Errorf("left behind: %s", n)
+	}
+}
+
 func TestCapture(t *testing.T) {
 	dir := t.TempDir()
 	src, images := filepath.Join(dir, "src"), filepath.Join(dir, "state", "images")
@@ -607,13 +625,13 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// fillingContext does something at the moment a copy begins.
-type fillingContext struct {
+// actingContext does something at the moment a copy begins.
+type actingContext struct {
 	context.Context
-	fill func()
+	act func()
 }
 
-func (c fillingContext) Err() error { c.fill(); return nil }
+func (c actingContext) Err() error { c.act(); return nil }
 
 func fullDisk(t *testing.T) {
 	dir := os.Getenv("BANGER_TEST_FULL_DISK")
@@ -647,6 +665,9 @@ func fullDisk(t *testing.T) {
 	}
 	_, err := Clone(ctx, src, filepath.Join(dir, "dst"))
 	exhaustedAndClean("clone, refused beforehand", err, "")
+	if errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "8M are needed, 4M are free") {
+		t.Errorf("the disk was filled first: %v", err)
+	}
 	_, err = Capture(ctx, src, images, "")
 	exhaustedAndClean("capture", err, "images")
 	if n := names(t, images); n != "" {
@@ -656,7 +677,7 @@ func fullDisk(t *testing.T) {
 	// Room that vanishes during the copy: the kernel says so.
 	small := filepath.Join(t.TempDir(), "small")
 	write(t, small, "x")
-	_, err = Clone(fillingContext{ctx, fill}, small, filepath.Join(dir, "dst"))
+	_, err = Clone(actingContext{ctx, fill}, small, filepath.Join(dir, "dst"))
 	exhaustedAndClean("clone while the disk fills", err, "filler images")
 	if !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("the cause is lost: %v", err)
