@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +15,14 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
+
+// An ordinary user's PATH on Debian lacks the directories of debugfs and its kin.
+func TestMain(m *testing.M) {
+	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
 
 func tool(t testing.TB) Tool {
 	t.Helper()
@@ -138,11 +147,15 @@ func TestReadOnlyFilesystemWithContent(t *testing.T) {
 // Flip what the kernel flips when it mounts, and repair the checksum as it does.
 func TestStates(t *testing.T) {
 	p := make1(t, Format{Size: MinGrowBytes, Label: "x", Kind: Growing})
-	raw, err := os.ReadFile(p)
+	img, err := os.Open(p)
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw = raw[:4096]
+	defer img.Close()
+	raw := make([]byte, 4096)
+	if _, err := io.ReadFull(img, raw); err != nil {
+		t.Fatal(err)
+	}
 	change := func(off int, bits uint32) []byte {
 		b := bytes.Clone(raw)
 		sb := b[1024:]
