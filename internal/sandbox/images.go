@@ -182,13 +182,22 @@ func (im *images) refresh(ctx context.Context) error {
 	img.Kernel = k.ID
 	sum := sha256.Sum256([]byte(img.Base + img.Seed + img.Kernel))
 	img.ID = hex.EncodeToString(sum[:16])
+	im.sources, im.seen = sources, print
+	registered, err := im.store.Images(ctx)
+	if err != nil {
+		return err
+	}
+	for _, r := range registered {
+		if r.Name == img.Name && r.ID == img.ID && r.Source == img.Source {
+			return nil // the same content, seen by an earlier daemon
+		}
+	}
 	if err := im.store.PutKernel(ctx, k); err != nil {
 		return err
 	}
 	if err := im.store.PutImage(ctx, img); err != nil {
 		return err
 	}
-	im.sources, im.seen = sources, print
 	return im.collect(ctx)
 }
 

@@ -26,6 +26,10 @@ func (s *Service) Reconcile(ctx context.Context, bootID string) error {
 		// Everything but making VMs works without them, and doctor and create say so again.
 		s.log.Warn("blank disks could not be made", "err", err)
 	}
+	// An interrupted create goes on capturing from the bundle it began with.
+	if err := s.images.refresh(ctx); err != nil && !fault.Is(err, fault.NotFound) {
+		s.log.Warn("the runtime bundle cannot be used", "err", err)
+	}
 	last, err := s.store.Meta(ctx, "boot_id")
 	if err != nil {
 		return err
@@ -137,12 +141,30 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 				return err
 			}
 		}
-		if interrupted {
-			reached := v.State == vm.Running && (op.Kind == operation.Create || op.Kind == operation.Start) ||
-				v.State == vm.Stopped && op.Kind == operation.Stop
-			return s.endInterrupted(ctx, op, reached)
+		if !interrupted {
+			return nil
 		}
-		return nil
+		// The operation ended but for its record, or it was taken on and had not begun.
+		switch op.Kind {
+		case operation.Stop:
+			if v.State == vm.Running {
+				return resume(op.Kind, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+					return s.stop(ctx, h, v, lifecycle.Orderly)
+				})
+			}
+		case operation.Start:
+			if v.State != vm.Running && !rebooted {
+				return resume(op.Kind, s.start)
+			}
+		case operation.Restart:
+			done := v.State == vm.Running && v.StartedAt != nil && v.StartedAt.After(op.CreatedAt)
+			if !done && !rebooted {
+				return resume(op.Kind, s.restart)
+			}
+		case operation.Delete:
+			return resume(op.Kind, s.remove)
+		}
+		return s.endInterrupted(ctx, op, !rebooted || op.Kind == operation.Stop)
 	}
 }
 
