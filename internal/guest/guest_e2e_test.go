@@ -1,8 +1,7 @@
 //go:build e2e
 
 // Package guest_test boots real guests with plain QEMU, without any driver of ours: it shows what
-// the guest program itself does. It needs a runtime bundle (BANGER_RUNTIME_DIR) and root only for
-// nothing: disks are files, and the only device is the machine's own memory.
+// the guest program itself does. It needs a runtime bundle (BANGER_RUNTIME_DIR) and no privilege.
 package guest_test
 
 import (
@@ -13,7 +12,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -161,7 +159,6 @@ func sshKey(t *testing.T) (private []byte, signer ssh.Signer) {
 
 // machine is one set of disks, booted any number of times.
 type machine struct {
-	t      *testing.T
 	dir    string
 	config boot.Config
 	drives map[vmm.Role]string
@@ -174,7 +171,7 @@ func newMachine(t *testing.T, base string) *machine {
 	dir := t.TempDir()
 	host, _ := sshKey(t)
 	_, user := sshKey(t)
-	m := &machine{t: t, dir: dir, user: user, drives: map[vmm.Role]string{
+	m := &machine{dir: dir, user: user, drives: map[vmm.Role]string{
 		vmm.RoleBase:    base,
 		vmm.RoleSystem:  filepath.Join(dir, "system.ext4"),
 		vmm.RoleWork:    filepath.Join(dir, "work.ext4"),
@@ -208,8 +205,7 @@ type guest struct {
 	link    vmm.Link
 }
 
-func (m *machine) start() *guest {
-	t := m.t
+func (m *machine) start(t *testing.T) *guest {
 	t.Helper()
 	m.config.TimeUnixMS = time.Now().UnixMilli()
 	if m.raw != nil {
@@ -400,5 +396,3 @@ func (g *guest) shutdown(s *agent.Session, reboot bool) {
 		g.t.Fatal(err)
 	}
 }
-
-var _ = io.Discard

@@ -147,8 +147,8 @@ func (l *live) servePort(ctx context.Context, server *Server) error {
 		}
 		return err
 	}
-	for ctx.Err() == nil {
-		if err := l.servePortOnce(ctx, server, device); err != nil {
+	for first := l.restarts == 0; ctx.Err() == nil; first = false {
+		if err := l.servePortOnce(ctx, server, device, first); err != nil {
 			return err
 		}
 	}
@@ -173,8 +173,9 @@ func findPort(class string) (string, error) {
 	return "", nil
 }
 
-// servePortOnce opens the port, waits for a host, and serves it until it goes.
-func (l *live) servePortOnce(ctx context.Context, server *Server, device string) error {
+// servePortOnce opens the port, waits for a host, and serves it until it goes. Except the first
+// time in a boot, the host may be one that still talks to an earlier session.
+func (l *live) servePortOnce(ctx context.Context, server *Server, device string, first bool) error {
 	f, err := os.OpenFile(device, os.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err // EBUSY: somebody else holds the port; the supervisor tries again
@@ -185,6 +186,11 @@ func (l *live) servePortOnce(ctx context.Context, server *Server, device string)
 	defer stop()
 	if err := port.waitHost(); err != nil {
 		return errors.Join(err, port.Close())
+	}
+	if !first {
+		if err := agent.Break(port); err != nil {
+			return port.Close() // the host went again, or reads nothing: from the beginning
+		}
 	}
 	_ = server.Serve(ctx, port, true) // ends with the host's end; closes the port
 	return nil
