@@ -259,6 +259,7 @@ func (m *machine) start(t *testing.T) *guest {
 		_ = g.cmd.Process.Kill() // gone already in a test that passed
 		<-g.exited
 		if t.Failed() {
+			t.Logf("QEMU: %v", g.err)
 			t.Logf("console:\n%s", g.log())
 		}
 	})
@@ -293,6 +294,13 @@ func (g *guest) open() *agent.Session {
 	g.t.Helper()
 	ctx, cancel := context.WithTimeout(g.t.Context(), bootTime)
 	defer cancel()
+	go func() {
+		select {
+		case <-g.exited: // nobody will answer any more
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	s, err := agent.Open(ctx, g.link, secret)
 	if err != nil {
 		g.t.Fatal(err)
