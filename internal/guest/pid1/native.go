@@ -1,7 +1,6 @@
 package pid1
 
 import (
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -13,10 +12,10 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/system"
 )
 
-// nativeDir is where on the system disk the directory p of the root lives. The name is for people
-// who look; the hex of slashes and dashes alone keeps two paths from sharing one.
+// nativeDir is the name that the directory p of the root has on the system disk: readable, and no
+// two paths share one (the escapes of systemd-escape(1) --path).
 func nativeDir(p string) string {
-	return strings.NewReplacer("-", "-"+hex.EncodeToString([]byte("-")), "/", "-").Replace(strings.TrimPrefix(p, "/"))
+	return strings.NewReplacer(`\`, `\x5c`, "-", `\x2d`, "/", "-").Replace(strings.TrimPrefix(p, "/"))
 }
 
 // bindNative puts the system disk's own directory over p. The first time, it is filled with what
