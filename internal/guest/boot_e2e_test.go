@@ -75,6 +75,15 @@ func TestGuest(t *testing.T) {
 		}
 		g.shell(s, m, overlayScript+nativeScript+"echo persists > /root/file; echo persists > /etc/file; echo persists > /var/lib/docker/file")
 
+		t.Run("idle agent costs nothing", func(t *testing.T) {
+			t.Log(g.shell(s, m, `
+pid=$(pgrep -f ^banger-vsock-agent)
+ticks() { awk '{print $14+$15}' /proc/$pid/stat; }
+before=$(ticks); sleep 10; spent=$(($(ticks)-before))
+echo $spent ticks of 10 ms in 10 s; test $spent -le 2
+grep -E 'Rss|Threads' /proc/$pid/status /proc/$(pgrep -f ^banger-supervisor)/status`))
+		})
+
 		t.Run("grow while running", func(t *testing.T) {
 			for _, drive := range []string{"system", "work"} {
 				g.qmp("block_resize", map[string]any{"device": drive, "size": 1 << 30})
@@ -149,6 +158,9 @@ while True: threading.Thread(target=serve, args=(l.accept()[0],)).start()'`)
 		g.gone(stopTime)
 		clean(t, m.drives[vmm.RoleSystem])
 		clean(t, m.drives[vmm.RoleWork])
+		if strings.Contains(string(g.log()), "Failed unmounting") {
+			t.Errorf("systemd pulled at our mounts:\n%s", g.log())
+		}
 	})
 	t.Run("second boot", func(t *testing.T) {
 		for _, role := range []vmm.Role{vmm.RoleSystem, vmm.RoleWork} {

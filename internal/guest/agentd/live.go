@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,7 +29,10 @@ func Run(ctx context.Context, version string, restarts int) error {
 	if err != nil {
 		return err
 	}
-	live := &live{state: state, restarts: restarts, userspace: "starting"}
+	// What is freed goes back soon: an idle agent is to cost the guest little, and it is never busy
+	// enough for the collector's time to matter.
+	debug.SetGCPercent(25)
+	live := &live{state: state, restarts: restarts, userspace: "starting", answering: make(chan struct{})}
 	live.bootID, err = bootID()
 	if err != nil {
 		return err
@@ -63,7 +67,9 @@ type live struct {
 	restarts int
 	bootID   string
 	stages   Stages
-	answers  sync.Once // the agent stage: the first transport is ready
+
+	answers   sync.Once // the agent stage: the first transport is ready
+	answering chan struct{}
 
 	mu        sync.Mutex
 	userspace string
@@ -76,7 +82,10 @@ func bootID() (string, error) {
 }
 
 func (l *live) ready() {
-	l.answers.Do(func() { l.stages.Reach(system.Now(boot.StageAgent, "")) })
+	l.answers.Do(func() {
+		l.stages.Reach(system.Now(boot.StageAgent, ""))
+		close(l.answering)
+	})
 }
 
 func (l *live) facts() Facts {

@@ -12,23 +12,12 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/system"
 )
 
-// nativeDir is the name that the directory p of the root has on the system disk: readable, and no
-// two paths share one (the escapes of systemd-escape(1) --path).
-func nativeDir(p string) string {
-	return strings.NewReplacer(`\`, `\x5c`, "-", `\x2d`, "/", "-").Replace(strings.TrimPrefix(p, "/"))
-}
-
-// bindNative puts the system disk's own directory over p. The first time, it is filled with what
+// bindNative puts the system disk's own directory over p, which is open as at. The first time, it is filled with what
 // the base has there: into a temporary name, flushed, renamed, so that a crash in between starts
 // over and never shows a part.
-func bindNative(root rootDir, p string) error {
-	at, err := root.mkdirAll(p)
-	if err != nil {
-		return err
-	}
-	defer at.Close()
+func bindNative(at *os.File, p string) error {
 	store := system.SystemMount + "/native"
-	own := filepath.Join(store, nativeDir(p))
+	own := filepath.Join(store, unitName(p))
 	if _, err := os.Lstat(own); errors.Is(err, os.ErrNotExist) {
 		if err := seed(at, store, own); err != nil {
 			return fmt.Errorf("seed %s: %w", p, err)

@@ -161,7 +161,7 @@ func TestSeed(t *testing.T) {
 	if err := unix.UtimesNanoAt(unix.AT_FDCWD, filepath.Join(tree, "dir"), old, 0); err != nil {
 		t.Fatal(err)
 	}
-	own := filepath.Join(store, nativeDir("/var/lib/docker"))
+	own := filepath.Join(store, unitName("/var/lib/docker"))
 	put(t, own+".part/half", "of an earlier try")
 	from, err := os.OpenFile(tree, unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
@@ -225,11 +225,18 @@ func listing(t *testing.T, dir string) map[string]listed {
 func TestNativeDirsDoNotCollide(t *testing.T) {
 	seen := map[string]string{}
 	for _, p := range []string{"/var/lib/docker", "/var/lib-docker", "/var-lib/docker", "/var/lib/docker-x", "/var-2dlib/docker", "/var/2dlib/docker", `/var\x2dlib/docker`, `/var/x2dlib/docker`} {
-		name := nativeDir(p)
+		name := unitName(p)
 		if strings.Contains(name, "/") || seen[name] != "" {
 			t.Errorf("%s and %s are both %s", p, seen[name], name)
 		}
 		seen[name] = p
+	}
+}
+
+func TestUnitName(t *testing.T) {
+	got := unitName("/usr/lib/modules/6.12.117+deb13-cloud-amd64")
+	if want := `usr-lib-modules-6.12.117\x2bdeb13\x2dcloud\x2damd64`; got != want {
+		t.Errorf("got %s, want %s (systemd-escape --path)", got, want)
 	}
 }
 
