@@ -110,7 +110,7 @@ func waitPath(ctx context.Context, p string) error {
 func (l *live) watchSSH(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, sshTime)
 	defer cancel()
-	for pause := 100 * time.Millisecond; ; pause = min(pause*21/20, 5*time.Second) {
+	for pause := 100 * time.Millisecond; ; pause = min(pause*21/20, 500*time.Millisecond) {
 		if listens(22) {
 			l.stages.Reach(system.Now(boot.StageSSH, ""))
 			return
