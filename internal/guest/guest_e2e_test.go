@@ -1,8 +1,7 @@
 //go:build e2e
 
 // Package guest_test boots real guests with plain QEMU, without any driver of ours: it shows what
-// the guest program itself does. It needs a runtime bundle (BANGER_RUNTIME_DIR) and root only for
-// nothing: disks are files, and the only device is the machine's own memory.
+// the guest program itself does. It needs a runtime bundle (BANGER_RUNTIME_DIR) and no privilege.
 package guest_test
 
 import (
@@ -13,7 +12,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -161,7 +159,6 @@ func sshKey(t *testing.T) (private []byte, signer ssh.Signer) {
 
 // machine is one set of disks, booted any number of times.
 type machine struct {
-	t      *testing.T
 	dir    string
 	config boot.Config
 	drives map[vmm.Role]string
@@ -174,7 +171,7 @@ func newMachine(t *testing.T, base string) *machine {
 	dir := t.TempDir()
 	host, _ := sshKey(t)
 	_, user := sshKey(t)
-	m := &machine{t: t, dir: dir, user: user, drives: map[vmm.Role]string{
+	m := &machine{dir: dir, user: user, drives: map[vmm.Role]string{
 		vmm.RoleBase:    base,
 		vmm.RoleSystem:  filepath.Join(dir, "system.ext4"),
 		vmm.RoleWork:    filepath.Join(dir, "work.ext4"),
@@ -208,11 +205,12 @@ type guest struct {
 	link    vmm.Link
 }
 
-func (m *machine) start() *guest {
-	t := m.t
+func (m *machine) start(t *testing.T) *guest {
 	t.Helper()
 	m.config.TimeUnixMS = time.Now().UnixMilli()
-	if m.raw != nil {
+	if m.drives[vmm.RoleConfig] == "" {
+		t.Log("no config drive")
+	} else if m.raw != nil {
 		if err := os.WriteFile(m.drives[vmm.RoleConfig], m.raw, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -263,6 +261,7 @@ func (m *machine) start() *guest {
 		_ = g.cmd.Process.Kill() // gone already in a test that passed
 		<-g.exited
 		if t.Failed() {
+			t.Logf("QEMU: %v", g.err)
 			t.Logf("console:\n%s", g.log())
 		}
 	})
@@ -297,6 +296,13 @@ func (g *guest) open() *agent.Session {
 	g.t.Helper()
 	ctx, cancel := context.WithTimeout(g.t.Context(), bootTime)
 	defer cancel()
+	go func() {
+		select {
+		case <-g.exited: // nobody will answer any more
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	s, err := agent.Open(ctx, g.link, secret)
 	if err != nil {
 		g.t.Fatal(err)
@@ -400,5 +406,3 @@ func (g *guest) shutdown(s *agent.Session, reboot bool) {
 		g.t.Fatal(err)
 	}
 }
-
-var _ = io.Discard

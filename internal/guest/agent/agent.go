@@ -11,6 +11,7 @@
 package agent
 
 import (
+	"bytes"
 	"io"
 	"net"
 	"time"
@@ -50,6 +51,15 @@ func muxConfig() *yamux.Config {
 // ServeMux starts the guest's end of the streams on a port, after GuestHandshake.
 func ServeMux(conn net.Conn) (*yamux.Session, error) {
 	return yamux.Server(&boundedConn{Conn: conn}, muxConfig())
+}
+
+// Break ends whatever session the host believes to have on a port that the guest opens again. A
+// port does not tell the host that its guest end was closed: without this a host would go on
+// waiting for an agent that was killed. The bytes fill what may be missing of a yamux frame (at
+// most a stream's window) and are then no frame; a host in a handshake skips them.
+func Break(conn net.Conn) error {
+	const window = 256 << 10
+	return writeBy(conn, bytes.Repeat([]byte{0xff}, window+muxHeaderSize), time.Now().Add(handshakeTime))
 }
 
 // boundedConn gives each write a deadline of its own.

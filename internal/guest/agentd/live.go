@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,7 +29,10 @@ func Run(ctx context.Context, version string, restarts int) error {
 	if err != nil {
 		return err
 	}
-	live := &live{state: state, restarts: restarts, userspace: "starting"}
+	// What is freed goes back soon: an idle agent is to cost the guest little, and it is never busy
+	// enough for the collector's time to matter.
+	debug.SetGCPercent(25)
+	live := &live{state: state, restarts: restarts, userspace: "starting", answering: make(chan struct{})}
 	live.bootID, err = bootID()
 	if err != nil {
 		return err
@@ -63,7 +67,9 @@ type live struct {
 	restarts int
 	bootID   string
 	stages   Stages
-	answers  sync.Once // the agent stage: the first transport is ready
+
+	answers   sync.Once // the agent stage: the first transport is ready
+	answering chan struct{}
 
 	mu        sync.Mutex
 	userspace string
@@ -76,7 +82,10 @@ func bootID() (string, error) {
 }
 
 func (l *live) ready() {
-	l.answers.Do(func() { l.stages.Reach(system.Now(boot.StageAgent, "")) })
+	l.answers.Do(func() {
+		l.stages.Reach(system.Now(boot.StageAgent, ""))
+		close(l.answering)
+	})
 }
 
 func (l *live) facts() Facts {
@@ -147,8 +156,8 @@ func (l *live) servePort(ctx context.Context, server *Server) error {
 		}
 		return err
 	}
-	for ctx.Err() == nil {
-		if err := l.servePortOnce(ctx, server, device); err != nil {
+	for first := l.restarts == 0; ctx.Err() == nil; first = false {
+		if err := l.servePortOnce(ctx, server, device, first); err != nil {
 			return err
 		}
 	}
@@ -173,8 +182,9 @@ func findPort(class string) (string, error) {
 	return "", nil
 }
 
-// servePortOnce opens the port, waits for a host, and serves it until it goes.
-func (l *live) servePortOnce(ctx context.Context, server *Server, device string) error {
+// servePortOnce opens the port, waits for a host, and serves it until it goes. Except the first
+// time in a boot, the host may be one that still talks to an earlier session.
+func (l *live) servePortOnce(ctx context.Context, server *Server, device string, first bool) error {
 	f, err := os.OpenFile(device, os.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err // EBUSY: somebody else holds the port; the supervisor tries again
@@ -185,6 +195,11 @@ func (l *live) servePortOnce(ctx context.Context, server *Server, device string)
 	defer stop()
 	if err := port.waitHost(); err != nil {
 		return errors.Join(err, port.Close())
+	}
+	if !first {
+		if err := agent.Break(port); err != nil {
+			return port.Close() // the host went again, or reads nothing: from the beginning
+		}
 	}
 	_ = server.Serve(ctx, port, true) // ends with the host's end; closes the port
 	return nil

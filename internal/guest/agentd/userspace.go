@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -27,6 +28,11 @@ const (
 func (l *live) watchUserspace(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, userspaceTime)
 	defer cancel()
+	select {
+	case <-l.answering: // the stages stay in their order where there is nothing to wait for
+	case <-ctx.Done():
+		return
+	}
 	state, failed := "unknown", []string(nil)
 	if l.state.Systemd {
 		if err := waitPath(ctx, systemdSocket); err == nil {
@@ -40,6 +46,7 @@ func (l *live) watchUserspace(ctx context.Context) {
 	l.userspace, l.failed = state, failed
 	l.mu.Unlock()
 	l.stages.Reach(system.Now(boot.StageUserspace, strings.TrimSpace(state+" "+strings.Join(failed, " "))))
+	debug.FreeOSMemory() // once: what the boot needed
 }
 
 // systemdState waits, by systemd's own signal, until it has started, and asks what failed.
@@ -103,7 +110,7 @@ func waitPath(ctx context.Context, p string) error {
 func (l *live) watchSSH(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, sshTime)
 	defer cancel()
-	for pause := 100 * time.Millisecond; ; pause = min(pause*21/20, 5*time.Second) {
+	for pause := 100 * time.Millisecond; ; pause = min(pause*21/20, 500*time.Millisecond) {
 		if listens(22) {
 			l.stages.Reach(system.Now(boot.StageSSH, ""))
 			return

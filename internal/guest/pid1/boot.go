@@ -85,6 +85,14 @@ type booter struct {
 	rootFS     rootDir
 	initPath   string
 	rootDetail []string
+	own        []string // mount points that the booted system sees and must leave to us
+}
+
+// keep remembers that at, a directory of the new root, is a mount of ours.
+func (b *booter) keep(at *os.File) error {
+	resolved, err := os.Readlink(magicPath(at))
+	b.own = append(b.own, strings.TrimPrefix(resolved, newRoot))
+	return err
 }
 
 func (b *booter) mountKernel() error {
@@ -248,6 +256,9 @@ func (b *booter) mountModules() error {
 		return err
 	}
 	defer at.Close()
+	if err := b.keep(at); err != nil {
+		return err
+	}
 	return system.PathError("bind", at.Name(), unix.Mount(system.ModuleMount, magicPath(at), "", unix.MS_BIND, ""))
 }
 
@@ -316,7 +327,12 @@ func (b *booter) native() error {
 		return nil
 	}
 	for _, p := range b.cfg.Native {
-		if err := bindNative(b.rootFS, p); err != nil {
+		at, err := b.rootFS.mkdirAll(p)
+		if err != nil {
+			return err
+		}
+		err = errors.Join(b.keep(at), bindNative(at, p), at.Close())
+		if err != nil {
 			return err
 		}
 	}
@@ -331,6 +347,9 @@ func (b *booter) mounts() error {
 			return err
 		}
 		defer at.Close()
+		if err := b.keep(at); err != nil {
+			return err
+		}
 		flags, data := mountOptions(m.Options)
 		if err := b.mountDisk(device, magicPath(at), flags, data); err != nil {
 			return err
@@ -427,6 +446,12 @@ func (b *booter) agent() error {
 	if err := b.state.Write(newRoot); err != nil {
 		return err
 	}
+	if b.state.Systemd {
+		own := append(b.own, system.SystemMount, system.BaseMount, system.ModuleMount)
+		if err := leaveMounted(newRoot, own); err != nil {
+			return err
+		}
+	}
 	null, err := os.OpenFile(newRoot+"/dev/null", os.O_RDWR, 0)
 	if err != nil {
 		return err
@@ -457,6 +482,38 @@ func placeBinary(root string) error {
 		}
 	}
 	return os.Link(root+system.Binary, root+system.ShutdownDir+"/shutdown")
+}
+
+// leaveMounted keeps systemd from unmounting our mounts while it stops services: it does not know
+// that Docker needs /var/lib/docker, would pull it away from under it or complain that it is busy.
+// They go at the very end, by the shutdown program (systemd.mount(5), DefaultDependencies=).
+func leaveMounted(root string, mounts []string) error {
+	for _, m := range mounts {
+		dir := root + "/run/systemd/system/" + unitName(m) + ".mount.d"
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(dir+"/banger.conf", []byte("[Unit]\nDefaultDependencies=no\n"), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unitName escapes a path as systemd-escape(1) --path does.
+func unitName(p string) string {
+	var b strings.Builder
+	for i, c := range []byte(strings.Trim(p, "/")) {
+		switch {
+		case c == '/':
+			b.WriteByte('-')
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == ':', c == '_', c == '.' && i > 0:
+			b.WriteByte(c)
+		default:
+			fmt.Fprintf(&b, `\x%02x`, c)
+		}
+	}
+	return b.String()
 }
 
 // init switches to the new root, empties the initramfs, whose files are memory, and becomes the

@@ -1,7 +1,6 @@
 package pid1
 
 import (
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -13,23 +12,12 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/system"
 )
 
-// nativeDir is where on the system disk the directory p of the root lives. The name is for people
-// who look; the hex of slashes and dashes alone keeps two paths from sharing one.
-func nativeDir(p string) string {
-	return strings.NewReplacer("-", "-"+hex.EncodeToString([]byte("-")), "/", "-").Replace(strings.TrimPrefix(p, "/"))
-}
-
-// bindNative puts the system disk's own directory over p. The first time, it is filled with what
+// bindNative puts the system disk's own directory over p, which is open as at. The first time, it is filled with what
 // the base has there: into a temporary name, flushed, renamed, so that a crash in between starts
 // over and never shows a part.
-func bindNative(root rootDir, p string) error {
-	at, err := root.mkdirAll(p)
-	if err != nil {
-		return err
-	}
-	defer at.Close()
+func bindNative(at *os.File, p string) error {
 	store := system.SystemMount + "/native"
-	own := filepath.Join(store, nativeDir(p))
+	own := filepath.Join(store, unitName(p))
 	if _, err := os.Lstat(own); errors.Is(err, os.ErrNotExist) {
 		if err := seed(at, store, own); err != nil {
 			return fmt.Errorf("seed %s: %w", p, err)

@@ -7,7 +7,6 @@ package system
 
 import (
 	"encoding/json"
-	"errors"
 	"os"
 	"path/filepath"
 	"time"
@@ -94,13 +93,4 @@ func PathError(op, path string, err error) error {
 		return nil
 	}
 	return &os.PathError{Op: op, Path: path, Err: err}
-}
-
-func ignore(err error, wanted ...error) error {
-	for _, w := range wanted {
-		if errors.Is(err, w) {
-			return nil
-		}
-	}
-	return err
 }
