@@ -183,6 +183,14 @@ func TestDaemonKilled(t *testing.T) {
 	for _, when := range []string{"intent", "started", "attached"} {
 		t.Run(when, func(t *testing.T) {
 			s := newSpec(t)
+			t.Cleanup(func() { // what the daemon started, should the test fail before it owns it
+				ctx, cancel := context.WithTimeout(context.Background(), patience)
+				defer cancel()
+				if p, err := process.Find(ctx, filepath.Join(t.TempDir(), "pid"), s.Marker()); err == nil {
+					p.Kill(ctx)
+					p.Close()
+				}
+			})
 			daemon := exec.Command("/proc/self/exe", "-test.run=^$")
 			daemon.Env = append(os.Environ(), "QEMU_TEST_DAEMON="+when, "QEMU_TEST_DIR="+filepath.Dir(s.RunDir))
 			if out, err := daemon.CombinedOutput(); err == nil || daemon.ProcessState.ExitCode() != -1 {
