@@ -1,6 +1,7 @@
 package fakevmm
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -107,8 +108,8 @@ func (d *Driver) boot(spec vmm.Spec, r Record) error {
 			return err
 		}
 	}
-	if _, ok := d.world.fault(spec, "die"); ok {
-		if _, err := d.world.end(spec.Marker(), r.Instance, vmm.Crashed); err != nil {
+	if reason, ok := d.world.fault(spec, "die"); ok {
+		if _, err := d.world.end(spec.Marker(), r.Instance, cmp.Or(reason, vmm.Crashed)); err != nil {
 			return err
 		}
 	}

@@ -24,7 +24,8 @@
 //
 //	refuse [text]      Start fails, as if the VMM had ended before it answered; nothing is left
 //	hold               Start waits until the line is gone (or its context ends)
-//	die                the machine crashes as soon as it has started
+//	die [reason]       the machine ends as soon as it has started, for one of the port's reasons;
+//	                   without one it has crashed
 //	mute               connections to the guest succeed, and nobody answers until the line is gone
 //	deaf               the guest ignores that it is asked to power off or to reset
 //	pause              the guest is paused (io-error) as soon as it has started; a Resume while

@@ -216,7 +216,9 @@ func (d *Driver) launch(ctx context.Context, dir *runDir, spec vmm.Spec) (_ *mac
 	defer cancel()
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, dir.clean())
+			if dirty := dir.clean(); dirty != nil { // joined only then: a join hides the hint
+				err = errors.Join(err, dirty)
+			}
 		}
 	}()
 
@@ -408,8 +410,12 @@ func (d *Driver) adopt(ctx context.Context, dir *runDir, spec vmm.Spec, find fin
 		return nil, notRunning(err, spec)
 	default:
 	}
-	return nil, errors.Join(fault.Wrap(err, fault.Unavailable, spec.Name, "QEMU runs as process %d, but its monitor does not answer; another daemon may hold it", p.PID()).
-		WithOp("vmm adopt").WithHint("kill -KILL %d ends it, with what its guest did not write yet", p.PID()), p.Close())
+	busy := fault.Wrap(err, fault.Unavailable, spec.Name, "QEMU runs as process %d, but its monitor does not answer; another daemon may hold it", p.PID()).
+		WithOp("vmm adopt").WithHint("kill -KILL %d ends it, with what its guest did not write yet", p.PID())
+	if err := p.Close(); err != nil {
+		return nil, errors.Join(busy, err)
+	}
+	return nil, busy
 }
 
 // attach opens the monitor of a running process, and lets a guest go that has not begun: its daemon

@@ -67,10 +67,7 @@ func (m *machine) event(e event) {
 		m.shutdown = exitReason(why.Guest, why.Reason)
 		m.mu.Unlock()
 	case "STOP", "RESUME", "BLOCK_IO_ERROR":
-		select {
-		case m.poke <- struct{}{}:
-		default:
-		}
+		m.look()
 	}
 }
 
@@ -194,8 +191,28 @@ func (m *machine) Last(ctx context.Context) (vmm.Change, error) {
 	return c, nil
 }
 
-// Resume lets QEMU go on; it repeats the requests that the host could not serve.
-func (m *machine) Resume(ctx context.Context) error { return m.command(ctx, "cont", nil) }
+// Resume lets QEMU go on; it repeats the requests that the host could not serve. A guest that stops
+// again at once is reported as Paused once more, although nobody saw it run in between.
+func (m *machine) Resume(ctx context.Context) error {
+	m.mu.Lock()
+	if m.reported != vmm.Running {
+		m.reported = "" // whatever comes next is news
+	}
+	m.mu.Unlock()
+	if err := m.command(ctx, "cont", nil); err != nil {
+		return err
+	}
+	m.look()
+	return nil
+}
+
+// look makes watch ask for the state.
+func (m *machine) look() {
+	select {
+	case m.poke <- struct{}{}:
+	default:
+	}
+}
 
 // command runs a monitor command within monitorTime.
 func (m *machine) command(ctx context.Context, name string, result any) error {

@@ -2,6 +2,8 @@ package qemu
 
 import (
 	"context"
+	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,14 +15,23 @@ import (
 
 const patience = 60 * time.Second
 
-// newSpec is a machine with the tiny kernel.
+// specIn is a machine with the tiny kernel, whose files are in dir.
+func specIn(dir string) vmm.Spec {
+	return vmm.Spec{
+		ID: "0123456789abcdef0123456789abcdef", Owner: fmt.Sprintf("test-%08x", crc32.ChecksumIEEE([]byte(dir))), Name: "vm",
+		RunDir: filepath.Join(dir, "run"), Log: filepath.Join(dir, "log"),
+		Kernel: filepath.Join(dir, "vmlinux"), Initrd: filepath.Join(dir, "initrd.img"), Cmdline: "sleep", VCPU: 1, MemoryMiB: 32, CID: 4711,
+		Drives: []vmm.Drive{
+			{Role: vmm.RoleBase, Path: filepath.Join(dir, "a, b: base"), ReadOnly: true},
+			{Role: vmm.RoleSystem, Path: filepath.Join(dir, "a, b: system")},
+		},
+	}
+}
+
+// newSpec is specIn with its files made. Its owner is the test's own.
 func newSpec(t *testing.T) vmm.Spec {
 	t.Helper()
-	dir := t.TempDir()
-	s := vmm.Spec{
-		ID: "0123456789abcdef0123456789abcdef", Owner: "qemutest", Name: "vm", RunDir: filepath.Join(dir, "run"), Log: filepath.Join(dir, "log"),
-		Kernel: filepath.Join(dir, "vmlinux"), Initrd: filepath.Join(dir, "initrd.img"), Cmdline: "sleep", VCPU: 1, MemoryMiB: 32, CID: 4711,
-	}
+	s := specIn(t.TempDir())
 	if err := os.Mkdir(s.RunDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -28,12 +39,10 @@ func newSpec(t *testing.T) vmm.Spec {
 	if err := os.WriteFile(s.Initrd, []byte("initrd"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, role := range []vmm.Role{vmm.RoleBase, vmm.RoleSystem} {
-		d := vmm.Drive{Role: role, Path: filepath.Join(dir, "a, b: "+string(role)), ReadOnly: role == vmm.RoleBase}
+	for _, d := range s.Drives {
 		if err := os.WriteFile(d.Path, make([]byte, 1<<20), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		s.Drives = append(s.Drives, d)
 	}
 	return s
 }
