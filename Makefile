@@ -6,6 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := build
 
 PREFIX ?= $(HOME)/.local
+RUNTIME_MANIFEST ?= runtime-bundle.toml
 ARGS ?=
 
 # Outside of git (a release archive) the version is "devel".
@@ -49,7 +50,6 @@ runtime-package: dist/mkruntime ## pack ./runtime into dist/banger-runtime.tar.g
 runtime-bundle: dist/mkruntime ## unpack the archive that RUNTIME_MANIFEST names into ./runtime
 	@exec $(MKRUNTIME) -manifest '$(RUNTIME_MANIFEST)' fetch
 
-RUNTIME_MANIFEST ?= runtime-bundle.toml
 
 # ---- install
 
