@@ -299,7 +299,11 @@ func TestInitrd(t *testing.T) {
 func TestForeignInitrdStaysBehindOurs(t *testing.T) {
 	tr := open(t, tree(t, testDep, "kernel/fs/ext4/ext4.ko\n"))
 	foreign := compressed(t, "zstd", []byte("a foreign archive"))
-	both, err := JoinForeign(foreign, []byte("agent"), tr)
+	own, err := BuildInitrd(nil, tr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	both, err := JoinForeign(foreign, []byte("agent"), own, "initrd.img")
 	if err != nil {
 		t.Fatal(err)
 	}

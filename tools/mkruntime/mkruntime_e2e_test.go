@@ -88,6 +88,7 @@ func TestInterruptedBuildLeavesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	dir := t.TempDir() // before TMPDIR is the directory that must be empty in the end
 	scratch, err := os.MkdirTemp("/var/tmp", "banger-e2e-")
 	if err != nil {
 		t.Fatal(err)
@@ -99,10 +100,6 @@ func TestInterruptedBuildLeavesNothing(t *testing.T) {
 	t.Setenv("TMPDIR", scratch)
 	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Second)
 	defer cancel()
-	dir := filepath.Join(t.TempDir(), "image")
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	_, err = buildImage(ctx, quiet(), mode, dir, []string{"build-essential"}, toolchain{})
 	if !fault.Is(err, fault.Timeout) {
 		t.Errorf("buildImage = %v", err)
