@@ -149,13 +149,15 @@ func Load(dir string) (*Bundle, error) {
 }
 
 // Check looks at every artifact without reading it: a missing one is fault.NotFound, one of another
-// size fault.Corrupt. All that is wrong is reported, joined.
+// size fault.Corrupt. All that is wrong is reported in one fault.
 func (b *Bundle) Check() error {
 	var errs []error
 	for _, r := range b.roles() {
-		errs = append(errs, b.checkOne(r))
+		if err := b.checkOne(r); err != nil {
+			errs = append(errs, err)
+		}
 	}
-	return errors.Join(errs...)
+	return b.oneFault(errs)
 }
 
 // Verify checks every artifact's content as well. It reads about 1.5 GB; ctx ends it.
@@ -179,7 +181,19 @@ func (b *Bundle) Verify(ctx context.Context) error {
 				WithHint("%s", Repair(b.dir)))
 		}
 	}
-	return errors.Join(errs...)
+	return b.oneFault(errs)
+}
+
+// oneFault gives a single finding as it is, and several as one fault that lists them.
+func (b *Bundle) oneFault(errs []error) error {
+	switch len(errs) {
+	case 0:
+		return nil
+	case 1:
+		return errs[0]
+	}
+	return fault.Wrap(errors.Join(errs...), fault.CodeOf(errs[0]), b.dir, "%d artifacts of the runtime bundle are missing or damaged", len(errs)).
+		WithHint("%s", Repair(b.dir))
 }
 
 // roles gives the artifacts that the bundle has, the required ones first.

@@ -143,7 +143,8 @@ func debootstrap(ctx context.Context, p *progress, mode, variant string, package
 	cmd := exec.CommandContext(ctx, "mmdebstrap", debootstrapArgs(mode, variant, packages)...)
 	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "LC_ALL=C.UTF-8", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C reaches it through us, once
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
+	// Its workers go on without it, so the whole group is told; mmdebstrap then removes its directory.
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
 	cmd.WaitDelay = 30 * time.Second
 	out, err := cmd.StdoutPipe()
 	if err != nil {

@@ -26,6 +26,7 @@ Commands:
   rootfs   the same, with the default image built afresh from today's packages
   agent    build the guest program into an existing bundle
   pack     write the bundle to dist/banger-runtime.tar.gz and print its SHA256
+  fetch    unpack the archive that -manifest names into the bundle's directory
   install  copy the bundle to -to, with a key of its own
 
 Flags:
@@ -35,6 +36,7 @@ type options struct {
 	runtime  string
 	packages string
 	agent    string
+	manifest string
 	to       string
 	version  string
 }
@@ -47,6 +49,7 @@ func main() {
 	flag.StringVar(&o.runtime, "runtime", "runtime", "the bundle's `directory`")
 	flag.StringVar(&o.packages, "packages", "packages.apt", "the `file` that lists the packages of the default image")
 	flag.StringVar(&o.agent, "agent", "", "take this guest program instead of building ./cmd/banger-vsock-agent")
+	flag.StringVar(&o.manifest, "manifest", "runtime-bundle.toml", "the `file` that says where fetch gets its archive")
 	flag.StringVar(&o.to, "to", "", "where pack and install put their result")
 	flag.StringVar(&o.version, "version", "devel", "the version to write into bundle.json")
 	flag.Usage = func() {
@@ -62,6 +65,7 @@ func main() {
 		"rootfs":  func(ctx context.Context, p *progress, o options) error { return makeRuntime(ctx, p, o, true) },
 		"agent":   refreshAgent,
 		"pack":    pack,
+		"fetch":   fetch,
 		"install": install,
 	}
 	run := commands[flag.Arg(0)]

@@ -54,12 +54,16 @@ var masked = []string{
 	// is not room enough to build in; the nodes come from tmpfiles.d/banger-dev.conf.
 	"system/tmp.mount",
 	"system/dev-hugepages.mount",
+	// /dev/fuse loads its module when it is opened; the mount would load it at every boot.
+	"system/sys-fs-fuse-connections.mount",
 	"system/sys-kernel-config.mount",
 	"system/sys-kernel-debug.mount",
 	"system/sys-kernel-tracing.mount",
 	"system/kmod-static-nodes.service",
 	"system/systemd-tmpfiles-setup-dev-early.service",
-	// Nobody logs in on a console, and the network is up before systemd starts.
+	// The root is mounted as it should be before systemd starts, and so is the network; nobody logs
+	// in on a console.
+	"system/systemd-remount-fs.service",
 	"system/getty-static.service",
 	"system/systemd-networkd-wait-online.service",
 	// Housekeeping that would run at the worst moment, right after the start.
@@ -103,6 +107,12 @@ var dropped = []string{
 	"var/cache/ldconfig/aux-cache",
 	"var/cache/debconf/*-old",
 	"var/lib/dpkg/*-old",
+	// With nothing to load or to register, the services that would do it are not started.
+	"etc/modules-load.d/modules.conf",
+	"usr/lib/binfmt.d/python*.conf",
+	// Started by D-Bus and its socket when somebody asks.
+	"usr/lib/systemd/system/multi-user.target.wants/dbus.service",
+	"usr/lib/systemd/system/multi-user.target.wants/systemd-logind.service",
 	// Docker starts when its socket is used; gettys do not start at all.
 	"etc/systemd/system/multi-user.target.wants/docker.service",
 	"etc/systemd/system/multi-user.target.wants/containerd.service",

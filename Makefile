@@ -1,0 +1,76 @@
+# banger's build. `make help` lists what there is to type.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := build
+
+PREFIX ?= $(HOME)/.local
+RUNTIME_MANIFEST ?= runtime-bundle.toml
+ARGS ?=
+
+# Outside of git (a release archive) the version is "devel".
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
+MKRUNTIME := ./dist/mkruntime -version '$(VERSION)'
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- build
+
+.PHONY: build
+build: dist/mkruntime ## ./banger and ./bangerd, and the guest program in ./runtime if it exists
+	$(GO_BUILD) -o banger ./cmd/banger
+	$(GO_BUILD) -o bangerd ./cmd/bangerd
+	if [ -e runtime/bundle.json ]; then $(MKRUNTIME) agent; fi
+
+# Go's own build cache decides whether there is anything to do.
+.PHONY: dist/mkruntime
+dist/mkruntime:
+	@mkdir -p dist
+	@$(GO_BUILD) -o $@ ./tools/mkruntime
+
+# ---- runtime bundle (docs/runtime-bundle.md)
+
+.PHONY: runtime
+runtime: dist/mkruntime ## build or repair the runtime bundle in ./runtime
+	@exec $(MKRUNTIME) all
+
+.PHONY: rootfs
+rootfs: dist/mkruntime ## build the default image afresh, from today's packages
+	@exec $(MKRUNTIME) rootfs
+
+.PHONY: runtime-package
+runtime-package: dist/mkruntime ## pack ./runtime into dist/banger-runtime.tar.gz and print its SHA256
+	@exec $(MKRUNTIME) pack
+
+.PHONY: runtime-bundle
+runtime-bundle: dist/mkruntime ## unpack the archive that RUNTIME_MANIFEST names into ./runtime
+	@exec $(MKRUNTIME) -manifest '$(RUNTIME_MANIFEST)' fetch
+
+
+# ---- install
+
+.PHONY: sandbox-deps test-deps
+sandbox-deps: ## install what building and running sandboxes takes
+	@scripts/deps.sh sandbox
+test-deps: ## install that, and what the tests take
+	@scripts/deps.sh test
+
+.PHONY: install
+install: build ## into $(PREFIX)/bin, the runtime bundle into $(PREFIX)/lib/banger
+	@mkdir -p '$(PREFIX)/bin'
+	@for p in banger bangerd; do install -m 755 $$p '$(PREFIX)/bin/.new.'$$p; mv '$(PREFIX)/bin/.new.'$$p '$(PREFIX)/bin/'$$p; done
+	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' install
+	@echo "installed in $(PREFIX)/bin"
+
+# ---- sandbox, tests, benchmarks
+
+
+# ---- housekeeping
+
+.PHONY: clean
+clean: ## remove what was built here; ./runtime and its key stay
+	rm -rf banger bangerd dist coverage.out
