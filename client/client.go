@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -88,11 +89,22 @@ func (i interceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		req.Header().Set(bangerv1.RevisionHeader, i.revision)
 		resp, err := next(ctx, req)
+		if err = FromConnect(err); fault.Is(err, fault.Unavailable) && readOnly(req.Spec().Procedure) && ctx.Err() == nil {
+			// A daemon that was just killed still takes connections for a moment, and then resets them.
+			resp, err = next(ctx, req)
+			err = FromConnect(err)
+		}
 		if err != nil {
-			return nil, FromConnect(err)
+			return nil, err
 		}
 		return resp, nil
 	}
+}
+
+// readOnly reports whether a call may be made twice.
+func readOnly(procedure string) bool {
+	name := procedure[strings.LastIndexByte(procedure, '/')+1:]
+	return strings.HasPrefix(name, "Get") || strings.HasPrefix(name, "List") || strings.HasPrefix(name, "Resolve")
 }
 
 func (i interceptor) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
@@ -131,9 +143,9 @@ func FromConnect(err error) error {
 		}
 	}
 	switch {
-	case errors.Is(err, context.Canceled), ce.Code() == connect.CodeCanceled:
+	case errors.Is(err, context.Canceled):
 		return fault.Wrap(err, fault.Cancelled, "", "interrupted")
-	case errors.Is(err, context.DeadlineExceeded), ce.Code() == connect.CodeDeadlineExceeded:
+	case errors.Is(err, context.DeadlineExceeded):
 		return fault.Wrap(err, fault.Timeout, "", "the daemon did not answer in time").WithHint("banger daemon status")
 	case ce.Code() == connect.CodeUnimplemented:
 		return fault.Wrap(err, fault.VersionSkew, "", "the running daemon does not know this call").

@@ -74,15 +74,7 @@ func Report(ready *os.File, err error) {
 }
 
 func faultLine(err error) []byte {
-	m := &bangerv1.Fault{Code: string(fault.CodeOf(err)), Message: err.Error()}
-	var f *fault.Error
-	if errors.As(err, &f) {
-		m = &bangerv1.Fault{Code: string(f.Code), Subject: f.Subject, Message: f.Message, Hint: fault.HintOf(err)}
-		if f.Cause != nil {
-			m.Cause = f.Cause.Error()
-		}
-	}
-	line, err := json.Marshal(m)
+	line, err := json.Marshal(server.FaultMessage(err))
 	if err != nil {
 		return []byte(`{"code":"internal","message":"the daemon cannot say why it failed"}`)
 	}

@@ -95,7 +95,7 @@ func operationMessage(op operation.Operation) *bangerv1.Operation {
 		})
 	}
 	if op.Fault != nil {
-		m.Fault = faultMessage(op.Fault)
+		m.Fault = FaultMessage(op.Fault)
 	}
 	return m
 }

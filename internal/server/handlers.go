@@ -103,7 +103,7 @@ func (h *vmHandler) ResolveVMs(ctx context.Context, r *bangerv1.ResolveVMsReques
 	for _, ref := range r.GetRefs() {
 		result := &bangerv1.ResolvedVM{Ref: ref}
 		if v, err := h.svc.Resolve(ctx, ref); err != nil {
-			result.Fault = faultMessage(err)
+			result.Fault = FaultMessage(err)
 		} else {
 			result.Vm = vmMessage(v)
 		}

@@ -55,7 +55,7 @@ type Host interface {
 
 // Dialer opens streams to guests, for the dial socket.
 type Dialer interface {
-	DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, error)
+	DialGuest(ctx context.Context, id vm.ID, port int, wait bool) (net.Conn, error)
 }
 
 // Service is everything that the server serves. *sandbox.Service is the one in the daemon.
