@@ -186,6 +186,7 @@ func (c *Client) WatchOperation(ctx context.Context, id string, w Watcher) (*ban
 	if w.Lost != nil {
 		w.Lost(err)
 	}
+	c.transport.CloseIdleConnections() // they lead to the daemon that is lost
 	return c.watchOnce(ctx, id, w)
 }
 

@@ -197,6 +197,10 @@ func flagError(cmd *cobra.Command, err error) error {
 	if errors.Is(err, errHelp) {
 		return err
 	}
+	var own *fault.Error
+	if errors.As(err, &own) {
+		return own
+	}
 	text := err.Error()
 	if _, reason, ok := strings.Cut(text, "flag: "); ok && strings.HasPrefix(text, "invalid argument") {
 		return fault.New(fault.Invalid, "", "%s", reason).WithHint("%s --help", cmd.CommandPath())

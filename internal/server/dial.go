@@ -78,7 +78,7 @@ func serveDial(ctx context.Context, conn *net.UnixConn, guests Dialer, log *slog
 	dialCtx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	gone := hangUp(conn, cancel)
-	guest, err := guests.DialGuest(dialCtx, vm.ID(req.VMID), req.Port, req.Wait)
+	guest, err := guests.DialGuest(dialCtx, vm.ID(req.VMID), req.Port)
 	gone()
 	if err != nil {
 		log.Debug("no guest stream", "vm", req.VMID, "port", req.Port, "error", err)

@@ -48,7 +48,7 @@ func (f *fake) Resolve(_ context.Context, ref string) (vm.VM, error) { return f.
 func (f *fake) WatchOperation(ctx context.Context, id string, send func(operation.Operation) error) error {
 	return f.watchOp(ctx, id, send)
 }
-func (f *fake) DialGuest(ctx context.Context, id vm.ID, port int, _ bool) (net.Conn, error) {
+func (f *fake) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, error) {
 	return f.dialGuest(ctx, id, port)
 }
 func (f *fake) Status(context.Context) (sandbox.Status, error) {
