@@ -88,16 +88,16 @@ type interceptor struct{ revision string }
 func (i interceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		req.Header().Set(bangerv1.RevisionHeader, i.revision)
-		resp, err := next(ctx, req)
-		if err = FromConnect(err); fault.Is(err, fault.Unavailable) && readOnly(req.Spec().Procedure) && ctx.Err() == nil {
-			// A daemon that was just killed still takes connections for a moment, and then resets them.
-			resp, err = next(ctx, req)
+		for tries := 0; ; tries++ {
+			resp, err := next(ctx, req)
+			if err == nil {
+				return resp, nil
+			}
 			err = FromConnect(err)
+			if !errors.Is(err, errLost) || !readOnly(req.Spec().Procedure) || tries == dyingTries || !pause(ctx, tries) {
+				return nil, err
+			}
 		}
-		if err != nil {
-			return nil, err
-		}
-		return resp, nil
 	}
 }
 
@@ -153,8 +153,11 @@ func FromConnect(err error) error {
 	case connect.IsWireError(err):
 		return fault.Wrap(err, fault.Internal, "", "the daemon refused the call: %s", ce.Message())
 	}
-	return fault.Wrap(err, fault.Unavailable, "", "lost the connection to the daemon").WithHint("banger daemon status")
+	return fault.Wrap(errors.Join(errLost, err), fault.Unavailable, "", "lost the connection to the daemon").WithHint("banger daemon status")
 }
+
+// errLost marks a connection that broke, as opposed to a daemon that answered or did not start.
+var errLost = errors.New("connection lost")
 
 // FromFault gives the API's fault as an *Error. A nil fault gives nil.
 func FromFault(f *bangerv1.Fault) error {
@@ -187,7 +190,33 @@ func (c *Client) WatchOperation(ctx context.Context, id string, w Watcher) (*ban
 		w.Lost(err)
 	}
 	c.transport.CloseIdleConnections() // they lead to the daemon that is lost
-	return c.watchOnce(ctx, id, w)
+	heard := false
+	again := Watcher{Changed: func(op *bangerv1.Operation) {
+		heard = true
+		if w.Changed != nil {
+			w.Changed(op)
+		}
+	}}
+	for tries := 0; ; tries++ {
+		last, err = c.watchOnce(ctx, id, again)
+		if heard || !fault.Is(err, fault.Unavailable) || tries == dyingTries || !pause(ctx, tries) {
+			return last, err
+		}
+	}
+}
+
+// dyingTries is how often a call is made again to a daemon that is just being killed: its socket
+// takes connections for some milliseconds longer, and then resets them.
+const dyingTries = 5
+
+// pause waits a little longer with each try, and reports whether ctx goes on.
+func pause(ctx context.Context, tries int) bool {
+	select {
+	case <-time.After(time.Duration(10<<tries) * time.Millisecond):
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // Final reports whether the operation has ended.

@@ -89,6 +89,7 @@ func (a *app) create(ctx context.Context, r *bangerv1.CreateVMRequest, quiet boo
 	if err != nil {
 		if errors.Is(err, errInterrupted) {
 			a.goesOn(resp.GetOperation())
+			return reported{exitInterrupted}
 		}
 		return err
 	}

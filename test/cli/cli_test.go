@@ -67,6 +67,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("XDG_CACHE_HOME", filepath.Join(env.WorkDir, "cache"))
 			env.Setenv("BANGER_RUNTIME_DIR", bundle)
 			env.Setenv("BUNDLE", bundle)
+			env.Setenv("BANGER", filepath.Join(bin, "banger"))
 			env.Setenv("BANGER_FAKE_WORLD", filepath.Join(env.WorkDir, "world"))
 			env.Setenv("BANGERD", filepath.Join(bin, "bangerd-fake"))
 			env.Setenv("PATH", bin+":"+env.Getenv("PATH"))
