@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -87,12 +88,23 @@ type interceptor struct{ revision string }
 func (i interceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		req.Header().Set(bangerv1.RevisionHeader, i.revision)
-		resp, err := next(ctx, req)
-		if err != nil {
-			return nil, FromConnect(err)
+		for tries := 0; ; tries++ {
+			resp, err := next(ctx, req)
+			if err == nil {
+				return resp, nil
+			}
+			err = FromConnect(err)
+			if !errors.Is(err, errLost) || !readOnly(req.Spec().Procedure) || tries == dyingTries || !pause(ctx, tries) {
+				return nil, err
+			}
 		}
-		return resp, nil
 	}
+}
+
+// readOnly reports whether a call may be made twice.
+func readOnly(procedure string) bool {
+	name := procedure[strings.LastIndexByte(procedure, '/')+1:]
+	return strings.HasPrefix(name, "Get") || strings.HasPrefix(name, "List") || strings.HasPrefix(name, "Resolve")
 }
 
 func (i interceptor) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
@@ -131,9 +143,9 @@ func FromConnect(err error) error {
 		}
 	}
 	switch {
-	case errors.Is(err, context.Canceled), ce.Code() == connect.CodeCanceled:
+	case errors.Is(err, context.Canceled):
 		return fault.Wrap(err, fault.Cancelled, "", "interrupted")
-	case errors.Is(err, context.DeadlineExceeded), ce.Code() == connect.CodeDeadlineExceeded:
+	case errors.Is(err, context.DeadlineExceeded):
 		return fault.Wrap(err, fault.Timeout, "", "the daemon did not answer in time").WithHint("banger daemon status")
 	case ce.Code() == connect.CodeUnimplemented:
 		return fault.Wrap(err, fault.VersionSkew, "", "the running daemon does not know this call").
@@ -141,8 +153,11 @@ func FromConnect(err error) error {
 	case connect.IsWireError(err):
 		return fault.Wrap(err, fault.Internal, "", "the daemon refused the call: %s", ce.Message())
 	}
-	return fault.Wrap(err, fault.Unavailable, "", "lost the connection to the daemon").WithHint("banger daemon status")
+	return fault.Wrap(errors.Join(errLost, err), fault.Unavailable, "", "lost the connection to the daemon").WithHint("banger daemon status")
 }
+
+// errLost marks a connection that broke, as opposed to a daemon that answered or did not start.
+var errLost = errors.New("connection lost")
 
 // FromFault gives the API's fault as an *Error. A nil fault gives nil.
 func FromFault(f *bangerv1.Fault) error {
@@ -174,7 +189,34 @@ func (c *Client) WatchOperation(ctx context.Context, id string, w Watcher) (*ban
 	if w.Lost != nil {
 		w.Lost(err)
 	}
-	return c.watchOnce(ctx, id, w)
+	c.transport.CloseIdleConnections() // they lead to the daemon that is lost
+	heard := false
+	again := Watcher{Changed: func(op *bangerv1.Operation) {
+		heard = true
+		if w.Changed != nil {
+			w.Changed(op)
+		}
+	}}
+	for tries := 0; ; tries++ {
+		last, err = c.watchOnce(ctx, id, again)
+		if heard || !fault.Is(err, fault.Unavailable) || tries == dyingTries || !pause(ctx, tries) {
+			return last, err
+		}
+	}
+}
+
+// dyingTries is how often a call is made again to a daemon that is just being killed: its socket
+// takes connections for some milliseconds longer, and then resets them.
+const dyingTries = 5
+
+// pause waits a little longer with each try, and reports whether ctx goes on.
+func pause(ctx context.Context, tries int) bool {
+	select {
+	case <-time.After(time.Duration(10<<tries) * time.Millisecond):
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // Final reports whether the operation has ended.

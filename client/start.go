@@ -176,7 +176,7 @@ func (c *Client) logTail() string {
 		return ""
 	}
 	defer f.Close()
-	const window, lines = 4096, 5
+	const window, lines = 16 << 10, 5
 	if _, err := f.Seek(-window, io.SeekEnd); err != nil {
 		_, _ = f.Seek(0, io.SeekStart)
 	}
@@ -185,7 +185,15 @@ func (c *Client) logTail() string {
 		return ""
 	}
 	all := strings.Split(strings.TrimSpace(string(b)), "\n")
-	return "; the end of its log:\n    " + strings.Join(all[max(0, len(all)-lines):], "\n    ")
+	from := max(0, len(all)-lines)
+	for i, line := range all {
+		// What the Go runtime says first when a program dies; the stacks after it are for the log.
+		if strings.HasPrefix(line, "panic: ") || strings.HasPrefix(line, "fatal error: ") {
+			from, all = i, all[:min(i+lines, len(all))]
+			break
+		}
+	}
+	return "; its log says:\n    " + strings.Join(all[from:], "\n    ")
 }
 
 // process is a process watched by pidfd, so that its end is an event and its number cannot be reused.

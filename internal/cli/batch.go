@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 
 	"github.com/spf13/cobra"
@@ -29,8 +30,8 @@ type result struct {
 
 // batch resolves references, drops those that name a VM again, and runs do on all the others at
 // once. Each has its own result, printed in the order given; bad references do not keep good ones
-// from running. done is what happened in one word ("stopped"), printed if the operation brought no
-// notice of its own.
+// from running. done is what happened in one word ("stopped"), printed unless the operation says that
+// it was so already.
 func (a *app) batch(cmd *cobra.Command, refs []string, done string, do task) error {
 	ctx := cmd.Context()
 	c, err := a.connect()
@@ -80,7 +81,7 @@ func (a *app) batch(cmd *cobra.Command, refs []string, done string, do task) err
 			a.runTask(ctx, c, r, quiet, do)
 		})
 	}
-	var views []resultView
+	views, said := []resultView{}, map[string]bool{}
 	var failed []error
 	var left []*bangerv1.Operation
 	for i, r := range results {
@@ -92,7 +93,7 @@ func (a *app) batch(cmd *cobra.Command, refs []string, done string, do task) err
 		if a.json {
 			views = append(views, viewResult(r))
 		} else {
-			a.printResult(r, done, len(results) > 1)
+			a.printResult(r, done, said)
 		}
 		if p != nil {
 			p.mu.Unlock()
@@ -113,7 +114,9 @@ func (a *app) batch(cmd *cobra.Command, refs []string, done string, do task) err
 			return err
 		}
 	}
-	a.goesOn(left...)
+	for _, op := range left {
+		a.goesOn(op)
+	}
 	if len(failed) == 0 {
 		return nil
 	}
@@ -154,7 +157,8 @@ func (a *app) runTask(ctx context.Context, c *client.Client, r *result, quiet bo
 	}
 }
 
-func (a *app) printResult(r *result, done string, many bool) {
+// printResult prints what became of a VM. said holds the notices that were printed before.
+func (a *app) printResult(r *result, done string, said map[string]bool) {
 	if errors.Is(r.err, errInterrupted) {
 		return // goesOn speaks of it
 	}
@@ -162,11 +166,13 @@ func (a *app) printResult(r *result, done string, many bool) {
 		a.printError(r.err)
 		return
 	}
-	if notices := r.op.GetNotices(); len(notices) > 0 {
-		for _, n := range notices {
-			fmt.Fprintf(a.stdout, "%s: %s\n", r.vm.GetName(), n)
+	for _, n := range r.op.GetNotices() {
+		if strings.HasPrefix(n, "already ") {
+			done = n
+		} else if !said[n] { // of all VMs alike, as that they are emulated: once is enough
+			said[n] = true
+			fmt.Fprintln(a.stderr, n)
 		}
-		return
 	}
 	fmt.Fprintf(a.stdout, "%s: %s\n", r.vm.GetName(), done)
 }

@@ -21,6 +21,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/version"
 )
 
 // app is one run of the program.
@@ -115,8 +116,9 @@ func (a *app) connectWith(start bool) (*client.Client, error) {
 
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
-		Use:   "banger",
-		Short: "Linux machines of your own, one command each",
+		Use:     "banger",
+		Short:   "Linux machines of your own, one command each",
+		Version: version.String(),
 		Long: `banger gives you persistent development sandboxes: each a microVM with a name,
 an SSH session and files that stay. The daemon starts by itself when it is needed.`,
 		Example: `  banger vm create
@@ -196,6 +198,10 @@ func someRefs(cmd *cobra.Command, args []string) error {
 func flagError(cmd *cobra.Command, err error) error {
 	if errors.Is(err, errHelp) {
 		return err
+	}
+	var own *fault.Error
+	if errors.As(err, &own) {
+		return own
 	}
 	text := err.Error()
 	if _, reason, ok := strings.Cut(text, "flag: "); ok && strings.HasPrefix(text, "invalid argument") {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/pflag"
 
@@ -46,7 +47,7 @@ var exitCodes = map[fault.Code]int{
 }
 
 // errInterrupted marks what ended because of Ctrl-C here.
-var errInterrupted = errors.New("interrupted")
+var errInterrupted error = fault.New(fault.Cancelled, "", "interrupted")
 
 // passed is another program's exit code that becomes ours. Everything was said already.
 type passed int
@@ -95,7 +96,7 @@ func viewError(err error) *errorView {
 	if !errors.As(err, &f) {
 		return &errorView{Code: string(fault.CodeOf(err)), Message: err.Error()}
 	}
-	v := &errorView{Code: string(f.Code), Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: fault.HintOf(err)}
+	v := &errorView{Code: string(f.Code), Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: fault.HintOf(f)}
 	if f.Cause != nil {
 		v.Cause = f.Cause.Error()
 	}
@@ -127,6 +128,9 @@ func (a *app) printError(err error) {
 		text = v.Subject + ": " + text
 	}
 	fmt.Fprintf(a.stderr, "%s %s\n", a.paintErr(red, "banger:"), text)
+	if v.Cause != "" && !strings.Contains(text, v.Cause) {
+		fmt.Fprintf(a.stderr, "  cause: %s\n", v.Cause)
+	}
 	if v.Hint != "" {
 		fmt.Fprintf(a.stderr, "  hint: %s\n", v.Hint)
 	}

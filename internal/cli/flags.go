@@ -2,7 +2,6 @@ package cli
 
 import (
 	"fmt"
-	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -10,6 +9,8 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 // choice is a flag with a fixed set of values.
@@ -52,78 +53,21 @@ func (c *count) Set(s string) error {
 	return nil
 }
 
-// size is a flag with a number of bytes. bare is what a number without a unit counts in; 0 refuses
-// it. 0 bytes means that it was not given.
+// size is a flag with a size, read as the domain reads it everywhere. 0 means that it was not given.
 type size struct {
-	bytes int64
+	value int64
 	what  string
-	bare  int64
+	parse func(what, s string) (int64, error)
 }
 
-const (
-	kib = 1 << 10
-	mib = 1 << 20
-	gib = 1 << 30
-	tib = 1 << 40
-)
-
-func (f *size) String() string {
-	if f.bytes == 0 {
-		return ""
+func (f *size) String() string { return "" }
+func (f *size) Type() string   { return "SIZE" }
+func (f *size) Set(s string) (err error) {
+	f.value, err = f.parse(f.what, s)
+	if err == nil && f.value == 0 {
+		err = fault.New(fault.Invalid, f.what, "%q is zero", s)
 	}
-	return formatBytes(f.bytes)
-}
-func (f *size) Type() string { return "SIZE" }
-func (f *size) Set(s string) error {
-	n, err := parseSize(s, f.bare)
-	if err != nil {
-		return fmt.Errorf("%q is no size for %s: %w", s, f.what, err)
-	}
-	f.bytes = n
-	return nil
-}
-
-// parseSize reads 4G, 4GiB, 512M, 1.5T, 65536K; powers of 1024 whichever way they are written, as
-// RAM and disks of virtual machines are sized.
-func parseSize(s string, bare int64) (int64, error) {
-	number := strings.TrimRight(s, "BbIiKkMmGgTt")
-	unit := strings.ToUpper(s[len(number):])
-	var factor int64
-	switch unit {
-	case "":
-		if factor = bare; bare == 0 {
-			return 0, fmt.Errorf("it needs a unit, as in %sG", nonEmpty(s, "16"))
-		}
-	case "K", "KB", "KIB":
-		factor = kib
-	case "M", "MB", "MIB":
-		factor = mib
-	case "G", "GB", "GIB":
-		factor = gib
-	case "T", "TB", "TIB":
-		factor = tib
-	default:
-		return 0, fmt.Errorf("the units are K, M, G and T, as in 4G, 4GiB or 512M")
-	}
-	n, err := strconv.ParseFloat(number, 64)
-	switch {
-	case err != nil || math.IsNaN(n) || strings.ContainsAny(number, "eExXpP_"):
-		return 0, fmt.Errorf("write it as in 4G, 4GiB or 512M")
-	case n <= 0:
-		return 0, fmt.Errorf("it must be more than nothing")
-	case n*float64(factor) >= math.MaxInt64:
-		return 0, fmt.Errorf("it is more than any machine has")
-	case n*float64(factor) < 1:
-		return 0, fmt.Errorf("it is less than a byte")
-	}
-	return int64(n * float64(factor)), nil
-}
-
-func nonEmpty(s, otherwise string) string {
-	if s == "" {
-		return otherwise
-	}
-	return s
+	return err
 }
 
 // labels is a repeatable flag of key=value pairs.

@@ -7,6 +7,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
 // place is where the daemon is, or will be.
@@ -55,7 +56,7 @@ func createDefaults() defaults {
 	return defaults{
 		image:  say("the default image: banger image list"),
 		vcpu:   say(fmt.Sprint(c.DefaultVCPU)),
-		memory: say(formatBytes(c.DefaultMemoryMiB * mib)),
+		memory: say(formatBytes(c.DefaultMemoryMiB * vm.MiB)),
 		disk:   say(formatBytes(c.DefaultDiskSize)),
 		system: say(formatBytes(c.DefaultSystemSize)),
 	}

@@ -183,12 +183,12 @@ func (a *app) follow(ctx context.Context, c *client.Client, op *bangerv1.Operati
 }
 
 // goesOn says how to come back to an operation that was left running.
-func (a *app) goesOn(ops ...*bangerv1.Operation) {
+func (a *app) goesOn(op *bangerv1.Operation) {
 	if a.json {
+		a.printError(fault.Wrap(errInterrupted, fault.Cancelled, op.GetVmName(), "the %s goes on in the daemon", op.GetKind()).
+			WithHint("banger operation watch %s, or banger operation cancel %s", op.GetId(), op.GetId()))
 		return
 	}
-	for _, op := range ops {
-		fmt.Fprintf(a.stderr, "%s: the %s goes on in the daemon\n  watch it:  banger operation watch %s\n  cancel it: banger operation cancel %s\n",
-			op.GetVmName(), op.GetKind(), op.GetId(), op.GetId())
-	}
+	fmt.Fprintf(a.stderr, "%s: the %s goes on in the daemon\n  watch it:  banger operation watch %s\n  cancel it: banger operation cancel %s\n",
+		op.GetVmName(), op.GetKind(), op.GetId(), op.GetId())
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
+	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
 func (a *app) vmCommand() *cobra.Command {
@@ -30,9 +31,9 @@ func (a *app) createCommand() *cobra.Command {
 	var (
 		name, image    string
 		vcpu           = &count{what: "virtual CPUs"}
-		memory         = &size{what: "memory", bare: mib}
-		disk           = &size{what: "the work disk"}
-		system         = &size{what: "the system disk"}
+		memory         = &size{what: "--memory", parse: vm.ParseMemory}
+		disk           = &size{what: "--disk-size", parse: vm.ParseDiskSize}
+		system         = &size{what: "--system-size", parse: vm.ParseDiskSize}
 		labelled       = labels{}
 		noStart, quiet bool
 	)
@@ -55,13 +56,9 @@ the SSH server if it needs to. Sizes are written 4G, 4GiB or 512M.`,
 			if cmd.Flags().Changed("name") && name == "" {
 				return usage(cmd, "--name is empty: leave it out to get a name")
 			}
-			mebibytes := memory.bytes / mib
-			if memory.bytes > 0 && mebibytes == 0 {
-				return usage(cmd, "--memory is less than 1 MiB")
-			}
 			return a.create(cmd.Context(), &bangerv1.CreateVMRequest{
-				Name: name, Image: image, Vcpu: vcpu.value, MemoryMib: mebibytes,
-				DiskBytes: disk.bytes, SystemBytes: system.bytes, Labels: labelled, NoStart: noStart,
+				Name: name, Image: image, Vcpu: vcpu.value, MemoryMib: memory.value,
+				DiskBytes: disk.value, SystemBytes: system.value, Labels: labelled, NoStart: noStart,
 			}, quiet)
 		},
 	}
@@ -92,6 +89,7 @@ func (a *app) create(ctx context.Context, r *bangerv1.CreateVMRequest, quiet boo
 	if err != nil {
 		if errors.Is(err, errInterrupted) {
 			a.goesOn(resp.GetOperation())
+			return reported{exitInterrupted}
 		}
 		return err
 	}
@@ -148,7 +146,7 @@ func (a *app) listCommand() *cobra.Command {
 			for _, v := range resp.GetVms() {
 				rows = append(rows, []cell{
 					{text: v.GetName()}, {text: shortID(v.GetId())}, {text: v.GetState(), color: stateColor(v.GetState())},
-					{text: v.GetImage()}, {text: fmt.Sprint(v.GetVcpu())}, {text: formatBytes(v.GetMemoryMib() * mib)},
+					{text: v.GetImage()}, {text: fmt.Sprint(v.GetVcpu())}, {text: formatBytes(v.GetMemoryMib() * vm.MiB)},
 					{text: formatBytes(v.GetDiskBytes())}, {text: formatAge(now, v.GetCreatedAt())},
 				})
 			}
@@ -208,7 +206,7 @@ func (a *app) printVM(v *bangerv1.VM) error {
 	add("image", v.GetImage())
 	add("kernel", v.GetKernel())
 	add("vcpu", fmt.Sprint(v.GetVcpu()))
-	add("memory", formatBytes(v.GetMemoryMib()*mib))
+	add("memory", formatBytes(v.GetMemoryMib()*vm.MiB))
 	add("work disk", diskText(v.GetDiskBytes(), v.GetDiskAllocatedBytes()))
 	add("system disk", diskText(v.GetSystemBytes(), v.GetSystemAllocatedBytes()))
 	var pairs []string

@@ -74,15 +74,7 @@ func Report(ready *os.File, err error) {
 }
 
 func faultLine(err error) []byte {
-	m := &bangerv1.Fault{Code: string(fault.CodeOf(err)), Message: err.Error()}
-	var f *fault.Error
-	if errors.As(err, &f) {
-		m = &bangerv1.Fault{Code: string(f.Code), Subject: f.Subject, Message: f.Message, Hint: fault.HintOf(err)}
-		if f.Cause != nil {
-			m.Cause = f.Cause.Error()
-		}
-	}
-	line, err := json.Marshal(m)
+	line, err := json.Marshal(server.FaultMessage(err))
 	if err != nil {
 		return []byte(`{"code":"internal","message":"the daemon cannot say why it failed"}`)
 	}
@@ -178,8 +170,7 @@ func run(ctx context.Context, o *Options) (err error) {
 		defer os.Remove(sockets.Address(name))
 	}
 
-	ending := make(chan struct{})
-	end := sync.OnceFunc(func() { close(ending) })
+	asked, ending := make(chan struct{}), make(chan struct{})
 	revision := o.Revision
 	if revision == 0 {
 		revision = bangerv1.Revision
@@ -189,7 +180,7 @@ func run(ctx context.Context, o *Options) (err error) {
 			PID: os.Getpid(), Version: version.String(), Revision: revision,
 			Socket: o.Paths.Socket(), Log: logPath,
 			StateDir: o.Paths.State, RuntimeDir: o.Paths.Runtime,
-			StartedAt: started, Warnings: o.Warnings, Ending: ending, Shutdown: end,
+			StartedAt: started, Warnings: o.Warnings, Ending: ending, Shutdown: sync.OnceFunc(func() { close(asked) }),
 		}, log),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
@@ -215,19 +206,21 @@ func run(ctx context.Context, o *Options) (err error) {
 	select {
 	case <-ctx.Done():
 		log.Info("ending", "why", "signal")
-	case <-ending:
+	case <-asked:
 		log.Info("ending", "why", "asked to")
 	case err := <-served:
 		return fault.Wrap(err, fault.Internal, "", "the daemon cannot serve")
 	}
 	// A second signal ends the process at once: the journal is made for that.
 	stopSignals()
-	end()
 
-	// From here on clients find no socket and start a successor, which waits for the lock.
+	// From here on clients find no socket and start a successor, which waits for the lock. Only then
+	// are watchers told: they are to find the successor, not this daemon again.
 	for _, name := range []string{socketName, bangerv1.DialSocketName} {
 		_ = os.Remove(sockets.Address(name))
 	}
+	_ = api.Close()
+	close(ending)
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), callGrace)
 	defer cancel()
 	if err := srv.Shutdown(grace); err != nil {

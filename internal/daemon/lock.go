@@ -82,14 +82,23 @@ func await(ctx context.Context, f *os.File, sockets *privatedir.Dir, name string
 			}
 		}
 	}()
-	locked := make(chan error, 1)
+	// flock(2) cannot be cancelled. The waiting thread has a descriptor of its own, so that a lock
+	// that comes after await gave up is let go of again.
+	own, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("dup: %w", err)
+	}
+	locked, gaveUp := make(chan error), make(chan struct{})
+	defer close(gaveUp)
 	go func() {
-		// flock(2) cannot be cancelled: if await gives up, the process ends and this with it.
-		for {
-			if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != unix.EINTR {
-				locked <- err
-				return
-			}
+		defer unix.Close(own)
+		err := unix.Flock(own, unix.LOCK_EX)
+		for err == unix.EINTR {
+			err = unix.Flock(own, unix.LOCK_EX)
+		}
+		select {
+		case locked <- err:
+		case <-gaveUp:
 		}
 	}()
 	for {

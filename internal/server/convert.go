@@ -75,7 +75,7 @@ func imageMessages(list []image.Image, byDefault string) []*bangerv1.Image {
 	out := make([]*bangerv1.Image, len(list))
 	for i, im := range list {
 		out[i] = &bangerv1.Image{
-			Id: im.ID, Name: im.Name, SizeBytes: im.SizeBytes, Kernel: im.Kernel, Managed: im.Managed,
+			Id: im.ID, Name: im.Name, SizeBytes: im.SizeBytes, Managed: im.Managed,
 			HasWorkSeed: im.Seed != "", IsDefault: im.Name == byDefault, Source: im.Source,
 			CreatedAt: stamp(im.CreatedAt),
 		}
@@ -95,7 +95,7 @@ func operationMessage(op operation.Operation) *bangerv1.Operation {
 		})
 	}
 	if op.Fault != nil {
-		m.Fault = faultMessage(op.Fault)
+		m.Fault = FaultMessage(op.Fault)
 	}
 	return m
 }

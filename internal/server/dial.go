@@ -57,14 +57,14 @@ func serveDial(ctx context.Context, conn *net.UnixConn, guests Dialer, log *slog
 	reader := bufio.NewReaderSize(conn, bangerv1.MaxDialLine)
 	line, err := reader.ReadSlice('\n')
 	if err != nil {
-		return answer(conn, bangerv1.DialAnswer{Fault: faultMessage(fault.Wrap(err, fault.Invalid, "", "the dial request is not one line of at most %d bytes", bangerv1.MaxDialLine))}, -1)
+		return answer(conn, bangerv1.DialAnswer{Fault: FaultMessage(fault.Wrap(err, fault.Invalid, "", "the dial request is not one line of at most %d bytes", bangerv1.MaxDialLine))}, -1)
 	}
 	var req bangerv1.DialRequest
 	if err := json.Unmarshal(line, &req); err != nil {
-		return answer(conn, bangerv1.DialAnswer{Fault: faultMessage(fault.Wrap(err, fault.Invalid, "", "the dial request is not JSON"))}, -1)
+		return answer(conn, bangerv1.DialAnswer{Fault: FaultMessage(fault.Wrap(err, fault.Invalid, "", "the dial request is not JSON"))}, -1)
 	}
 	if req.Port < 1 || req.Port > 65535 {
-		return answer(conn, bangerv1.DialAnswer{Fault: faultMessage(fault.New(fault.Invalid, "", "%d is not a TCP port", req.Port))}, -1)
+		return answer(conn, bangerv1.DialAnswer{Fault: FaultMessage(fault.New(fault.Invalid, "", "%d is not a TCP port", req.Port))}, -1)
 	}
 	_ = conn.SetReadDeadline(time.Time{})
 
@@ -82,7 +82,7 @@ func serveDial(ctx context.Context, conn *net.UnixConn, guests Dialer, log *slog
 	gone()
 	if err != nil {
 		log.Debug("no guest stream", "vm", req.VMID, "port", req.Port, "error", err)
-		return answer(conn, bangerv1.DialAnswer{Fault: faultMessage(err)}, -1)
+		return answer(conn, bangerv1.DialAnswer{Fault: FaultMessage(err)}, -1)
 	}
 	defer guest.Close()
 	log.Debug("guest stream", "vm", req.VMID, "port", req.Port)

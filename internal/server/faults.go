@@ -38,7 +38,7 @@ func toConnect(err error) error {
 	if errors.As(err, &own) {
 		return own
 	}
-	message := faultMessage(err)
+	message := FaultMessage(err)
 	code, ok := connectCodes[fault.Code(message.GetCode())]
 	if !ok {
 		code = connect.CodeInternal
@@ -52,8 +52,8 @@ func toConnect(err error) error {
 	return ce
 }
 
-// faultMessage renders err, whatever it is, as the API's Fault. A nil error gives nil.
-func faultMessage(err error) *bangerv1.Fault {
+// FaultMessage renders err, whatever it is, as the API's Fault. A nil error gives nil.
+func FaultMessage(err error) *bangerv1.Fault {
 	if err == nil {
 		return nil
 	}
@@ -61,9 +61,11 @@ func faultMessage(err error) *bangerv1.Fault {
 	if !errors.As(err, &f) {
 		return &bangerv1.Fault{Code: string(fault.CodeOf(err)), Message: err.Error()}
 	}
-	m := &bangerv1.Fault{
-		Code: string(f.Code), Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: fault.HintOf(err),
+	hint := fault.HintOf(err)
+	if hint == "" {
+		hint = fault.HintOf(f) // HintOf does not look into joined errors
 	}
+	m := &bangerv1.Fault{Code: string(f.Code), Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: hint}
 	if f.Cause != nil {
 		m.Cause = f.Cause.Error()
 	}

@@ -14,7 +14,6 @@ import (
 
 type vmHandler struct {
 	svc  Machines
-	ops  Operations
 	info Info
 }
 
@@ -78,15 +77,7 @@ func (h *vmHandler) GetVM(ctx context.Context, r *bangerv1.GetVMRequest) (*bange
 		return nil, err
 	}
 	m := detailMessage(d)
-	ops, err := h.ops.Operations(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, op := range ops {
-		if op.State == operation.Running && op.VMID == m.GetId() {
-			m.OperationId = op.ID
-		}
-	}
+	m.OperationId = h.svc.RunningOperation(d.VM.ID)
 	return &bangerv1.GetVMResponse{Vm: m}, nil
 }
 
@@ -95,7 +86,11 @@ func (h *vmHandler) ListVMs(ctx context.Context, _ *bangerv1.ListVMsRequest) (*b
 	if err != nil {
 		return nil, err
 	}
-	return &bangerv1.ListVMsResponse{Vms: vmMessages(list)}, nil
+	messages := vmMessages(list)
+	for i := range list {
+		messages[i].OperationId = h.svc.RunningOperation(list[i].ID)
+	}
+	return &bangerv1.ListVMsResponse{Vms: messages}, nil
 }
 
 func (h *vmHandler) ResolveVMs(ctx context.Context, r *bangerv1.ResolveVMsRequest) (*bangerv1.ResolveVMsResponse, error) {
@@ -103,7 +98,7 @@ func (h *vmHandler) ResolveVMs(ctx context.Context, r *bangerv1.ResolveVMsReques
 	for _, ref := range r.GetRefs() {
 		result := &bangerv1.ResolvedVM{Ref: ref}
 		if v, err := h.svc.Resolve(ctx, ref); err != nil {
-			result.Fault = faultMessage(err)
+			result.Fault = FaultMessage(err)
 		} else {
 			result.Vm = vmMessage(v)
 		}
@@ -145,7 +140,11 @@ func (h *imageHandler) ListImages(ctx context.Context, _ *bangerv1.ListImagesReq
 	if err != nil {
 		return nil, err
 	}
-	return &bangerv1.ListImagesResponse{Images: imageMessages(list, byDefault)}, nil
+	messages := imageMessages(list, byDefault)
+	for i := range list {
+		messages[i].Kernel = h.svc.KernelVersion(ctx, list[i].Kernel)
+	}
+	return &bangerv1.ListImagesResponse{Images: messages}, nil
 }
 
 type operationHandler struct {
@@ -156,6 +155,12 @@ type operationHandler struct {
 
 // streamed runs a watch that must end when the daemon does, and then says why it ended.
 func streamed(ctx context.Context, ending <-chan struct{}, watch func(context.Context) error) error {
+	shuttingDown := fault.New(fault.Unavailable, "", "the daemon is shutting down")
+	select {
+	case <-ending:
+		return shuttingDown
+	default:
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	done := make(chan struct{})
@@ -171,7 +176,7 @@ func streamed(ctx context.Context, ending <-chan struct{}, watch func(context.Co
 	select {
 	case <-ending:
 		if err != nil {
-			return fault.New(fault.Unavailable, "", "the daemon is shutting down")
+			return shuttingDown
 		}
 	default:
 	}

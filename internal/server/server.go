@@ -36,6 +36,8 @@ type Machines interface {
 	Images(ctx context.Context) ([]image.Image, string, error)
 	Defaults(ctx context.Context) (sandbox.Defaults, error)
 	SSHTarget(ctx context.Context, id vm.ID) (sandbox.SSHTarget, error)
+	RunningOperation(id vm.ID) string
+	KernelVersion(ctx context.Context, id string) string
 }
 
 // Operations is what the operation calls need.
@@ -97,7 +99,7 @@ func New(svc Service, info Info, log *slog.Logger) http.Handler {
 		connect.WithInterceptors(accessLog{log}, faults{log}, revision{info.Revision}),
 	)
 	mux := http.NewServeMux()
-	mux.Handle(bangerv1connect.NewVMServiceHandler(&vmHandler{svc, svc, info}, opts))
+	mux.Handle(bangerv1connect.NewVMServiceHandler(&vmHandler{svc, info}, opts))
 	mux.Handle(bangerv1connect.NewImageServiceHandler(&imageHandler{svc}, opts))
 	mux.Handle(bangerv1connect.NewOperationServiceHandler(&operationHandler{svc, svc, info.Ending}, opts))
 	mux.Handle(bangerv1connect.NewDaemonServiceHandler(&daemonHandler{svc, info}, opts))
