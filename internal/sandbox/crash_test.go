@@ -313,6 +313,60 @@ func look(dir, cache string, marked bool) (state string, err error) {
 	return string(v.State), nil
 }
 
+// wreck looks at what a crash left before anyone repairs it. What exists must be on record, or a later
+// stop or delete would not know of it; and what stands on something must not outlive it.
+func wreck(dir, cache string) error {
+	ctx := context.Background()
+	p, err := crashChild{Dir: dir, Cache: cache}.paths()
+	if err != nil {
+		return err
+	}
+	st, err := store.Open(ctx, p.Database())
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	world, err := fakevmm.Open(filepath.Join(dir, "world"))
+	if err != nil {
+		return err
+	}
+	machines, err := world.Machines()
+	if err != nil {
+		return err
+	}
+	for _, m := range machines {
+		for _, d := range m.Spec.Drives {
+			if !exists(d.Path) {
+				return fmt.Errorf("a machine runs without its drive %s", d.Role)
+			}
+		}
+		steps, err := st.Steps(ctx, vm.ID(m.Spec.ID))
+		if err != nil {
+			return err
+		}
+		if steps[stepVMM] == "" {
+			return fmt.Errorf("a machine runs that the journal does not know of: %v", steps)
+		}
+	}
+	for _, v := range st.VMs() {
+		steps, err := st.Steps(ctx, v.ID)
+		if err != nil {
+			return err
+		}
+		for step, path := range map[string]string{
+			stepSystem: p.VM(string(v.ID)),
+			stepWork:   filepath.Join(p.VM(string(v.ID)), "work.ext4"),
+			stepConfig: filepath.Join(p.VM(string(v.ID)), "config.tar"),
+			stepVMM:    p.Run(v.ID.Short()),
+		} {
+			if exists(path) && steps[step] == "" {
+				return fmt.Errorf("%s is there, and the journal does not know of step %s: %v", path, step, steps)
+			}
+		}
+	}
+	return nil
+}
+
 // running counts the machines of a world.
 func running(dir string) (int, error) {
 	world, err := fakevmm.Open(filepath.Join(dir, "world"))
@@ -495,6 +549,9 @@ func TestCrashAtEveryBoundary(t *testing.T) {
 				passed, crashed, err := child.spawn(ctx)
 				if err != nil || !crashed {
 					return passed, err // beyond the last boundary: nothing left to crash
+				}
+				if err := wreck(dir, cache); err != nil {
+					return 0, fmt.Errorf("right after crash %d: %w", i+1, err)
 				}
 			}
 			last := crashChild{Dir: dir, Cache: cache, Reboot: reboot}
