@@ -110,13 +110,22 @@ func CodeOf(err error) Code {
 // Is reports whether err's outermost fault carries code.
 func Is(err error, code Code) bool { return err != nil && CodeOf(err) == code }
 
-// HintOf returns the first non-empty hint in err's chain.
+// HintOf returns the first non-empty hint in err's tree, depth first, as errors.As walks it.
 func HintOf(err error) string {
-	for err != nil {
-		if f, ok := err.(*Error); ok && f.Hint != "" {
-			return f.Hint
+	if f, ok := err.(*Error); ok && f.Hint != "" { //nolint:errorlint // this is the walk itself
+		return f.Hint
+	}
+	switch u := err.(type) { //nolint:errorlint // likewise
+	case interface{ Unwrap() error }:
+		if next := u.Unwrap(); next != nil {
+			return HintOf(next)
 		}
-		err = errors.Unwrap(err)
+	case interface{ Unwrap() []error }:
+		for _, next := range u.Unwrap() {
+			if hint := HintOf(next); hint != "" {
+				return hint
+			}
+		}
 	}
 	return ""
 }
