@@ -11,7 +11,7 @@ ARGS ?=
 
 # Outside of git (a release archive) the version is "devel".
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
-GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
+GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X git.thaloco.com/thaloco/banger/internal/version.release=$(VERSION)'
 MKRUNTIME := ./dist/mkruntime -version '$(VERSION)'
 
 .PHONY: help

@@ -15,10 +15,8 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/pid1"
+	"git.thaloco.com/thaloco/banger/internal/version"
 )
-
-// version is set by the linker.
-var version = "devel"
 
 func main() {
 	name := filepath.Base(os.Args[0])
@@ -35,7 +33,7 @@ func main() {
 	case name == pid1.SupervisorName:
 		err = pid1.Supervise()
 	case len(os.Args) == 2 && os.Args[1] == "--version":
-		fmt.Println(version)
+		fmt.Println(version.String())
 	case os.Getenv(pid1.RestartsVariable) != "":
 		err = runAgent()
 	default:
@@ -54,7 +52,7 @@ func runAgent() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	if err := agentd.Run(ctx, version, restarts); !errors.Is(err, context.Canceled) {
+	if err := agentd.Run(ctx, version.String(), restarts); !errors.Is(err, context.Canceled) {
 		return err
 	}
 	return nil

@@ -45,7 +45,7 @@ var buildAgent = sync.OnceValues(func() ([]byte, error) {
 	}
 	defer os.RemoveAll(dir)
 	path := filepath.Join(dir, "agent")
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -X main.version=e2e", "-o", path,
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -X git.thaloco.com/thaloco/banger/internal/version.release=e2e", "-o", path,
 		"git.thaloco.com/thaloco/banger/cmd/banger-vsock-agent")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {

@@ -61,11 +61,7 @@ func FaultMessage(err error) *bangerv1.Fault {
 	if !errors.As(err, &f) {
 		return &bangerv1.Fault{Code: string(fault.CodeOf(err)), Message: err.Error()}
 	}
-	hint := fault.HintOf(err)
-	if hint == "" {
-		hint = fault.HintOf(f) // HintOf does not look into joined errors
-	}
-	m := &bangerv1.Fault{Code: string(f.Code), Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: hint}
+	m := &bangerv1.Fault{Code: string(f.Code), Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: fault.HintOf(err)}
 	if f.Cause != nil {
 		m.Cause = f.Cause.Error()
 	}

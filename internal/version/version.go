@@ -38,10 +38,11 @@ var Get = sync.OnceValue(func() Info {
 	return info
 })
 
-// String is the version in one word for people: "1.2.3 (0123456789ab)".
+// String is the version in one word for people: a release's number, what `git describe` says of a
+// checkout, or "devel (0123456789ab)" for a build by the go command alone.
 func String() string {
 	info := Get()
-	if info.Commit == "" {
+	if info.Commit == "" || info.Version != "devel" {
 		return info.Version
 	}
 	s := info.Version + " (" + info.Commit[:min(12, len(info.Commit))]

@@ -306,7 +306,7 @@ func buildAgent(ctx context.Context, o options, file string) error {
 		_, err := placeFile(ctx, o.agent, file, 0o755)
 		return err
 	}
-	ldflags := "-s -w -X main.version=" + o.version
+	ldflags := "-s -w -X git.thaloco.com/thaloco/banger/internal/version.release=" + o.version
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", ldflags, "-o", file, "./cmd/banger-vsock-agent")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+runtime.GOARCH)
 	out, err := cmd.CombinedOutput()
