@@ -103,7 +103,7 @@ func (s *Server) dial(ctx context.Context, stream net.Conn, h agent.Header) (net
 func dialWaiting(ctx context.Context, dial func(context.Context, int) (net.Conn, error), port int) (net.Conn, error) {
 	for pause := firstRetry; ; pause = min(2*pause, slowestTry) {
 		tcp, err := dial(ctx, port)
-		if err == nil || !errors.Is(err, syscall.ECONNREFUSED) {
+		if err == nil || !notYet(err) {
 			return tcp, err
 		}
 		select {
@@ -114,11 +114,17 @@ func dialWaiting(ctx context.Context, dial func(context.Context, int) (net.Conn,
 	}
 }
 
+// notYet says that a port may answer later: nobody listens, or the system has not configured its
+// loopback so far.
+func notYet(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EADDRNOTAVAIL)
+}
+
 // DialLoopback is a Guest's DialTCP: 127.0.0.1 first, then ::1.
 func DialLoopback(ctx context.Context, port int) (net.Conn, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
-	if err == nil || !errors.Is(err, syscall.ECONNREFUSED) {
+	if err == nil || !notYet(err) {
 		return conn, err
 	}
 	conn, err6 := d.DialContext(ctx, "tcp", net.JoinHostPort("::1", strconv.Itoa(port)))

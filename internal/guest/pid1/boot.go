@@ -452,6 +452,9 @@ func (b *booter) agent() error {
 			return err
 		}
 	}
+	if err := loopbackUp(); err != nil {
+		return fmt.Errorf("bring the loopback interface up: %w", err)
+	}
 	null, err := os.OpenFile(newRoot+"/dev/null", os.O_RDWR, 0)
 	if err != nil {
 		return err
@@ -467,6 +470,26 @@ func (b *booter) agent() error {
 		return fmt.Errorf("start the agent's supervisor: %w", err)
 	}
 	return supervisor.Process.Release() // it is the distribution's init's child from now on
+}
+
+// loopbackUp configures lo, as every distribution will again: the agent reaches the guest's ports by
+// it from its first moment, and an init that knows no network still has it. The kernel gives lo its
+// addresses when it comes up (net/ipv4/devinet.c, inetdev_event).
+func loopbackUp() error {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(s)
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	if err := unix.IoctlIfreq(s, unix.SIOCGIFFLAGS, ifr); err != nil {
+		return err
+	}
+	ifr.SetUint16(ifr.Uint16() | unix.IFF_UP)
+	return unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr)
 }
 
 // placeBinary puts this program into the new root's /run, for the agent and, as a small root of its
