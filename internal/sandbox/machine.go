@@ -294,9 +294,9 @@ func (c *machineCapability) identity(v *vm.VM) vmm.Spec {
 func (c *machineCapability) spec(ctx context.Context, v *vm.VM) (vmm.Spec, error) {
 	spec := c.identity(v)
 	spec.VCPU, spec.MemoryMiB = v.Spec.VCPU, v.Spec.MemoryMiB
-	// The console stays: it is the evidence when a guest does not boot. panic=-1 reboots at once,
-	// which ends the VMM, which is noticed; without it a panicked guest would hang.
-	spec.Cmdline = "console=ttyS0 quiet panic=-1 net.ifnames=0 random.trust_cpu=on"
+	// TERM: systemd asks the console for its size and colours, and waits for an answer, unless it is a
+	// dumb one (systemd's src/basic/terminal-util.c); a log file answers nothing.
+	spec.Cmdline = "quiet net.ifnames=0 random.trust_cpu=on TERM=dumb"
 	for _, p := range c.machines.parts {
 		if mc, ok := p.(machineContributor); ok {
 			if err := mc.Machine(ctx, v, &spec); err != nil {

@@ -25,8 +25,9 @@ const (
 
 // machine is what the command line depends on besides the spec.
 type platform struct {
-	kvm   bool
-	vsock bool
+	kvm      bool
+	vsock    bool
+	parallel bool // emulation may use a thread for each virtual CPU
 }
 
 var uuidForm = regexp.MustCompile(`^[0-9a-f]{32}$`)
@@ -50,7 +51,11 @@ func arguments(s vmm.Spec, p platform) ([]string, error) {
 		a = append(a, "-accel", "kvm", "-cpu", "host")
 	} else {
 		// QEMU 7.2's emulation of cmpxchg16b corrupts the memory of kernels from 6.12 on.
-		a = append(a, "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-cx16")
+		threads := "single"
+		if p.parallel {
+			threads = "multi"
+		}
+		a = append(a, "-accel", "tcg,thread="+threads+",tb-size=512", "-cpu", "max,-cx16")
 		// Costly where each indirect branch is emulated, and no use: there is no speculation.
 		cmdline = append(cmdline, "mitigations=off")
 	}

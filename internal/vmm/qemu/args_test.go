@@ -25,7 +25,7 @@ func TestArguments(t *testing.T) {
 			{Role: vmm.RoleSystem, Path: "/state/system.ext4"},
 		},
 	}
-	for name, p := range map[string]platform{"tcg-serial": {}, "kvm-vsock": {kvm: true, vsock: true}} {
+	for name, p := range map[string]platform{"tcg-serial": {}, "tcg-parallel": {parallel: true}, "kvm-vsock": {kvm: true, vsock: true}} {
 		t.Run(name, func(t *testing.T) {
 			args, err := arguments(spec, p)
 			if err != nil {

@@ -42,6 +42,12 @@ const (
 // oldest is the first QEMU that has every option of args.go. Older ones are refused.
 var oldest = version{6, 1}
 
+// parallel is the first QEMU whose emulation may run each virtual CPU in a thread of its own. Before
+// it ("accel/tcg: Always lock pages before translation", in 8.1), one CPU could translate code
+// that another was just patching and keep the breakpoint that the kernel had put there meanwhile: the
+// guest died with "Oops: int3", one boot in some dozens.
+var parallel = version{8, 1}
+
 // Driver is the vmm.Driver of QEMU. Safe for concurrent use.
 type Driver struct {
 	platform platform
@@ -52,11 +58,12 @@ type Driver struct {
 
 // checked is what a look at the program found, for as long as the program stays the same.
 type checked struct {
-	path  string
-	size  int64
-	mtime time.Time
-	err   error
-	done  bool
+	path    string
+	size    int64
+	mtime   time.Time
+	version version
+	err     error
+	done    bool
 }
 
 // New returns a driver that uses KVM, which the caller has found usable (vmm.KVMUsable), or emulates.
@@ -124,30 +131,34 @@ func (d *Driver) Check(ctx context.Context) error {
 		return fault.Wrap(err, fault.Unavailable, "qemu", "%s --version does not run", path).
 			WithOp("vmm check").WithHint("sudo apt install --reinstall qemu-system-x86")
 	}
-	c.err, c.done = judge(path, string(out)), true
+	c.version, c.err = judge(path, string(out))
+	c.done = true
 	d.checked = c
 	return c.err
 }
 
 type version struct{ major, minor int }
 
+func (v version) atLeast(w version) bool {
+	return v.major > w.major || v.major == w.major && v.minor >= w.minor
+}
+
 var versionForm = regexp.MustCompile(`version (\d+)\.(\d+)`)
 
 // judge says whether a QEMU of that --version can be used.
-func judge(path, output string) error {
+func judge(path, output string) (v version, err error) {
 	m := versionForm.FindStringSubmatch(output)
 	if m == nil {
-		return fault.New(fault.Unsupported, "qemu", "%s does not say which version it is: %.80q", path, output).
+		return v, fault.New(fault.Unsupported, "qemu", "%s does not say which version it is: %.80q", path, output).
 			WithOp("vmm check").WithHint("sudo apt install --reinstall qemu-system-x86")
 	}
-	var v version
 	v.major, _ = strconv.Atoi(m[1]) // digits by the expression
 	v.minor, _ = strconv.Atoi(m[2])
-	if v.major < oldest.major || v.major == oldest.major && v.minor < oldest.minor {
-		return fault.New(fault.Unsupported, "qemu", "%s is version %d.%d, at least %d.%d is needed", path, v.major, v.minor, oldest.major, oldest.minor).
+	if !v.atLeast(oldest) {
+		return v, fault.New(fault.Unsupported, "qemu", "%s is version %d.%d, at least %d.%d is needed", path, v.major, v.minor, oldest.major, oldest.minor).
 			WithOp("vmm check").WithHint("sudo apt install qemu-system-x86 on Debian 12, Ubuntu 22.04 or later")
 	}
-	return nil
+	return v, nil
 }
 
 // Start is vmm.Driver's. fault.Unavailable if QEMU ends before it is ready, with the last lines of
@@ -204,11 +215,14 @@ func lockRunDir(ctx context.Context, spec vmm.Spec) (*runDir, error) {
 
 // launch starts QEMU. Called with the run directory locked and clean; leaves it clean on error.
 func (d *Driver) launch(ctx context.Context, dir *runDir, spec vmm.Spec) (_ *machine, err error) {
-	path, err := find()
-	if err != nil {
+	if err := d.Check(ctx); err != nil {
 		return nil, err
 	}
-	args, err := arguments(spec, d.platform)
+	d.mu.Lock()
+	path, platform := d.checked.path, d.platform
+	platform.parallel = d.checked.version.atLeast(parallel)
+	d.mu.Unlock()
+	args, err := arguments(spec, platform)
 	if err != nil {
 		return nil, err
 	}

@@ -65,6 +65,21 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+// TestVersions holds what is done for a version against the first that does without.
+func TestVersions(t *testing.T) {
+	for output, want := range map[string]bool{
+		"QEMU emulator version 7.2.22 (Debian 1:7.2)": false,
+		"QEMU emulator version 8.0.4":                 false,
+		"QEMU emulator version 8.1.0":                 true,
+		"QEMU emulator version 10.0.2":                true,
+	} {
+		v, err := judge("qemu", output)
+		if err != nil || v.atLeast(parallel) != want {
+			t.Errorf("%s: %+v, %v; parallel should be %v", output, v, err, want)
+		}
+	}
+}
+
 // TestNoProgram looks for QEMU where there is none.
 func TestNoProgram(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
@@ -110,7 +125,7 @@ func TestStartFails(t *testing.T) {
 		{"no memory", "echo 'qemu-system-x86_64: cannot set up guest memory: Cannot allocate memory' >&2; exit 1", patience, fault.Exhausted, "32 MiB"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			program(t, c.script)
+			program(t, `[ "$1" = --version ] && { echo 'QEMU emulator version 7.2.22'; exit 0; }; `+c.script)
 			s := newSpec(t)
 			ctx, cancel := context.WithTimeout(t.Context(), c.bound)
 			defer cancel()
