@@ -34,19 +34,20 @@ func (s service) Health(context.Context, *agentv1.HealthRequest) (*agentv1.Healt
 }
 
 func (s service) WatchBoot(ctx context.Context, _ *agentv1.WatchBootRequest, stream *connect.ServerStream[agentv1.WatchBootResponse]) error {
+	userspace, ssh := false, false
 	for sent := 0; ; {
 		stages, err := s.guest.Stages.after(ctx, sent)
 		if err != nil {
 			return err
 		}
-		last := false
 		for _, stage := range stages {
 			if err := stream.Send(&agentv1.WatchBootResponse{Stage: message(stage)}); err != nil {
 				return err
 			}
-			last = last || stage.Name == boot.StageUserspace
+			userspace = userspace || stage.Name == boot.StageUserspace
+			ssh = ssh || stage.Name == boot.StageSSH
 		}
-		if last {
+		if userspace && ssh {
 			return nil
 		}
 		sent += len(stages)

@@ -54,7 +54,7 @@ type AgentServiceClient interface {
 	// Health answers at once with what the agent knows.
 	Health(context.Context, *v1.HealthRequest) (*v1.HealthResponse, error)
 	// WatchBoot sends the stages reached so far, then each further one as it is reached, and ends
-	// after "userspace" or when the caller goes.
+	// after "userspace" and "ssh", whichever is later, or when the caller goes.
 	WatchBoot(context.Context, *v1.WatchBootRequest) (*connect.ServerStreamForClient[v1.WatchBootResponse], error)
 	// Shutdown asks the distribution's init for an orderly power-off and returns once it is asked.
 	Shutdown(context.Context, *v1.ShutdownRequest) (*v1.ShutdownResponse, error)
@@ -163,7 +163,7 @@ type AgentServiceHandler interface {
 	// Health answers at once with what the agent knows.
 	Health(context.Context, *v1.HealthRequest) (*v1.HealthResponse, error)
 	// WatchBoot sends the stages reached so far, then each further one as it is reached, and ends
-	// after "userspace" or when the caller goes.
+	// after "userspace" and "ssh", whichever is later, or when the caller goes.
 	WatchBoot(context.Context, *v1.WatchBootRequest, *connect.ServerStream[v1.WatchBootResponse]) error
 	// Shutdown asks the distribution's init for an orderly power-off and returns once it is asked.
 	Shutdown(context.Context, *v1.ShutdownRequest) (*v1.ShutdownResponse, error)
