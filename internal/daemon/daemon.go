@@ -199,6 +199,14 @@ func run(ctx context.Context, o *Options) (err error) {
 		}
 	}()
 
+	lost := make(chan string, 1)
+	stopWatching, err := watchReachable(sockets, []string{bangerv1.DialSocketName, socketName}, func(what string) { lost <- what })
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, sockets.Path(), "cannot watch the socket")
+	}
+	stopWatching = sync.OnceFunc(stopWatching)
+	defer stopWatching()
+
 	log.Info("ready", "socket", o.Paths.Socket(), "took", time.Since(started))
 	Report(o.Ready, nil)
 	o.Ready = nil
@@ -208,6 +216,9 @@ func run(ctx context.Context, o *Options) (err error) {
 		log.Info("ending", "why", "signal")
 	case <-asked:
 		log.Info("ending", "why", "asked to")
+	case what := <-lost:
+		// Nobody can reach this daemon any more, and it holds the lock that a reachable one needs.
+		log.Warn("ending", "why", "its socket was removed", "missing", what)
 	case err := <-served:
 		return fault.Wrap(err, fault.Internal, "", "the daemon cannot serve")
 	}

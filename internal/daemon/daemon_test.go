@@ -404,6 +404,35 @@ func TestStartAfterKill(t *testing.T) {
 	}
 }
 
+// A logout removes XDG_RUNTIME_DIR, a cleaner what is old in /tmp: a daemon that nobody can reach any
+// more ends, and the next client gets another.
+func TestStartAfterTheSocketWasRemoved(t *testing.T) {
+	for name, remove := range map[string]func(config.Paths) error{
+		"the directory": func(p config.Paths) error { return os.RemoveAll(p.Runtime) },
+		"the socket":    func(p config.Paths) error { return os.Remove(p.Socket()) },
+		"renamed":       func(p config.Paths) error { return os.Rename(p.Runtime, p.Runtime+".old") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := place(t)
+			exe := self(t, "serve")
+			s, err := clientOf(t, p, exe).Daemon.GetStatus(t.Context(), &bangerv1.GetStatusRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := remove(p); err != nil {
+				t.Fatal(err)
+			}
+			again, err := clientOf(t, p, exe).Daemon.GetStatus(t.Context(), &bangerv1.GetStatusRequest{})
+			if err != nil || again.GetPid() == s.GetPid() {
+				t.Fatalf("%v, %v", again, err)
+			}
+			if was, err := clientOf(t, p, "").Shutdown(t.Context()); !was || err != nil {
+				t.Errorf("Shutdown: %v, %v", was, err)
+			}
+		})
+	}
+}
+
 // What keeps a daemon from starting is what the client reports.
 func TestStartFails(t *testing.T) {
 	for mode, want := range map[string]struct {
