@@ -68,6 +68,21 @@ install: build ## into $(PREFIX)/bin, the runtime bundle into $(PREFIX)/lib/bang
 
 # ---- sandbox, tests, benchmarks
 
+.PHONY: sandbox
+sandbox: ## a machine of your own: installs what is missing, builds, makes it, runs a command in it
+	@exec scripts/sandbox.sh
+
+# N boots for test-boots.
+N ?= 20
+
+.PHONY: test test-full test-boots
+test: ## every check and test, and the quick ones of those that boot real machines
+	@exec scripts/test.sh
+test-full: ## that, and the slow ones
+	@exec scripts/test.sh full
+test-boots: ## N=20 boots in a row while all CPUs are busy; none may fail
+	@exec scripts/test.sh boots $(N)
+
 
 # ---- housekeeping
 
