@@ -58,6 +58,9 @@ func arguments(s vmm.Spec, p platform) ([]string, error) {
 		a = append(a, "-accel", "tcg,thread="+threads+",tb-size=512", "-cpu", "max,-cx16")
 		// Costly where each indirect branch is emulated, and no use: there is no speculation.
 		cmdline = append(cmdline, "mitigations=off")
+		// The kernel's test whether timer interrupts arrive panics ("IO-APIC + timer doesn't work") if
+		// the host lets QEMU's timer thread wait for ten ticks meanwhile, as a busy one does.
+		cmdline = append(cmdline, "no_timer_check")
 	}
 	if uuidForm.MatchString(s.ID) {
 		a = append(a, "-uuid", fmt.Sprintf("%s-%s-%s-%s-%s", s.ID[:8], s.ID[8:12], s.ID[12:16], s.ID[16:20], s.ID[20:]))
