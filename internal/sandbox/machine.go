@@ -525,30 +525,31 @@ const maxStages = 64
 
 // bootError makes the error of a guest that did not come up: why, by its own last words if it has
 // any, and the last lines of its console.
-func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, bound time.Duration, cause error) error {
+//
+// How the session failed is for the log: to the user it is a consequence, and noise after the cause.
+func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, bound time.Duration, session error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	tail, err := tailOf(c.machines.service.logFile(v.ID), 4096)
-	if err != nil {
-		cause = errors.Join(cause, err)
-	}
-	var f *fault.Error
+	s := c.machines.service
+	s.log.Info("the guest did not come up", "vm", v.ID, "name", v.Name, "err", session)
+	tail, err := tailOf(s.logFile(v.ID), 4096)
 	gone := false
 	select {
 	case <-m.Done():
 		gone = true
 	default:
 	}
+	var f *fault.Error
 	if stage, reason, ok := boot.FatalReason(tail); ok {
-		f = fault.Wrap(cause, fault.Unavailable, v.Name, "the guest could not boot: %s: %s", stage, reason)
+		f = fault.Wrap(err, fault.Unavailable, v.Name, "the guest could not boot: %s: %s", stage, reason)
 	} else if gone {
-		f = fault.Wrap(cause, fault.Unavailable, v.Name, "the VMM ended while the guest was booting (%s)%s", m.Exit().Reason, lastLines(tail))
+		f = fault.Wrap(err, fault.Unavailable, v.Name, "the VMM ended while the guest was booting (%s)%s", m.Exit().Reason, lastLines(tail))
 	} else {
-		f = fault.Wrap(cause, fault.Timeout, v.Name, "the guest's agent did not answer within %s of the start%s", bound, lastLines(tail))
+		f = fault.Wrap(err, fault.Timeout, v.Name, "the guest's agent did not answer within %s of the start%s", bound, lastLines(tail))
 	}
 	return f.WithHint("read the console in %s, try again with `banger vm start %s`, or take it away with `banger vm delete %s`",
-		c.machines.service.logFile(v.ID), v.Name, v.Name)
+		s.logFile(v.ID), v.Name, v.Name)
 }
 
 // lastLines renders the end of a console for an error, without what a hostile guest could put there
