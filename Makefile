@@ -83,6 +83,11 @@ test-full: ## that, and the slow ones
 test-boots: ## N=20 boots in a row while all CPUs are busy; none may fail
 	@exec scripts/test.sh boots $(N)
 
+.PHONY: bench
+bench: build runtime ## measure what a VM costs its host (docs/benchmarks.md); BENCH_QUICK=1: in a minute
+	$(GO_BUILD) -o dist/bangerd-fake ./test/bangerd-fake
+	$(GO_BUILD) -o dist/bench ./tools/bench
+	@dist/bench $(ARGS)
 
 # ---- housekeeping
 

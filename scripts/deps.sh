@@ -38,6 +38,7 @@ tests() {
     need iproute2 ip "looks at the host's network in tests"
     need jq jq "reads JSON output in tests"
     need procps ps "looks at processes in tests"
+    need strace strace "counts the programs that a create executes (make bench)"
     need shellcheck shellcheck "checks the shell scripts"
 }
 

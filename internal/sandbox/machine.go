@@ -469,6 +469,9 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 		return c.bootError(ctx, v, m, bound, err)
 	}
 	now := time.Now()
+	// The guest's clock beside the host's: with it the stages, which the guest stamps, can be laid
+	// over what the host did.
+	s.log.Info("agent answers", "vm", v.ID, "name", v.Name, "guest_ms", h.UptimeMs)
 	v.StartedAt, v.Boot = &now, stages(h.Stages)
 	s.watchers.Go(func() { c.followBoot(v.ID, m) })
 	return nil

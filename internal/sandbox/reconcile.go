@@ -30,6 +30,8 @@ func (s *Service) Reconcile(ctx context.Context, bootID string) error {
 	if err := s.images.refresh(ctx); err != nil && !fault.Is(err, fault.NotFound) {
 		s.log.Warn("the runtime bundle cannot be used", "err", err)
 	}
+	// Looking at the VMM runs a program once; now, so that no create does. Create says what is wrong.
+	s.watchers.Go(func() { _ = s.driver.Check(s.bg) })
 	last, err := s.store.Meta(ctx, "boot_id")
 	if err != nil {
 		return err

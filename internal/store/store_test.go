@@ -107,6 +107,34 @@ func TestNamesAreTakenOnce(t *testing.T) {
 	}
 }
 
+// BenchmarkAdmit is to cost the same with any number of VMs.
+func BenchmarkAdmit(b *testing.B) {
+	for _, have := range []int{10, 1000, 5000} {
+		b.Run(fmt.Sprint(have), func(b *testing.B) {
+			s, err := Open(b.Context(), filepath.Join(b.TempDir(), "db"))
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer s.Close()
+			for i := range have {
+				v := newVM(fmt.Sprintf("vm-%d", i))
+				if _, err := s.AdmitVM(b.Context(), v, newOp(v)); err != nil {
+					b.Fatal(err)
+				}
+			}
+			for b.Loop() {
+				v := newVM("one-more")
+				if v, err = s.AdmitVM(b.Context(), v, newOp(v)); err != nil {
+					b.Fatal(err)
+				}
+				if err := s.Forget(b.Context(), v.ID); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 func TestSlotsAreTheSmallestFree(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "db"))
 	var vms []vm.VM
@@ -121,6 +149,13 @@ func TestSlotsAreTheSmallestFree(t *testing.T) {
 		if err := s.Forget(t.Context(), vms[i].ID); err != nil {
 			t.Fatal(err)
 		}
+	}
+	path := filepath.Join(t.TempDir(), "copy")
+	if _, err := s.db.ExecContext(t.Context(), "VACUUM INTO ?", path); err != nil {
+		t.Fatal(err)
+	}
+	if v := admit(t, open(t, path), "reopened"); v.Lease.Slot != 0 {
+		t.Errorf("slot %d after reopening, want 0", v.Lease.Slot)
 	}
 	for _, want := range []int{0, 2, 4} {
 		if v := admit(t, s, fmt.Sprintf("new-%d", want)); v.Lease.Slot != want {

@@ -1,0 +1,145 @@
+// Command bench measures what a VM costs its host (`make bench`) and holds the figures against floors
+// that it measures in the same run: a bare process, a bare transaction, a bare copy of the disks, a
+// bare QEMU. Thresholds are ratios and counts, so they hold on a slow or a busy machine as well.
+//
+// With the fake driver it measures whole processes of `banger vm create` and `vm list` at 1, 100 and
+// 1,000 VMs, the programs executed and the bytes written for each create; with QEMU, the stages of
+// real creates. It writes dist/bench.json and the table in docs/benchmarks.md. A figure that is missing
+// or over its threshold ends it with status 1. It works in a directory of its own and leaves nothing.
+//
+// BENCH_QUICK=1 takes fewer samples and leaves the documentation alone.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/test/fakebundle"
+)
+
+// plan is how much is measured.
+type plan struct {
+	Levels  []int // numbers of VMs
+	Creates int   // samples of a create at each level
+	Lists   int   // samples of a list at each level
+	Starts  int   // samples of the programs' own start
+	Warm    int   // real creates after the first
+	quick   bool
+}
+
+var (
+	fullPlan  = plan{Levels: []int{1, 100, 1000}, Creates: 60, Lists: 60, Starts: 100, Warm: 3}
+	quickPlan = plan{Levels: []int{1, 100, 1000}, Creates: 20, Lists: 20, Starts: 25, Warm: 1, quick: true}
+)
+
+type options struct {
+	banger, bangerd, fake string // programs
+	runtime               string // bundle of the real creates
+	json, docs            string
+	only                  string
+}
+
+func main() {
+	var o options
+	flag.StringVar(&o.banger, "banger", "banger", "the `program`")
+	flag.StringVar(&o.bangerd, "bangerd", "bangerd", "the daemon")
+	flag.StringVar(&o.fake, "bangerd-fake", "dist/bangerd-fake", "the daemon whose machines are fake")
+	flag.StringVar(&o.runtime, "runtime", "runtime", "the runtime bundle's `directory`")
+	flag.StringVar(&o.json, "json", "dist/bench.json", "where the figures go")
+	flag.StringVar(&o.docs, "docs", "docs/benchmarks.md", "the page whose table is refreshed")
+	flag.StringVar(&o.only, "only", "", "measure only `fake` or `real`: for looking, the rest is missing then")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		if hint := fault.HintOf(err); hint != "" {
+			fmt.Fprintln(os.Stderr, "hint:", hint)
+		}
+		stop()
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, o options) (err error) {
+	p := fullPlan
+	if os.Getenv("BENCH_QUICK") == "1" {
+		p = quickPlan
+	}
+	for _, path := range []*string{&o.banger, &o.bangerd, &o.fake, &o.runtime} {
+		if *path, err = filepath.Abs(*path); err != nil {
+			return err
+		}
+		if _, err := os.Stat(*path); err != nil {
+			return fault.Wrap(err, fault.NotFound, *path, "it is not there").WithHint("make build runtime")
+		}
+	}
+	// Beside the state of everyday use, on the same filesystem: a /tmp in memory would measure nothing.
+	base, err := os.UserCacheDir()
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(base, 0o700); err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp(base, "banger-bench-*")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+
+	r := newReport(p, dir)
+	bundle := filepath.Join(dir, "bundle")
+	if err := fakebundle.Make(bundle); err != nil {
+		return err
+	}
+	began := time.Now()
+	say := func(format string, args ...any) {
+		fmt.Fprintf(os.Stderr, "%5.0fs  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
+	}
+	if o.only != "real" {
+		say("starting programs")
+		if err := measureStarts(ctx, r, o, dir); err != nil {
+			return err
+		}
+		if err := measureFake(ctx, r, o, dir, bundle, say); err != nil {
+			return err
+		}
+	}
+	if o.only != "fake" {
+		if err := measureReal(ctx, r, o, dir, say); err != nil {
+			return err
+		}
+	}
+	r.derive()
+	failed := r.judge()
+	if err := r.writeJSON(o.json); err != nil {
+		return err
+	}
+	fmt.Print(r.table())
+	if !p.quick && o.only == "" {
+		if err := r.refresh(o.docs); err != nil {
+			return err
+		}
+	}
+	if len(failed) > 0 {
+		return fault.New(fault.Internal, "", "%d of %d thresholds are not met:%s", len(failed), len(r.Thresholds), bullets(failed))
+	}
+	return nil
+}
+
+func bullets(lines []string) string {
+	out := ""
+	for _, l := range lines {
+		out += "\n  " + l
+	}
+	return out
+}
