@@ -268,7 +268,7 @@ func (s *Service) takeDown(ctx context.Context, h *operation.Handle, v *vm.VM, h
 	if err := s.store.Save(ctx, *v); err != nil {
 		return err
 	}
-	if err := s.engine.Down(ctx, v, how, false, h.Stage); err != nil {
+	if err := s.engine.Down(ctx, v, how, false, downStages(h.Stage)); err != nil {
 		if errors.Is(err, lifecycle.ErrSuspended) {
 			return err
 		}
@@ -278,6 +278,23 @@ func (s *Service) takeDown(ctx context.Context, h *operation.Handle, v *vm.VM, h
 	now := time.Now()
 	v.State, v.StoppedAt, v.Failure = vm.Stopped, &now, nil
 	return nil
+}
+
+// downStages names the stages of a way down: a restart goes through each step twice, and who watches
+// must be able to tell the two apart.
+func downStages(progress lifecycle.Progress) lifecycle.Progress {
+	return func(step string) {
+		switch step {
+		case "":
+			progress("")
+		case stepAgent:
+			progress("shutdown")
+		case stepVMM:
+			progress("vmm end")
+		default:
+			progress(step + " removal")
+		}
+	}
 }
 
 // Restart stops and starts as one operation. A stopped VM is started.
@@ -319,7 +336,7 @@ func (s *Service) remove(ctx context.Context, h *operation.Handle, v *vm.VM) err
 	if err := s.store.Save(ctx, *v); err != nil {
 		return err
 	}
-	if err := s.engine.Down(ctx, v, lifecycle.Hard, true, h.Stage); err != nil {
+	if err := s.engine.Down(ctx, v, lifecycle.Hard, true, downStages(h.Stage)); err != nil {
 		if errors.Is(err, lifecycle.ErrSuspended) {
 			return err
 		}
