@@ -529,10 +529,13 @@ func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, b
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	tail, err := tailOf(c.machines.service.logFile(v.ID), 4096)
+	s := c.machines.service
+	tail, err := tailOf(s.logFile(v.ID), 4096)
 	if err != nil {
 		cause = errors.Join(cause, err)
 	}
+	// That nobody answered is what the error says; how each attempt ended is for the log.
+	s.log.Warn("the guest did not come up", "vm", v.ID, "err", cause)
 	var f *fault.Error
 	gone := false
 	select {
@@ -541,14 +544,16 @@ func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, b
 	default:
 	}
 	if stage, reason, ok := boot.FatalReason(tail); ok {
-		f = fault.Wrap(cause, fault.Unavailable, v.Name, "the guest could not boot: %s: %s", stage, reason)
+		f = fault.New(fault.Unavailable, v.Name, "the guest could not boot: %s: %s", stage, reason)
 	} else if gone {
-		f = fault.Wrap(cause, fault.Unavailable, v.Name, "the VMM ended while the guest was booting (%s)%s", m.Exit().Reason, lastLines(tail))
+		f = fault.New(fault.Unavailable, v.Name, "its VMM ended while the guest was booting (%s)%s", m.Exit().Reason, lastLines(tail))
+	} else if code := fault.CodeOf(cause); code != fault.Timeout && code != fault.Unavailable {
+		f = fault.New(code, v.Name, "the guest's agent did not answer as it should: %v%s", cause, lastLines(tail))
 	} else {
-		f = fault.Wrap(cause, fault.Timeout, v.Name, "the guest's agent did not answer within %s of the start%s", bound, lastLines(tail))
+		f = fault.New(fault.Timeout, v.Name, "the guest's agent did not answer within %s of the start%s", bound, lastLines(tail))
 	}
-	return f.WithHint("read the console in %s, try again with `banger vm start %s`, or take it away with `banger vm delete %s`",
-		c.machines.service.logFile(v.ID), v.Name, v.Name)
+	return f.WithHint("read its console in %s, try again with `banger vm start %s`, or delete it with `banger vm delete %s`",
+		s.logFile(v.ID), v.Name, v.Name)
 }
 
 // lastLines renders the end of a console for an error, without what a hostile guest could put there

@@ -61,7 +61,7 @@ func (s *Service) define(ctx context.Context, r CreateRequest) (vm.VM, error) {
 		}
 		if _, taken := s.store.VMByName(r.Name); taken {
 			return v, fault.New(fault.Exists, r.Name, "a VM of this name exists").
-				WithHint("choose another --name, enter it with `banger vm ssh %s`, or take it away with `banger vm delete %s`", r.Name, r.Name)
+				WithHint("choose another --name, enter it with `banger vm ssh %s`, or delete it with `banger vm delete %s`", r.Name, r.Name)
 		}
 	}
 	v.Spec = s.fillIn(r.Spec)
@@ -183,7 +183,7 @@ func explain(err error, name string, created bool) error {
 	if created && !ranVMM(err) {
 		return f
 	}
-	return f.WithHint("read its console with `banger vm show %s`, try again with `banger vm start %s`, or take it away with `banger vm delete %s`", name, name, name)
+	return f.WithHint("see what is known with `banger vm show %s`, try again with `banger vm start %s`, or delete it with `banger vm delete %s`", name, name, name)
 }
 
 // Start starts a VM by id. Starting a running VM succeeds with the notice "already running"; one
