@@ -323,6 +323,9 @@ func (c *machineCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	if err := boundLog(spec.Log); err != nil {
 		return err
 	}
+	if err := markStart(spec.Log); err != nil {
+		return err
+	}
 	s := c.machines.service
 	m, err := s.driver.Start(ctx, spec)
 	if err != nil {
@@ -417,6 +420,33 @@ func boundLog(path string) error {
 		return fault.Wrap(err, fault.Internal, path, "the VM's log cannot be cut back")
 	}
 	return nil
+}
+
+// startMark begins the line of a VM's log that tells one start's console from the ones before. A guest
+// can print it, too: then its own end is explained by less.
+const startMark = "banger: start "
+
+// markStart writes the line. The daemon that reads it may be another one than that which wrote it.
+func markStart(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err == nil {
+		_, err = fmt.Fprintf(f, "\n%s%s\n", startMark, time.Now().UTC().Format(time.RFC3339))
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, path, "the VM's log cannot be written")
+	}
+	return nil
+}
+
+// sinceStart leaves out what earlier starts wrote.
+func sinceStart(log []byte) []byte {
+	i := bytes.LastIndex(log, []byte("\n"+startMark))
+	if i < 0 {
+		return log
+	}
+	_, rest, _ := bytes.Cut(log[i+1:], []byte("\n"))
+	return rest
 }
 
 // tailOf returns at most the last n bytes of a file, from the start of a line where it can.
@@ -531,6 +561,7 @@ func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, b
 	}
 	s := c.machines.service
 	tail, err := tailOf(s.logFile(v.ID), 4096)
+	tail = sinceStart(tail)
 	if err != nil {
 		cause = errors.Join(cause, err)
 	}
