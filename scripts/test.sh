@@ -272,6 +272,7 @@ e2e() { # tests with real VMs, one package after the other
 }
 e2e_tests() { sed -n 's/^func \(Test[A-Za-z0-9_]*\)(.*/\1/p' "$1"/*_e2e_test.go | sort | paste -sd '|'; }
 check "e2e: the command line" live e2e "$short" ./test/e2e || true
+check "e2e: the documentation" live e2e "$short" -run '^TestReal$' ./test/docs || true
 for package in internal/guest internal/vmm/qemu tools/mkruntime; do
     names=$(e2e_tests "$package")
     if [ "$mode" = quick ]; then

@@ -239,7 +239,7 @@ func (a *app) restartCommand() *cobra.Command {
 func (a *app) killCommand() *cobra.Command {
 	signal := &signalFlag{number: 15}
 	cmd := &cobra.Command{
-		Use: "kill VM...", Short: "Send a signal to the VMM of VMs",
+		Use: "kill VM...", Short: "Send a signal to the program that runs a VM",
 		Long: "Send a signal to the program that runs a VM. The guest is not asked: what it has not written yet is lost." + refsHelp,
 		Example: `  banger vm kill calm-otter
   banger vm kill --signal KILL aa12bb34 cc56dd78`,

@@ -212,7 +212,8 @@ func stage(name string, start, end time.Time) *bangerv1.OperationStage {
 	return s
 }
 
-// Without a terminal each finished stage is a line, and a stage of over two seconds is not silent.
+// Without a terminal each finished stage that took a while is a line, and one of over two seconds is
+// not silent.
 func TestProgressLines(t *testing.T) {
 	clock := time.Unix(1000, 0)
 	out := &syncBuffer{}
@@ -225,8 +226,12 @@ func TestProgressLines(t *testing.T) {
 		clock = clock.Add(100 * time.Millisecond)
 		p.beat()
 	}
-	p.update(&bangerv1.Operation{VmName: "otter", Stages: []*bangerv1.OperationStage{first, stage("agent", booting, clock)}})
-	want := "otter: image 120 ms\notter: agent ... 2.0 s\notter: agent ... 12.0 s\notter: agent 14.0 s\n"
+	booted := clock
+	clock = clock.Add(99 * time.Millisecond)
+	p.update(&bangerv1.Operation{VmName: "otter", Stages: []*bangerv1.OperationStage{
+		first, stage("agent", booting, booted), stage("quick", booted, clock), stage("unheard of", clock, clock.Add(time.Second))}})
+	want := "otter: preparing the image 120 ms\notter: booting ... 2.0 s\notter: booting ... 12.0 s\n" +
+		"otter: booting 14.0 s\notter: unheard of 1.0 s\n"
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Error(diff)
 	}
@@ -247,7 +252,7 @@ func TestProgressOnATerminal(t *testing.T) {
 	p.update(&bangerv1.Operation{VmName: "otter", Stages: []*bangerv1.OperationStage{stage("agent", clock.Add(-time.Second), clock)}})
 	p.end()
 	const clear = "\r\x1b[K"
-	want := clear + "⠋ otter: agent 1.0 s" + clear + "otter: lost the connection\n" + clear + "⠙ otter: agent 1.0 s" + clear + "✓ otter: agent 1.0 s\n"
+	want := clear + "⠋ otter: booting 1.0 s" + clear + "otter: lost the connection\n" + clear + "⠙ otter: booting 1.0 s" + clear + "✓ otter: booting 1.0 s\n"
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Error(diff)
 	}

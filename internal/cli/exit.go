@@ -124,14 +124,33 @@ func (a *app) printError(err error) {
 	if text == "" {
 		text = v.Cause
 	}
+	text = indent(text)
 	if v.Subject != "" {
 		text = v.Subject + ": " + text
 	}
 	fmt.Fprintf(a.stderr, "%s %s\n", a.paintErr(red, "banger:"), text)
 	if v.Cause != "" && !strings.Contains(text, v.Cause) {
-		fmt.Fprintf(a.stderr, "  cause: %s\n", v.Cause)
+		fmt.Fprintf(a.stderr, "  cause: %s\n", indent(without(v.Cause, v.Subject)))
 	}
 	if v.Hint != "" {
 		fmt.Fprintf(a.stderr, "  hint: %s\n", v.Hint)
 	}
+}
+
+// without leaves out a subject that the line above has named already.
+func without(cause, subject string) string {
+	if subject == "" {
+		return cause
+	}
+	return strings.Replace(cause, subject+": ", "", 1)
+}
+
+// indent puts the lines after the first one under it: causes have several when several things went
+// wrong, or when a guest's console is quoted.
+func indent(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	for i := range lines[1:] {
+		lines[i+1] = "    " + strings.TrimSpace(lines[i+1])
+	}
+	return strings.Join(lines, "\n")
 }

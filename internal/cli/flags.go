@@ -53,6 +53,13 @@ func (c *count) Set(s string) error {
 	return nil
 }
 
+// text is a flag with a name of something.
+type text string
+
+func (t *text) String() string     { return string(*t) }
+func (t *text) Type() string       { return "NAME" }
+func (t *text) Set(s string) error { *t = text(s); return nil }
+
 // size is a flag with a size, read as the domain reads it everywhere. 0 means that it was not given.
 type size struct {
 	value int64

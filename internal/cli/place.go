@@ -54,7 +54,7 @@ func createDefaults() defaults {
 	}
 	say := func(value string) string { return fmt.Sprintf(" (default %s)", value) }
 	return defaults{
-		image:  say("the default image: banger image list"),
+		image:  say("the one marked there"),
 		vcpu:   say(fmt.Sprint(c.DefaultVCPU)),
 		memory: say(formatBytes(c.DefaultMemoryMiB * vm.MiB)),
 		disk:   say(formatBytes(c.DefaultDiskSize)),

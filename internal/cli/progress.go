@@ -15,12 +15,13 @@ const (
 	frameEvery    = 100 * time.Millisecond // redraws on a terminal
 	firstLine     = 2 * time.Second        // no wait is silent for longer
 	heartbeat     = 10 * time.Second       // between lines of a long stage, when nothing can be redrawn
-	quietStage    = 50 * time.Millisecond  // on a terminal, shorter stages are not worth a line
+	quietStage    = 100 * time.Millisecond // shorter stages are not worth a line
 	spinnerFrames = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 )
 
 // progress shows an operation's stages on stderr while it runs. On a terminal the running stage is
 // redrawn in place; elsewhere each stage gets a line when it ends, and a long one lines in between.
+// What people cannot have waited for is not mentioned.
 type progress struct {
 	a     *app
 	title string
@@ -71,9 +72,33 @@ func (p *progress) label() string {
 		return "waiting"
 	}
 	if d := p.running.GetDetail(); d != "" {
-		return p.running.GetName() + ": " + d
+		return stageText(p.running.GetName()) + ": " + d
 	}
-	return p.running.GetName()
+	return stageText(p.running.GetName())
+}
+
+// stageTexts says for people what a stage does; programs get its name. A stage that is not here is
+// shown by its name: a newer daemon may have others.
+var stageTexts = map[string]string{
+	"image":                "preparing the image",
+	"system disk":          "making the system disk",
+	"work disk":            "making the work disk",
+	"guest config":         "writing the guest's configuration",
+	"vmm":                  "starting the machine",
+	"agent":                "booting",
+	"shutdown":             "shutting down",
+	"vmm end":              "ending the machine",
+	"guest config removal": "removing the guest's configuration",
+	"work disk removal":    "removing the work disk",
+	"system disk removal":  "removing the system disk",
+	"image removal":        "letting go of the image",
+}
+
+func stageText(name string) string {
+	if text, ok := stageTexts[name]; ok {
+		return text
+	}
+	return name
 }
 
 func (p *progress) beat() {
@@ -119,7 +144,7 @@ func (p *progress) update(op *bangerv1.Operation) {
 }
 
 func (p *progress) finished(s *bangerv1.OperationStage, took time.Duration) {
-	if p.quiet || (p.a.errTTY && took < quietStage) {
+	if p.quiet || took < quietStage {
 		return
 	}
 	p.clear()
@@ -127,7 +152,7 @@ func (p *progress) finished(s *bangerv1.OperationStage, took time.Duration) {
 	if p.a.errTTY {
 		mark = p.a.paintErr(green, "✓") + " "
 	}
-	fmt.Fprintf(p.a.stderr, "%s%s: %s %s\n", mark, p.title, s.GetName(), p.a.paintErr(dim, formatTook(took)))
+	fmt.Fprintf(p.a.stderr, "%s%s: %s %s\n", mark, p.title, stageText(s.GetName()), p.a.paintErr(dim, formatTook(took)))
 	p.said = p.a.now()
 }
 

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -82,8 +83,9 @@ func enterable(v *bangerv1.VM) error {
 	case "running", "starting":
 		return nil
 	case "failed":
-		return fault.New(fault.Precondition, v.GetName(), "failed at %s: %s", v.GetFailure().GetStep(), v.GetFailure().GetFault().GetMessage()).
-			WithHint("banger vm start %s", v.GetName())
+		why, _, _ := strings.Cut(without(v.GetFailure().GetFault().GetMessage(), v.GetName()), "\n")
+		return fault.New(fault.Precondition, v.GetName(), "its last start failed: %s", why).
+			WithHint("banger vm show %s says more, banger vm start %s tries again", v.GetName(), v.GetName())
 	}
 	return fault.New(fault.Precondition, v.GetName(), "is %s, not running", v.GetState()).
 		WithHint("banger vm start %s", v.GetName())

@@ -45,7 +45,7 @@ func (a *app) createCommand() *cobra.Command {
 the SSH server if it needs to. Sizes are written 4G, 4GiB or 512M.`,
 		Example: `  banger vm create
   banger vm create --name calm-otter --vcpu 4 --memory 4G --disk-size 32G
-  ssh_to=$(banger vm create --quiet)`,
+  name=$(banger vm create --quiet) && banger vm ssh "$name"`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
 				return usage(cmd, "%s takes no arguments; a name is given as --name %s", cmd.CommandPath(), args[0])
@@ -64,8 +64,8 @@ the SSH server if it needs to. Sizes are written 4G, 4GiB or 512M.`,
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	f.StringVar(&name, "name", "", "name, a DNS label (default: a generated adjective-animal)")
-	f.StringVar(&image, "image", "", "image to make it from"+d.image)
+	f.Var((*text)(&name), "name", "a-z, 0-9 and hyphens (default a generated one, adjective-animal)")
+	f.Var((*text)(&image), "image", "image to make it from, as banger image list shows them"+d.image)
 	f.Var(vcpu, "vcpu", "virtual CPUs"+d.vcpu)
 	f.Var(memory, "memory", "memory; a number alone is MiB"+d.memory)
 	f.Var(disk, "disk-size", "work disk, mounted at /root"+d.disk)
@@ -186,8 +186,13 @@ func (a *app) printVM(v *bangerv1.VM) error {
 	now := a.now()
 	var rows [][]cell
 	add := func(key, value string) {
-		if value != "" {
-			rows = append(rows, []cell{{text: key, color: dim}, {text: value}})
+		for i, line := range strings.Split(value, "\n") {
+			if i > 0 {
+				key = ""
+			}
+			if value != "" {
+				rows = append(rows, []cell{{text: key, color: dim}, {text: strings.TrimSpace(line)}})
+			}
 		}
 	}
 	add("name", v.GetName())
@@ -198,7 +203,7 @@ func (a *app) printVM(v *bangerv1.VM) error {
 	}
 	if f := v.GetFailure(); f != nil {
 		add("failed at", f.GetStep()+", "+formatAge(now, f.GetAt()))
-		add("because", f.GetFault().GetMessage())
+		add("because", without(f.GetFault().GetMessage(), v.GetName()))
 		add("hint", f.GetFault().GetHint())
 	}
 	add("note", v.GetNote())

@@ -323,6 +323,9 @@ func (c *machineCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	if err := boundLog(spec.Log); err != nil {
 		return err
 	}
+	if err := markStart(spec.Log); err != nil {
+		return err
+	}
 	s := c.machines.service
 	m, err := s.driver.Start(ctx, spec)
 	if err != nil {
@@ -417,6 +420,33 @@ func boundLog(path string) error {
 		return fault.Wrap(err, fault.Internal, path, "the VM's log cannot be cut back")
 	}
 	return nil
+}
+
+// startMark begins the line of a VM's log that tells one start's console from the ones before. A guest
+// can print it, too: then its own end is explained by less.
+const startMark = "banger: start "
+
+// markStart writes the line. The daemon that reads it may be another one than that which wrote it.
+func markStart(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err == nil {
+		_, err = fmt.Fprintf(f, "\n%s%s\n", startMark, time.Now().UTC().Format(time.RFC3339))
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, path, "the VM's log cannot be written")
+	}
+	return nil
+}
+
+// sinceStart leaves out what earlier starts wrote.
+func sinceStart(log []byte) []byte {
+	i := bytes.LastIndex(log, []byte("\n"+startMark))
+	if i < 0 {
+		return log
+	}
+	_, rest, _ := bytes.Cut(log[i+1:], []byte("\n"))
+	return rest
 }
 
 // tailOf returns at most the last n bytes of a file, from the start of a line where it can.
@@ -528,30 +558,35 @@ const maxStages = 64
 
 // bootError makes the error of a guest that did not come up: why, by its own last words if it has
 // any, and the last lines of its console.
-//
-// How the session failed is for the log: to the user it is a consequence, and noise after the cause.
-func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, bound time.Duration, session error) error {
+func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, bound time.Duration, cause error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
 	s := c.machines.service
-	s.log.Info("the guest did not come up", "vm", v.ID, "name", v.Name, "err", session)
 	tail, err := tailOf(s.logFile(v.ID), 4096)
+	tail = sinceStart(tail)
+	if err != nil {
+		cause = errors.Join(cause, err)
+	}
+	// That nobody answered is what the error says; how each attempt ended is for the log.
+	s.log.Warn("the guest did not come up", "vm", v.ID, "err", cause)
+	var f *fault.Error
 	gone := false
 	select {
 	case <-m.Done():
 		gone = true
 	default:
 	}
-	var f *fault.Error
 	if stage, reason, ok := boot.FatalReason(tail); ok {
-		f = fault.Wrap(err, fault.Unavailable, v.Name, "the guest could not boot: %s: %s", stage, reason)
+		f = fault.New(fault.Unavailable, v.Name, "the guest could not boot: %s: %s", stage, reason)
 	} else if gone {
-		f = fault.Wrap(err, fault.Unavailable, v.Name, "the VMM ended while the guest was booting (%s)%s", m.Exit().Reason, lastLines(tail))
+		f = fault.New(fault.Unavailable, v.Name, "its VMM ended while the guest was booting (%s)%s", m.Exit().Reason, lastLines(tail))
+	} else if code := fault.CodeOf(cause); code != fault.Timeout && code != fault.Unavailable {
+		f = fault.New(code, v.Name, "the guest's agent did not answer as it should: %v%s", cause, lastLines(tail))
 	} else {
-		f = fault.Wrap(err, fault.Timeout, v.Name, "the guest's agent did not answer within %s of the start%s", bound, lastLines(tail))
+		f = fault.New(fault.Timeout, v.Name, "the guest's agent did not answer within %s of the start%s", bound, lastLines(tail))
 	}
-	return f.WithHint("read the console in %s, try again with `banger vm start %s`, or take it away with `banger vm delete %s`",
+	return f.WithHint("read its console in %s, try again with `banger vm start %s`, or delete it with `banger vm delete %s`",
 		s.logFile(v.ID), v.Name, v.Name)
 }
 

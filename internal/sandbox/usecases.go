@@ -61,7 +61,7 @@ func (s *Service) define(ctx context.Context, r CreateRequest) (vm.VM, error) {
 		}
 		if _, taken := s.store.VMByName(r.Name); taken {
 			return v, fault.New(fault.Exists, r.Name, "a VM of this name exists").
-				WithHint("choose another --name, enter it with `banger vm ssh %s`, or take it away with `banger vm delete %s`", r.Name, r.Name)
+				WithHint("choose another --name, enter it with `banger vm ssh %s`, or delete it with `banger vm delete %s`", r.Name, r.Name)
 		}
 	}
 	v.Spec = s.fillIn(r.Spec)
@@ -183,7 +183,7 @@ func explain(err error, name string, created bool) error {
 	if created && !ranVMM(err) {
 		return f
 	}
-	return f.WithHint("read its console with `banger vm show %s`, try again with `banger vm start %s`, or take it away with `banger vm delete %s`", name, name, name)
+	return f.WithHint("see what is known with `banger vm show %s`, try again with `banger vm start %s`, or delete it with `banger vm delete %s`", name, name, name)
 }
 
 // Start starts a VM by id. Starting a running VM succeeds with the notice "already running"; one
@@ -268,7 +268,7 @@ func (s *Service) takeDown(ctx context.Context, h *operation.Handle, v *vm.VM, h
 	if err := s.store.Save(ctx, *v); err != nil {
 		return err
 	}
-	if err := s.engine.Down(ctx, v, how, false, h.Stage); err != nil {
+	if err := s.engine.Down(ctx, v, how, false, downStages(h.Stage)); err != nil {
 		if errors.Is(err, lifecycle.ErrSuspended) {
 			return err
 		}
@@ -278,6 +278,23 @@ func (s *Service) takeDown(ctx context.Context, h *operation.Handle, v *vm.VM, h
 	now := time.Now()
 	v.State, v.StoppedAt, v.Failure = vm.Stopped, &now, nil
 	return nil
+}
+
+// downStages names the stages of a way down: a restart goes through each step twice, and who watches
+// must be able to tell the two apart.
+func downStages(progress lifecycle.Progress) lifecycle.Progress {
+	return func(step string) {
+		switch step {
+		case "":
+			progress("")
+		case stepAgent:
+			progress("shutdown")
+		case stepVMM:
+			progress("vmm end")
+		default:
+			progress(step + " removal")
+		}
+	}
 }
 
 // Restart stops and starts as one operation. A stopped VM is started.
@@ -319,7 +336,7 @@ func (s *Service) remove(ctx context.Context, h *operation.Handle, v *vm.VM) err
 	if err := s.store.Save(ctx, *v); err != nil {
 		return err
 	}
-	if err := s.engine.Down(ctx, v, lifecycle.Hard, true, h.Stage); err != nil {
+	if err := s.engine.Down(ctx, v, lifecycle.Hard, true, downStages(h.Stage)); err != nil {
 		if errors.Is(err, lifecycle.ErrSuspended) {
 			return err
 		}

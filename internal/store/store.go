@@ -217,7 +217,7 @@ func (s *Store) AdmitVM(ctx context.Context, v vm.VM, op operation.Operation) (v
 		var se *sqlite.Error
 		if errors.As(err, &se) && se.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE && strings.Contains(se.Error(), "vms.name") {
 			return fault.New(fault.Exists, v.Name, "a VM of this name exists").
-				WithHint("choose another --name, enter it with `banger vm ssh %s`, or take it away with `banger vm delete %s`", v.Name, v.Name)
+				WithHint("choose another --name, enter it with `banger vm ssh %s`, or delete it with `banger vm delete %s`", v.Name, v.Name)
 		}
 		if err != nil {
 			return err

@@ -31,9 +31,12 @@ func TestLifeOfAVM(t *testing.T) {
 	if got, want := made.stdout, "banger vm ssh "+name+"\n"; got != want {
 		t.Errorf("create printed %q, want %q", got, want)
 	}
+	if !strings.Contains(made.stderr, name+": booting ") {
+		t.Error("create did not show that the guest boots")
+	}
 	for _, stage := range []string{"system disk", "work disk", "guest config", "vmm", "agent"} {
-		if !strings.Contains(made.stderr, name+": "+stage) {
-			t.Errorf("create did not show the stage %q", stage)
+		if r := h.try("operation", "list", "-o", "json"); !strings.Contains(r.stdout, `"name": "`+stage+`"`) {
+			t.Errorf("the create did not go through the stage %q: %s", stage, r)
 		}
 	}
 

@@ -1,0 +1,76 @@
+//go:build e2e
+
+package docs
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// What pages say of the inside of a VM is so: their blocks marked real, in one real VM. It needs what
+// `make build` and `make runtime` make.
+func TestReal(t *testing.T) {
+	checkout, err := filepath.Abs(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(checkout, "banger")
+	if _, err := os.Stat(program); err != nil {
+		t.Fatalf("%v: make build runtime", err)
+	}
+	work := t.TempDir()
+	env := []string{"BANGERD=", "BANGER_CONFIG=" + os.DevNull, "BANGER_STATE_DIR=" + filepath.Join(work, "state"), "XDG_CACHE_HOME=" + filepath.Join(work, "cache")}
+	for _, name := range []string{"bin", "project"} {
+		if err := os.Mkdir(filepath.Join(work, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A link, and not the checkout's directory in PATH: there are other programs in it.
+	if err := os.Symlink(program, filepath.Join(work, "bin", "banger")); err != nil {
+		t.Fatal(err)
+	}
+	env = append(os.Environ(), append(env, "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"))...)
+	banger := func(args ...string) ([]byte, error) {
+		cmd := exec.Command(program, args...)
+		cmd.Env = env
+		return cmd.CombinedOutput()
+	}
+	t.Cleanup(func() {
+		for _, args := range [][]string{{"vm", "delete", "calm-otter"}, {"daemon", "stop"}} {
+			if out, err := banger(args...); err != nil {
+				t.Errorf("banger %v: %v\n%s", args, err, out)
+			}
+		}
+	})
+	// The first to enter waits for the SSH server, and is told so: pages begin after that.
+	for _, args := range [][]string{{"vm", "create", "--name", "calm-otter"}, {"vm", "ssh", "calm-otter", "--", "true"}} {
+		if out, err := banger(args...); err != nil {
+			t.Fatalf("banger %v: %v\n%s", args, err, out)
+		}
+	}
+	s, err := startShell(filepath.Join(work, "project"), env, 3*time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := 0
+	for _, p := range pages(t) {
+		for _, b := range p.blocks {
+			if !b.real {
+				continue
+			}
+			ran++
+			if err := s.runBlock(b); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if err := s.close(); err != nil {
+		t.Error(err)
+	}
+	if ran < 3 {
+		t.Errorf("only %d blocks were run", ran)
+	}
+}
