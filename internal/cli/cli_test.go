@@ -251,8 +251,8 @@ func TestProgressOnATerminal(t *testing.T) {
 	p.beat()
 	p.update(&bangerv1.Operation{VmName: "otter", Stages: []*bangerv1.OperationStage{stage("agent", clock.Add(-time.Second), clock)}})
 	p.end()
-	const clear = "\r\x1b[K"
-	want := clear + "⠋ otter: booting 1.0 s" + clear + "otter: lost the connection\n" + clear + "⠙ otter: booting 1.0 s" + clear + "✓ otter: booting 1.0 s\n"
+	const empty = "\r\x1b[K"
+	want := empty + "⠋ otter: booting 1.0 s" + empty + "otter: lost the connection\n" + empty + "⠙ otter: booting 1.0 s" + empty + "✓ otter: booting 1.0 s\n"
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Error(diff)
 	}

@@ -87,8 +87,12 @@ func (s *shell) close() error {
 // sense after a failure.
 func (s *shell) runBlock(b block) error {
 	for _, c := range b.before {
-		if out, code, err := s.run(c); err != nil || code != 0 {
-			return fmt.Errorf("%s: before: %s: exit code %d, %v\n%s", b.at(), c, code, err, out)
+		out, code, err := s.run(c)
+		if err != nil {
+			return fmt.Errorf("%s: before: %s: %w\n%s", b.at(), c, err, out)
+		}
+		if code != 0 {
+			return fmt.Errorf("%s: before: %s\nexit code %d:\n%s", b.at(), c, code, out)
 		}
 	}
 	commands, err := b.commands()
