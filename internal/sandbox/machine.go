@@ -296,7 +296,12 @@ func (c *machineCapability) spec(ctx context.Context, v *vm.VM) (vmm.Spec, error
 	spec.VCPU, spec.MemoryMiB = v.Spec.VCPU, v.Spec.MemoryMiB
 	// TERM: systemd asks the console for its size and colours, and waits for an answer, unless it is a
 	// dumb one (systemd's src/basic/terminal-util.c); a log file answers nothing.
-	spec.Cmdline = "quiet net.ifnames=0 random.trust_cpu=on TERM=dumb"
+	//
+	// cryptomgr.notests: the kernel's self-tests of its ciphers are a sixth of an emulated kernel's boot.
+	// lsm: Debian's list without bpf, for which systemd would parse the kernel's whole type information
+	// at each boot, to enforce a setting (RestrictFileSystems=) that no unit has.
+	spec.Cmdline = "quiet net.ifnames=0 random.trust_cpu=on TERM=dumb cryptomgr.notests" +
+		" lsm=landlock,lockdown,yama,loadpin,safesetid,integrity,apparmor,selinux,smack,tomoyo,ipe"
 	for _, p := range c.machines.parts {
 		if mc, ok := p.(machineContributor); ok {
 			if err := mc.Machine(ctx, v, &spec); err != nil {

@@ -138,7 +138,12 @@ func (b *booter) config() (err error) {
 	if b.cfg, err = readConfig(b.have[vmm.RoleConfig]); err != nil {
 		return err
 	}
-	b.state.VMID, b.state.Secret, b.state.CID = b.cfg.VMID, b.cfg.Secret, b.cfg.CID
+	b.state.VMID, b.state.Secret = b.cfg.VMID, b.cfg.Secret
+	// Every VM is given a context id, also where its host has no vsock: listening there would make the
+	// kernel run modprobe for a transport that leads nowhere.
+	if hasDevice(virtioDevices, vsockDevice) {
+		b.state.CID = b.cfg.CID
+	}
 	// A machine whose clock is behind what its host read before it was started has no clock (no RTC),
 	// or lost time; one that is ahead knows better than a config that waited.
 	if host := b.cfg.Time(); time.Until(host) > time.Second {

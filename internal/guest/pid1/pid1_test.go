@@ -43,6 +43,31 @@ func TestFindDrives(t *testing.T) {
 	}
 }
 
+// TestModulesOfAbsentDevicesAreLeft: a guest loads the drivers of what it has, and all of them while
+// its bus is not there yet.
+func TestModulesOfAbsentDevicesAreLeft(t *testing.T) {
+	pci := t.TempDir()
+	put(t, filepath.Join(pci, "virtio0/device"), "0x0002\n")
+	put(t, filepath.Join(pci, "virtio1/device"), "0x0004\n")
+	for _, test := range []struct {
+		file    string
+		devices string
+		want    bool
+	}{
+		{"virtio_blk.ko", pci, true}, {"virtio-rng.ko", pci, true}, {"overlay.ko", pci, true}, {"virtio_pci.ko", pci, true},
+		{"virtio_net.ko", pci, false}, {"failover.ko", pci, false}, {"vsock.ko", pci, false}, {"virtio_mmio.ko", pci, false},
+		{"virtio_mmio.ko", t.TempDir(), true}, {"vsock.ko", t.TempDir(), true},
+	} {
+		if got := wanted(test.file, test.devices); got != test.want {
+			t.Errorf("%s: %v, want %v", test.file, got, test.want)
+		}
+	}
+	put(t, filepath.Join(pci, "virtio2/device"), vsockDevice+"\n")
+	if !wanted("vmw_vsock_virtio_transport_common.ko", pci) || !hasDevice(pci, vsockDevice) {
+		t.Error("a machine with vsock does not get its modules")
+	}
+}
+
 // TestRootWrite follows the image's symlinks as the booted system would, and never out of the root.
 func TestRootWrite(t *testing.T) {
 	outside, tree := t.TempDir(), t.TempDir()
