@@ -79,6 +79,13 @@ func (a *app) ssh(ctx context.Context, ref string, command []string) error {
 
 // enterable says what to do first if the VM is in no state to be entered.
 func enterable(v *bangerv1.VM) error {
+	if v.GetVmmState() == "paused" {
+		why := v.GetNote() // says so, and why
+		if why == "" {
+			why = "is paused"
+		}
+		return fault.New(fault.Precondition, v.GetName(), "%s", why).WithHint("banger vm start %s", v.GetName())
+	}
 	switch v.GetState() {
 	case "running", "starting":
 		return nil

@@ -537,8 +537,11 @@ func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, 
 		return nil, notRunning(v)
 	}
 	if st, err := s.machines.state(ctx, id); err == nil && st == vmm.Paused {
-		return nil, fault.New(fault.Precondition, v.Name, "the VM is paused: %s", v.Note).
-			WithHint("free space on the host, then `banger vm start %s` lets it go on", v.Name)
+		why := v.Note // says that it is paused
+		if why == "" {
+			why = "paused"
+		}
+		return nil, fault.New(fault.Precondition, v.Name, "%s", why).WithHint("banger vm start %s", v.Name)
 	}
 	session, err := s.machines.session(ctx, id)
 	if err != nil {
