@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -152,7 +154,7 @@ func TestFatalReason(t *testing.T) {
 		{"carriage return", "\r\nbanger: fatal: root: lost\r\n", "root", "lost"},
 		{"not ended", "banger: fatal: root: lost", "root", "lost"},
 		{"no stage", "banger: fatal: hello\n", "", ""},
-		{"terminal tricks", "banger: fatal: root: \x1b[31mred\x07\n", "root", "[31mred"},
+		{"terminal tricks", "banger: fatal: root: \x1b[31mred\x07\n", "root", "red"},
 	} {
 		stage, reason, ok := boot.FatalReason([]byte(c.tail))
 		if stage != c.stage || reason != c.reason || ok != (c.stage != "") {
@@ -169,5 +171,40 @@ func FuzzReadDrive(f *testing.F) {
 			t.Error("an invalid config was read")
 		}
 		boot.FatalReason(drive)
+	})
+}
+
+func TestPrintable(t *testing.T) {
+	for in, want := range map[string]string{
+		"plain":                                    "plain",
+		"\x1b[1;31mred\x1b[0m \x1b(Btext":          "red text",
+		"\x1b]0;title\x07after":                    "after",
+		"\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\": "link",
+		"\x1bPq secret \x1b\\x":                    "x",
+		"a\x9b31mb":                                "a31mb",
+		"over\rwrite\b\b":                          "overwrite",
+		"one\ttwo\nthree":                          "one two three",
+		"\u202eevil\u2066 \u200b\ufeff":            "evil",
+		"\xff\xfe ok \xc3":                         "ok",
+		"grüße 日本":                                 "grüße 日本",
+		"\x1b":                                     "",
+		"\x1b[":                                    "",
+		strings.Repeat("é", 1000):                  strings.Repeat("é", 150) + "...",
+	} {
+		if got := boot.Printable(in); got != want {
+			t.Errorf("%q: %q, want %q", in, got, want)
+		}
+	}
+}
+
+func FuzzPrintable(f *testing.F) {
+	for _, s := range []string{"\x1b[31m", "\x1b]0;", "\x9b", "\u202e", "a\nb", "\xff", "\x1b\x1b[[31mm", "\x1b[\x1b[31m31mred"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		p := boot.Printable(s)
+		if !utf8.ValidString(p) || strings.ContainsFunc(p, func(r rune) bool { return !unicode.IsPrint(r) }) || len(p) > 303 {
+			t.Errorf("%q became %q", s, p)
+		}
 	})
 }

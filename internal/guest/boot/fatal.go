@@ -19,22 +19,9 @@ func FatalReason(tail []byte) (stage, reason string, ok bool) {
 		return "", "", false
 	}
 	line, _, _ := bytes.Cut(tail[at+len(FatalMarker):], []byte("\n"))
-	stage, reason, ok = strings.Cut(printable(line), ": ")
+	stage, reason, ok = strings.Cut(Printable(string(line)), ": ")
 	if !ok || stage == "" {
 		return "", "", false
 	}
 	return stage, reason, true
-}
-
-// printable drops control bytes, so that a guest cannot drive the terminal of whoever reads the
-// reason, and cuts what no reason of ours is as long as.
-func printable(line []byte) string {
-	const longest = 1024
-	line = line[:min(len(line), longest)]
-	return strings.TrimSpace(strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 || r == '\ufffd' {
-			return -1
-		}
-		return r
-	}, string(line)))
 }
