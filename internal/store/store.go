@@ -175,6 +175,9 @@ func (s *Store) tx(ctx context.Context, fn func(*sql.Tx) error, apply, notify fu
 	}
 	if err := fn(tx); err != nil {
 		_ = tx.Rollback()
+		if ctx.Err() != nil {
+			return ctx.Err() // SQLite calls it an interrupt
+		}
 		return storeFault(err)
 	}
 	s.atCommit()
@@ -255,16 +258,6 @@ func (s *Store) allocate(ctx context.Context, tx *sql.Tx, v *vm.VM) error {
 func (s *Store) Save(ctx context.Context, v vm.VM, steps ...lifecycle.StepRecord) error {
 	return s.tx(ctx, func(tx *sql.Tx) error { return s.saveTx(ctx, tx, v, steps) },
 		func() { s.applySave(v, steps) }, func() { s.changed(v) })
-}
-
-// SaveWithOperation is Save and SaveOperation in one transaction.
-func (s *Store) SaveWithOperation(ctx context.Context, v vm.VM, op operation.Operation) error {
-	return s.tx(ctx, func(tx *sql.Tx) error {
-		if err := s.saveTx(ctx, tx, v, nil); err != nil {
-			return err
-		}
-		return s.putOperation(ctx, tx, op)
-	}, func() { s.applySave(v, nil) }, func() { s.changed(v) })
 }
 
 func (s *Store) saveTx(ctx context.Context, tx *sql.Tx, v vm.VM, steps []lifecycle.StepRecord) error {
@@ -411,7 +404,9 @@ func (s *Store) putOperation(ctx context.Context, tx *sql.Tx, op operation.Opera
 	if err != nil || op.State == operation.Running {
 		return err
 	}
-	_, err = tx.ExecContext(ctx, "DELETE FROM operations WHERE state <> 'running' AND seq <= ?", s.opSeq-keepOperations)
+	// By counting, not by seq: each operation has taken at least two numbers by the time it ends.
+	_, err = tx.ExecContext(ctx, `DELETE FROM operations WHERE state <> 'running' AND seq <=
+		(SELECT seq FROM operations WHERE state <> 'running' ORDER BY seq DESC LIMIT 1 OFFSET ?)`, keepOperations)
 	return err
 }
 
