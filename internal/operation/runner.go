@@ -1,11 +1,13 @@
 package operation
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -34,10 +36,11 @@ type Runner struct {
 	failed  func(Operation, error) // recording an end failed
 	wg      sync.WaitGroup
 
-	mu    sync.Mutex
-	ops   map[string]*running
-	byVM  map[string]string // the latest running operation of a VM
-	ended []string
+	mu      sync.Mutex
+	ops     map[string]*running
+	byVM    map[string][]string // the operations of a VM that run, oldest first
+	ended   []string
+	stopped bool
 }
 
 type running struct {
@@ -51,7 +54,7 @@ type running struct {
 // change and must not block; failed is told when save could not.
 func NewRunner(save func(context.Context, Operation) error, changed func(Operation), failed func(Operation, error)) *Runner {
 	base, stop := context.WithCancelCause(context.Background())
-	return &Runner{base: base, stop: stop, save: save, changed: changed, failed: failed, ops: map[string]*running{}, byVM: map[string]string{}}
+	return &Runner{base: base, stop: stop, save: save, changed: changed, failed: failed, ops: map[string]*running{}, byVM: map[string][]string{}}
 }
 
 // Remember puts ended operations of an earlier daemon back, so that they can be asked for.
@@ -68,17 +71,25 @@ func (r *Runner) Remember(ops []Operation) {
 
 // Go runs fn as the operation op, which the caller has recorded, and returns at once. fn's context
 // ends by Cancel or Stop only. A nil error ends the operation as succeeded; if fn's error matches
-// suspended, its record is left as running for the next daemon.
+// suspended, its record is left as running for the next daemon. After Stop nothing is run, and the
+// record is left to the next daemon as well.
 func (r *Runner) Go(op Operation, suspended error, fn func(context.Context, *Handle) error) {
 	ctx, cancel := context.WithCancelCause(r.base)
 	op.State = Running
 	run := &running{op: op, cancel: cancel, next: make(chan struct{})}
 	r.mu.Lock()
+	if r.stopped {
+		r.mu.Unlock()
+		cancel(nil)
+		return
+	}
 	r.ops[op.ID] = run
-	r.byVM[op.VMID] = op.ID
+	r.byVM[op.VMID] = append(r.byVM[op.VMID], op.ID)
+	r.wg.Add(1) // under mu: Stop must not begin to wait in between
 	r.mu.Unlock()
 	r.changed(op)
-	r.wg.Go(func() {
+	go func() {
+		defer r.wg.Done()
 		defer cancel(nil)
 		h := &Handle{r: r, run: run}
 		err := fn(ctx, h)
@@ -108,7 +119,7 @@ func (r *Runner) Go(op Operation, suspended error, fn func(context.Context, *Han
 		// Told only when it is on record: who saw the end may ask any later daemon.
 		r.publish(run, end)
 		r.forget(op)
-	})
+	}()
 }
 
 func asFault(err error, subject string) *fault.Error {
@@ -126,7 +137,9 @@ func asFault(err error, subject string) *fault.Error {
 func (r *Runner) forget(op Operation) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.byVM[op.VMID] == op.ID {
+	if left := slices.DeleteFunc(r.byVM[op.VMID], func(id string) bool { return id == op.ID }); len(left) > 0 {
+		r.byVM[op.VMID] = left
+	} else {
 		delete(r.byVM, op.VMID)
 	}
 	r.ended = append(r.ended, op.ID)
@@ -168,7 +181,9 @@ func (r *Runner) List() []Operation {
 	for _, run := range r.ops {
 		out = append(out, clone(run.op))
 	}
-	slices.SortFunc(out, func(a, b Operation) int { return b.CreatedAt.Compare(a.CreatedAt) })
+	slices.SortFunc(out, func(a, b Operation) int {
+		return cmp.Or(b.CreatedAt.Compare(a.CreatedAt), strings.Compare(a.ID, b.ID))
+	})
 	return out
 }
 
@@ -176,19 +191,35 @@ func (r *Runner) List() []Operation {
 func (r *Runner) RunningOf(vmID string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.byVM[vmID]
+	if ids := r.byVM[vmID]; len(ids) > 0 {
+		return ids[len(ids)-1]
+	}
+	return ""
+}
+
+// AllRunningOf returns the operations that run for a VM, oldest first: one of them is at work, the
+// others wait for it.
+func (r *Runner) AllRunningOf(vmID string) []Operation {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var out []Operation
+	for _, id := range r.byVM[vmID] {
+		out = append(out, clone(r.ops[id].op))
+	}
+	return out
 }
 
 // Watch calls send with the operation as it is, then after changes, the final state last. Changes
 // that follow faster than send returns are skipped, never the last one.
 func (r *Runner) Watch(ctx context.Context, id string, send func(Operation) error) error {
+	r.mu.Lock()
+	run, ok := r.ops[id] // kept: an operation that is watched may be forgotten meanwhile
+	r.mu.Unlock()
+	if !ok {
+		return unknown(id)
+	}
 	for {
 		r.mu.Lock()
-		run, ok := r.ops[id]
-		if !ok {
-			r.mu.Unlock()
-			return unknown(id)
-		}
 		op, next := clone(run.op), run.next
 		r.mu.Unlock()
 		if err := send(op); err != nil {
@@ -223,6 +254,9 @@ func (r *Runner) Cancel(id string, cause error) error {
 
 // Stop ends all contexts with cause and waits until every operation has returned or ctx ends.
 func (r *Runner) Stop(ctx context.Context, cause error) error {
+	r.mu.Lock()
+	r.stopped = true
+	r.mu.Unlock()
 	r.stop(cause)
 	done := make(chan struct{})
 	go func() { r.wg.Wait(); close(done) }()
