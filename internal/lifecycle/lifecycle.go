@@ -68,7 +68,9 @@ type Step interface {
 }
 
 // Durable steps hold what a stop must keep. Only delete cleans them up; a failed start never
-// touches them, so their Prepare must itself leave nothing torn behind.
+// touches them, so their Prepare must itself leave nothing torn behind. One that is an Observer is
+// prepared again only if it says that its resource is gone; if that must not be made anew, it says
+// so by an error.
 type Durable interface {
 	Durable()
 }
@@ -97,6 +99,10 @@ type Progress func(step string)
 // ErrSuspended as the cause of a cancelled context stops Up and Down at the next boundary without
 // undoing anything, exactly as a crash would: the next daemon goes on from the journal.
 var ErrSuspended = errors.New("the daemon is stopping")
+
+// ErrNotUndone is in the chain of Up's error if not everything could be taken down again: the
+// journal says what is left.
+var ErrNotUndone = errors.New("it could not be undone")
 
 // cleanupBound limits one step's Cleanup when it undoes a failed Prepare, and every Hard one.
 const cleanupBound = 30 * time.Second
@@ -146,13 +152,17 @@ func (e *Engine) Up(ctx context.Context, v *vm.VM, progress Progress) error {
 	// The ready record of one step and the preparing record of the next are one transaction: half
 	// as many waits for the disk. A crash before it finds preparing, and does the step again.
 	var done []StepRecord
+	anew := false // a step was made again: what stood on the old one is worth nothing
 	for _, s := range e.steps {
-		if ready := have[s.Name()] == Ready || mutation == "ignored-preparing" && have[s.Name()] == Preparing; ready && !durable(s) {
+		ready := have[s.Name()] == Ready || mutation == "ignored-preparing" && have[s.Name()] == Preparing
+		if ready && (durable(s) && observes(s) || !durable(s) && !anew) {
 			there, err := observe(ctx, s, v)
-			if err != nil {
+			switch {
+			case err != nil && durable(s):
+				return e.undo(ctx, v, s, errors.Unwrap(err))
+			case err != nil: // it may run: nothing is taken down
 				return err
-			}
-			if there {
+			case there:
 				continue
 			}
 		}
@@ -163,6 +173,7 @@ func (e *Engine) Up(ctx context.Context, v *vm.VM, progress Progress) error {
 		if err := s.Prepare(ctx, v); err != nil {
 			return e.undo(ctx, v, s, err)
 		}
+		anew = anew || !durable(s)
 		done = []StepRecord{{s.Name(), Ready}}
 		if suspended(ctx) {
 			return e.suspend(ctx, v, s, done)
@@ -189,6 +200,9 @@ func (e *Engine) UpDurable(ctx context.Context, v *vm.VM, progress Progress) err
 			return &StepError{s.Name(), err}
 		}
 		if err := s.Prepare(ctx, v); err != nil {
+			if suspended(ctx) {
+				err = ErrSuspended
+			}
 			return &StepError{s.Name(), err}
 		}
 		done = []StepRecord{{s.Name(), Ready}}
@@ -219,6 +233,9 @@ func (e *Engine) clearTorn(ctx context.Context, v *vm.VM) error {
 
 // intend records what is about to be done, together with what was.
 func (e *Engine) intend(ctx context.Context, v *vm.VM, done []StepRecord, next StepRecord) error {
+	if suspended(ctx) {
+		return e.keep(ctx, v, done)
+	}
 	if mutation == "late-intent" {
 		return e.journal.Save(ctx, *v, done...)
 	}
@@ -227,10 +244,17 @@ func (e *Engine) intend(ctx context.Context, v *vm.VM, done []StepRecord, next S
 
 // suspend records what was done and stops without undoing.
 func (e *Engine) suspend(ctx context.Context, v *vm.VM, at Step, done []StepRecord) error {
-	if err := e.journal.Save(context.WithoutCancel(ctx), *v, done...); err != nil {
-		return &StepError{at.Name(), err}
+	return &StepError{at.Name(), e.keep(ctx, v, done)}
+}
+
+// keep records what was done for the next daemon. It returns ErrSuspended, or why it could not.
+func (e *Engine) keep(ctx context.Context, v *vm.VM, done []StepRecord) error {
+	if len(done) > 0 {
+		if err := e.journal.Save(context.WithoutCancel(ctx), *v, done...); err != nil {
+			return err
+		}
 	}
-	return &StepError{at.Name(), ErrSuspended}
+	return ErrSuspended
 }
 
 // undo takes down what Up made, from step at downwards, and returns why.
@@ -240,7 +264,7 @@ func (e *Engine) undo(ctx context.Context, v *vm.VM, at Step, why error) error {
 	}
 	failed := &StepError{at.Name(), why}
 	if err := e.Down(context.WithoutCancel(ctx), v, Hard, false, func(string) {}); err != nil {
-		return errors.Join(failed, fmt.Errorf("undoing: %w", err))
+		return errors.Join(failed, fmt.Errorf("%w: %w", ErrNotUndone, err))
 	}
 	return failed
 }
@@ -267,6 +291,9 @@ func (e *Engine) Down(ctx context.Context, v *vm.VM, how How, all bool, progress
 			return &StepError{s.Name(), err}
 		}
 		if err := cleanup(ctx, s, v, how); err != nil {
+			if suspended(ctx) {
+				err = ErrSuspended
+			}
 			return &StepError{s.Name(), err}
 		}
 		done = []StepRecord{{s.Name(), Absent}}
@@ -355,6 +382,8 @@ func (e *Engine) Settle(ctx context.Context, v *vm.VM, rebooted bool) (Todo, err
 	}
 	return Nothing, nil
 }
+
+func observes(s Step) bool { _, ok := s.(Observer); return ok }
 
 func observe(ctx context.Context, s Step, v *vm.VM) (bool, error) {
 	o, ok := s.(Observer)

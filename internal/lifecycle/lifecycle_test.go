@@ -203,8 +203,8 @@ func TestUpKeepsWhatIsThere(t *testing.T) {
 	if got := w.told(); got != "-agent; +disk; +agent" {
 		t.Errorf("a VMM that runs was disturbed: %s", got)
 	}
-	// And makes again what is gone.
-	w.steps = map[string]StepState{"disk": Ready, "vmm": Ready}
+	// And makes again what is gone, with all that stood on it.
+	w.steps = map[string]StepState{"disk": Ready, "vmm": Ready, "agent": Ready}
 	delete(w.made, "vmm")
 	if err := e.Up(t.Context(), &v, quiet); err != nil {
 		t.Fatal(err)
@@ -230,8 +230,8 @@ func TestSuspendStopsAtABoundaryAndUndoesNothing(t *testing.T) {
 	if got := w.told(); strings.Contains(got, "-") {
 		t.Errorf("something was undone: %s", got)
 	}
-	if w.steps["vmm"] != Ready {
-		t.Errorf("what was done is not recorded: %v", w.steps)
+	if diff := cmp.Diff(map[string]StepState{"disk": Ready}, w.steps); diff != "" {
+		t.Errorf("what was done is not recorded, or what was not is: %s", diff)
 	}
 	todo, err := e.Settle(t.Context(), &vm.VM{ID: "x", State: vm.Starting, Desired: vm.WantRunning}, false)
 	if err != nil || todo != GoUp {
@@ -294,4 +294,59 @@ func TestProgressTellsEachStepAndTheEnd(t *testing.T) {
 	if !slices.Equal(told, []string{"disk", "vmm", "agent", ""}) {
 		t.Errorf("told %q", told)
 	}
+}
+
+// A stop of the daemon that comes while something is taken down leaves no failure behind, however
+// the step that is cut off says so.
+func TestSuspendOfADownIsNoFailure(t *testing.T) {
+	w := newWorld()
+	e, v := engine(w), vm.VM{ID: "x"}
+	if err := e.Up(t.Context(), &v, quiet); err != nil {
+		t.Fatal(err)
+	}
+	for _, failing := range []string{"cleanup vmm", ""} {
+		w.failing = failing
+		ctx, cancel := context.WithCancelCause(t.Context())
+		err := e.Down(ctx, &v, Orderly, false, func(name string) {
+			if name == "vmm" && failing == "" || name == "agent" {
+				cancel(ErrSuspended)
+			}
+		})
+		if !errors.Is(err, ErrSuspended) {
+			t.Errorf("%q: got %v", failing, err)
+		}
+	}
+}
+
+func TestWhatCouldNotBeUndoneIsSaid(t *testing.T) {
+	w := newWorld()
+	cancelled, cancel := context.WithCancel(t.Context())
+	e := New(w, watchedStep{step{w, "vmm"}}, step{w, "agent"})
+	w.failing = "prepare agent"
+	v := vm.VM{ID: "x"}
+	err := e.Up(cancelled, &v, func(name string) {
+		if name == "agent" {
+			cancel()
+		}
+	})
+	if err == nil || errors.Is(err, ErrNotUndone) {
+		t.Errorf("undone in order: %v", err)
+	}
+	w.failing = "cleanup vmm"
+	w.steps = map[string]StepState{"vmm": Preparing}
+	w.made["vmm"] = true
+	if err := New(w, failingStep{step{w, "vmm"}}).Up(t.Context(), &v, quiet); err == nil {
+		t.Error("a torn step that cannot be taken down was built upon")
+	}
+	w.steps = map[string]StepState{}
+	if err := New(w, failingStep{step{w, "vmm"}}).Up(t.Context(), &v, quiet); !errors.Is(err, ErrNotUndone) {
+		t.Errorf("got %v, want ErrNotUndone", err)
+	}
+}
+
+// failingStep fails to be made.
+type failingStep struct{ step }
+
+func (s failingStep) Prepare(ctx context.Context, v *vm.VM) error {
+	return errors.Join(errors.New("no"), s.step.Prepare(ctx, v))
 }
