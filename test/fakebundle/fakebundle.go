@@ -6,6 +6,9 @@ package fakebundle
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
+	"hash/crc32"
 	"os"
 	"path/filepath"
 	"strings"
@@ -41,6 +44,9 @@ func Make(dir string) error {
 	if err := tool.Make(context.Background(), seed, ext4.Format{Kind: ext4.Growing, Size: 256 << 20, Label: "banger-work"}); err != nil {
 		return err
 	}
+	if err := cutDown(seed); err != nil {
+		return err
+	}
 	if err := bundle.EnsureSSHKey(dir); err != nil {
 		return err
 	}
@@ -56,6 +62,24 @@ func Make(dir string) error {
 		}
 	}
 	return b.Write(dir)
+}
+
+// cutDown makes a filesystem of 4 MiB of a larger one, as far as its superblock goes, and nobody looks
+// further: a seed is hashed at each capture, and the smallest that can grow has 256 MiB.
+func cutDown(seed string) error {
+	const size = 4 << 20
+	f, err := os.OpenFile(seed, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	super := make([]byte, 1024)
+	if _, err = f.ReadAt(super, 1024); err == nil {
+		binary.LittleEndian.PutUint32(super[4:], size/ext4.BlockSize) // s_blocks_count_lo; the high half is 0 already
+		// s_checksum: crc32c of what is before it, without the last inversion (ext4's crc32c_le).
+		binary.LittleEndian.PutUint32(super[1020:], ^crc32.Checksum(super[:1020], crc32.MakeTable(crc32.Castagnoli)))
+		_, err = f.WriteAt(super, 1024)
+	}
+	return errors.Join(err, f.Truncate(size), f.Close())
 }
 
 // initrd is one of ours for a kernel that has everything built in.
