@@ -405,6 +405,49 @@ func scan(ctx context.Context, marker string) (*Process, error) {
 	return nil, fault.New(fault.NotFound, marker, "no process of this user carries that marker")
 }
 
+// EndAll ends, with SIGKILL, every process of this user that works in a directory below under and
+// carries an argument that begins with prefix and that wanted accepts, and waits until they are
+// gone. It returns those arguments. It is for what nobody keeps a record of: the working directory is
+// what is left of where it was started, also when that has been removed (proc_pid_cwd(5)).
+func EndAll(ctx context.Context, prefix, under string, wanted func(marker string) bool) (ended []string, err error) {
+	if real, err := filepath.EvalSymlinks(under); err == nil {
+		under = real // as the kernel names it
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return ended, err
+		}
+		marker, ok := argument(pid, func(arg string) bool { return strings.HasPrefix(arg, prefix) && wanted(arg) })
+		if !ok {
+			continue
+		}
+		cwd, err := os.Readlink(filepath.Join("/proc", e.Name(), "cwd"))
+		if err != nil || !strings.HasPrefix(cwd, under+"/") {
+			continue
+		}
+		p, err := open(pid, marker, 0)
+		if fault.Is(err, fault.NotFound) {
+			continue // it ended meanwhile
+		}
+		if err != nil {
+			return ended, err
+		}
+		if err := errors.Join(p.Kill(ctx), p.Close()); err != nil {
+			return ended, err
+		}
+		ended = append(ended, marker)
+	}
+	return ended, nil
+}
+
 // open makes a Process of a pid if it belongs to this user, carries the marker, and started at that
 // time (0: at any). The pidfd is made first: if its process still runs after the looks at /proc, it
 // was the one that was looked at.
@@ -431,21 +474,27 @@ func open(pid int, marker string, start uint64) (*Process, error) {
 
 // carries tells whether a process of this user has the marker as one of its arguments.
 func carries(pid int, marker string) bool {
+	_, ok := argument(pid, func(arg string) bool { return arg == marker })
+	return ok
+}
+
+// argument is the first one that is wanted of a process of this user.
+func argument(pid int, wanted func(string) bool) (string, bool) {
 	dir := filepath.Join("/proc", strconv.Itoa(pid))
 	var st unix.Stat_t
 	if unix.Stat(dir, &st) != nil || int(st.Uid) != os.Geteuid() {
-		return false
+		return "", false
 	}
 	cmdline, err := os.ReadFile(filepath.Join(dir, "cmdline"))
 	if err != nil {
-		return false
+		return "", false
 	}
 	for arg := range bytes.SplitSeq(cmdline, []byte{0}) {
-		if string(arg) == marker {
-			return true
+		if wanted(string(arg)) {
+			return string(arg), true
 		}
 	}
-	return false
+	return "", false
 }
 
 // startTime reads field 22 of /proc/<pid>/stat. The second field is the program's name in

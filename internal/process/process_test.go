@@ -452,3 +452,48 @@ func must(t *testing.T, err error) {
 		t.Fatal(err)
 	}
 }
+
+// Only what carries the prefix, is wanted, and works below the directory is ended.
+func TestEndAll(t *testing.T) {
+	top := t.TempDir()
+	start := func(dir, marker string) *Process {
+		t.Helper()
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		p, err := Start(t.Context(), command(dir, marker))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = p.Kill(context.Background()) })
+		return p
+	}
+	name := fmt.Sprintf("sweep-%d-", os.Getpid())
+	lost := start(filepath.Join(top, "state/run/a"), name+"a")
+	kept := start(filepath.Join(top, "state/run/b"), name+"b")
+	elsewhere := start(filepath.Join(top, "state-copy/run/c"), name+"c")
+	other := start(filepath.Join(top, "state/run/d"), "other-"+name)
+	// Its directory is gone, and it still is known by it.
+	if err := os.RemoveAll(filepath.Join(top, "state/run/a")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Join(top, "state"), filepath.Join(top, "link")); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	ended, err := EndAll(ctx, name, filepath.Join(top, "link/run"), func(m string) bool { return m != name+"b" })
+	if err != nil || !slices.Equal(ended, []string{name + "a"}) {
+		t.Errorf("ended %q, %v", ended, err)
+	}
+	select {
+	case <-lost.Done():
+	case <-ctx.Done():
+		t.Error("the lost one runs on")
+	}
+	for what, p := range map[string]*Process{"a wanted one": kept, "one of a copy": elsewhere, "a stranger": other} {
+		if err := p.Signal(0); err != nil {
+			t.Errorf("%s was ended: %v", what, err)
+		}
+	}
+}

@@ -138,6 +138,15 @@ type Reporter interface {
 	Last(ctx context.Context) (Change, error)
 }
 
+// Sweeper is an optional power of a Driver: it ends machines that nobody keeps a record of, which a
+// database that was restored from a backup leaves behind.
+type Sweeper interface {
+	// Sweep ends, with SIGKILL, every machine of the owner whose run directory lies below under and
+	// whose id known refuses, and returns the ids. Machines of a copy of this installation, which
+	// carry the same owner, lie below another directory and are left alone.
+	Sweep(ctx context.Context, owner, under string, known func(id string) bool) (ended []string, err error)
+}
+
 // Driver runs machines of one kind.
 type Driver interface {
 	// Name is "firecracker", "qemu" or "fake".

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -150,6 +151,25 @@ func (d *Driver) handle(spec vmm.Spec, r Record) (vmm.Machine, error) {
 	return m, nil
 }
 
+// Sweep is vmm.Sweeper's.
+func (d *Driver) Sweep(_ context.Context, owner, under string, known func(id string) bool) ([]string, error) {
+	all, err := d.world.Machines()
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Corrupt, "fake vmm", "its world cannot be read").WithOp("vmm sweep")
+	}
+	var ended []string
+	for _, r := range all {
+		if r.Spec.Owner != owner || !strings.HasPrefix(r.Spec.RunDir, filepath.Clean(under)+"/") || known(r.Spec.ID) {
+			continue
+		}
+		if _, err := d.world.end(r.Spec.Marker(), r.Instance, vmm.Killed); err != nil {
+			return ended, fault.Wrap(err, fault.Internal, r.Spec.Name, "the fake machine cannot be ended").WithOp("vmm sweep")
+		}
+		ended = append(ended, r.Spec.ID)
+	}
+	return ended, nil
+}
+
 // hold waits as long as the faults file says so.
 func (d *Driver) hold(ctx context.Context, spec vmm.Spec) error {
 	if _, ok := d.world.fault(spec, "hold"); !ok {
@@ -235,6 +255,7 @@ type machine struct {
 
 var (
 	_ vmm.Driver   = (*Driver)(nil)
+	_ vmm.Sweeper  = (*Driver)(nil)
 	_ vmm.Machine  = (*machine)(nil)
 	_ vmm.Reporter = (*machine)(nil)
 )

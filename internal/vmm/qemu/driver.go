@@ -479,4 +479,23 @@ func remove(ctx context.Context, spec vmm.Spec) error {
 	return dir.clean()
 }
 
-var _ vmm.Driver = (*Driver)(nil)
+// Sweep is vmm.Sweeper's.
+func (d *Driver) Sweep(ctx context.Context, owner, under string, known func(id string) bool) ([]string, error) {
+	prefix := vmm.Spec{Owner: owner}.Marker()
+	markers, err := process.EndAll(ctx, prefix, under, func(marker string) bool {
+		id := strings.TrimPrefix(marker, prefix)
+		return !strings.Contains(id, "-") && !known(id) // with a dash it is another owner's whose name begins alike
+	})
+	for i := range markers {
+		markers[i] = strings.TrimPrefix(markers[i], prefix)
+	}
+	if err != nil {
+		return markers, fault.Wrap(err, fault.CodeOf(err), "qemu", "machines without a record cannot be looked for or ended").WithOp("vmm sweep")
+	}
+	return markers, nil
+}
+
+var (
+	_ vmm.Driver  = (*Driver)(nil)
+	_ vmm.Sweeper = (*Driver)(nil)
+)

@@ -100,6 +100,7 @@ func Run(t *testing.T, c Config) {
 		{"drives are not shared for writing", (*suite).shareWriting},
 		{"pause and resume", (*suite).pause},
 		{"paused machine is adopted as paused", (*suite).pauseAdopted},
+		{"sweep ends what nobody knows", (*suite).sweep},
 		{"link carries bytes", (*suite).link},
 		{"link after the end", (*suite).linkGone},
 	} {
@@ -641,6 +642,37 @@ func (s *suite) owners(t *testing.T) {
 	s.wantRunning(t, a)
 	s.wantProcesses(t, first, 1)
 	s.wantProcesses(t, second, 0)
+}
+
+// sweep leaves alone what is known, what another owner has whose name begins alike, and what a copy of
+// the installation has in another directory.
+func (s *suite) sweep(t *testing.T) {
+	sw, ok := s.New(t).(vmm.Sweeper)
+	if !ok {
+		s.skip(t, "it is no Sweeper")
+	}
+	lost, known, alike := s.Spec(t), s.Spec(t), s.Spec(t)
+	known.Owner, alike.Owner = lost.Owner, lost.Owner+"-other"
+	a, b, c := s.begin(t, s.New(t), lost), s.begin(t, s.New(t), known), s.begin(t, s.New(t), alike)
+	isKnown := func(id string) bool { return id == known.ID }
+	for _, under := range []string{t.TempDir(), lost.RunDir[:len(lost.RunDir)-1]} { // neither is above it
+		if ended, err := sw.Sweep(s.context(t), lost.Owner, under, isKnown); err != nil || len(ended) != 0 {
+			t.Errorf("sweeping %s ended %q, %v", under, ended, err)
+		}
+	}
+	s.wantRunning(t, a)
+	ended, err := sw.Sweep(s.context(t), lost.Owner, filepath.Dir(lost.RunDir), isKnown)
+	if err != nil || !slices.Equal(ended, []string{lost.ID}) {
+		t.Errorf("ended %q, %v", ended, err)
+	}
+	select {
+	case <-a.Done():
+	case <-s.context(t).Done():
+		t.Error("the machine runs on")
+	}
+	s.wantProcesses(t, lost, 0)
+	s.wantRunning(t, b)
+	s.wantRunning(t, c)
 }
 
 func (s *suite) shareReading(t *testing.T) {
