@@ -38,6 +38,7 @@ type images struct {
 	mu      ctxLock
 	sources map[string]source // where content that was registered can be captured from, by content id
 	seen    string            // fingerprint of what refresh saw last
+	held    map[vm.Pins]int   // what VMs that have no record yet are made from
 }
 
 // source is a file that holds content of a known id.
@@ -90,30 +91,59 @@ func (im *images) agentPath() (string, error) {
 	return b.Path(bundle.Agent), nil
 }
 
-// pins resolves an image name to the content that a VM of it is made from.
-func (im *images) pins(ctx context.Context, name string) (vm.Pins, error) {
+// pins resolves an image name to the content that a VM of it is made from. The content is kept
+// until release: by then the VM has a record, or will have none.
+func (im *images) pins(ctx context.Context, name string) (p vm.Pins, release func(), err error) {
 	if name == "" {
 		name = defaultImage
 	}
 	if err := im.refresh(ctx); err != nil {
 		// Without a bundle other images still work, and a wrong name is still a wrong name.
 		if name == defaultImage {
-			return vm.Pins{}, err
+			return vm.Pins{}, nil, err
 		}
 	}
+	unlock, err := im.mu.lock(ctx)
+	if err != nil {
+		return vm.Pins{}, nil, err
+	}
+	defer unlock()
 	list, err := im.store.Images(ctx)
 	if err != nil {
-		return vm.Pins{}, err
+		return vm.Pins{}, nil, err
 	}
 	var known []string
 	for _, img := range list {
 		if img.Name == name {
-			return vm.Pins{Image: img.Name, ImageID: img.ID, Base: img.Base, Seed: img.Seed, Kernel: img.Kernel}, nil
+			p = vm.Pins{Image: img.Name, ImageID: img.ID, Base: img.Base, Seed: img.Seed, Kernel: img.Kernel}
+			return p, im.hold(p), nil
 		}
 		known = append(known, img.Name)
 	}
-	return vm.Pins{}, fault.New(fault.NotFound, name, "there is no image of this name").
+	if len(known) == 0 {
+		return vm.Pins{}, nil, fault.New(fault.NotFound, name, "there is no image of this name, nor any other").
+			WithHint("make the default one: make runtime")
+	}
+	return vm.Pins{}, nil, fault.New(fault.NotFound, name, "there is no image of this name").
 		WithHint("choose one of: %s (banger image list)", strings.Join(known, ", "))
+}
+
+// hold keeps content from collect until it is released. Call it with mu held.
+func (im *images) hold(p vm.Pins) (release func()) {
+	if im.held == nil {
+		im.held = map[vm.Pins]int{}
+	}
+	im.held[p]++
+	return func() {
+		unlock, err := im.mu.lock(context.Background()) // it is held for as long as a file takes to copy
+		if err != nil {
+			return
+		}
+		defer unlock()
+		if im.held[p]--; im.held[p] == 0 {
+			delete(im.held, p)
+		}
+	}
 }
 
 // refresh registers the bundle's image, or what default_rootfs and its fellows name instead, again
@@ -124,7 +154,13 @@ func (im *images) refresh(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	b, err := im.bundle()
+	where, err := bundle.Locate(im.cfg.RuntimeDir)
+	if err != nil {
+		return err
+	}
+	// Before it is read: a manifest that is replaced meanwhile is then seen as another one next time.
+	print := fingerprint(filepath.Join(where.Dir, bundle.ManifestName))
+	b, err := bundle.Load(where.Dir)
 	if err != nil {
 		return err
 	}
@@ -132,8 +168,8 @@ func (im *images) refresh(ctx context.Context) error {
 		return err
 	}
 	c := im.cfg
-	print := fingerprint(filepath.Join(b.Dir(), bundle.ManifestName), b.Path(bundle.RootFS), b.Path(bundle.WorkSeed),
-		c.DefaultRootfs, c.DefaultWorkSeed, c.DefaultKernel, c.DefaultInitrd, c.DefaultModulesDir)
+	print += "|" + fingerprint(b.Path(bundle.RootFS), b.Path(bundle.WorkSeed),
+		c.DefaultRootfs, c.DefaultWorkSeed, c.DefaultKernel, c.DefaultInitrd, c.DefaultModulesDir, indexOf(c.DefaultModulesDir))
 	if print == im.seen {
 		return nil
 	}
@@ -145,7 +181,7 @@ func (im *images) refresh(ctx context.Context) error {
 		if path == "" {
 			path = b.Path(role)
 		} else if id, err = im.hash(ctx, path); err != nil {
-			return "", err
+			return "", configured(c, path, err)
 		}
 		size, err := disk.Allocated(path)
 		if err != nil {
@@ -182,13 +218,14 @@ func (im *images) refresh(ctx context.Context) error {
 	img.Kernel = k.ID
 	sum := sha256.Sum256([]byte(img.Base + img.Seed + img.Kernel))
 	img.ID = hex.EncodeToString(sum[:16])
-	im.sources, im.seen = sources, print
+	im.sources = sources
 	registered, err := im.store.Images(ctx)
 	if err != nil {
 		return err
 	}
 	for _, r := range registered {
-		if r.Name == img.Name && r.ID == img.ID && r.Source == img.Source {
+		if r.Name == img.Name && r.ID == img.ID && r.Source == img.Source && r.Packages == img.Packages {
+			im.seen = print
 			return nil // the same content, seen by an earlier daemon
 		}
 	}
@@ -198,7 +235,27 @@ func (im *images) refresh(ctx context.Context) error {
 	if err := im.store.PutImage(ctx, img); err != nil {
 		return err
 	}
+	im.seen = print // only when it is on record
 	return im.collect(ctx)
+}
+
+// configured adds the key that names a file to an error about it.
+func configured(c config.Config, path string, err error) error {
+	for key, value := range map[string]string{"default_rootfs": c.DefaultRootfs, "default_work_seed": c.DefaultWorkSeed, "default_initrd": c.DefaultInitrd, "vsock_agent_path": c.VsockAgentPath} {
+		if value == path {
+			return fault.Wrap(err, fault.CodeOf(err), key, "the file that it names in config.toml cannot be used").
+				WithHint("correct or remove %s in config.toml, then: banger daemon stop", key)
+		}
+	}
+	return err
+}
+
+// indexOf is the file of a module tree that changes when any module does; "" without a tree.
+func indexOf(modules string) string {
+	if modules == "" {
+		return ""
+	}
+	return filepath.Join(modules, "modules.dep")
 }
 
 // kernelSources finds the files of the kernel that new VMs boot with: the bundle's, or what the
@@ -266,7 +323,7 @@ func (im *images) makeKernel(ctx context.Context) (ownKernel, error) {
 	if err != nil {
 		return ownKernel{}, err
 	}
-	sum := sha256.Sum256([]byte(fingerprint(c.DefaultKernel, c.DefaultModulesDir, filepath.Join(c.DefaultModulesDir, "modules.dep"))))
+	sum := sha256.Sum256([]byte(fingerprint(c.DefaultKernel, c.DefaultModulesDir, indexOf(c.DefaultModulesDir))))
 	out := filepath.Join(im.paths.Cache, "kernels", hex.EncodeToString(sum[:16]))
 	if err := os.MkdirAll(out, 0o700); err != nil {
 		return ownKernel{}, fault.Wrap(err, fault.Internal, out, "the cache cannot be written")
@@ -367,10 +424,47 @@ func (im *images) captureNeed(ctx context.Context, p vm.Pins) (int64, error) {
 		return 0, err
 	}
 	defer unlock()
-	if exists(im.content(p.Base)) {
-		return 0, nil
+	files, err := im.filesOf(ctx, p)
+	if err != nil {
+		return 0, err
 	}
-	return im.sources[p.Base].size, nil
+	var need int64
+	for id, dir := range files {
+		if !exists(filepath.Join(dir, id)) {
+			need += im.sources[id].size
+		}
+	}
+	return need, nil
+}
+
+// checkWorkSize tells whether a work disk of size can be made from the pinned seed.
+func (im *images) checkWorkSize(ctx context.Context, p vm.Pins, size int64) error {
+	if p.Seed == "" {
+		return nil // a blank disk can have any size that a spec may
+	}
+	unlock, err := im.mu.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	seed := im.content(p.Seed)
+	if !exists(seed) {
+		seed = im.sources[p.Seed].path
+	}
+	return disk.ValidateSize("disk size", seed, size)
+}
+
+// filesOf lists the content that a VM is made from, by id, with the directory in which it is kept.
+func (im *images) filesOf(ctx context.Context, p vm.Pins) (map[string]string, error) {
+	files := map[string]string{p.Base: im.paths.Images()}
+	if p.Seed != "" {
+		files[p.Seed] = im.paths.Images()
+	}
+	k, err := im.kernelRecord(ctx, p.Kernel)
+	for _, id := range k.Files {
+		files[id] = im.paths.Kernels()
+	}
+	return files, err
 }
 
 func exists(path string) bool {
@@ -385,25 +479,27 @@ func (im *images) capture(ctx context.Context, p vm.Pins) error {
 		return err
 	}
 	defer unlock()
-	ids := []string{p.Base}
-	if p.Seed != "" {
-		ids = append(ids, p.Seed)
-	}
-	for _, id := range ids {
-		if err := im.captureFile(ctx, id, im.paths.Images()); err != nil {
-			return err
-		}
-	}
-	k, err := im.kernelRecord(ctx, p.Kernel)
+	files, err := im.filesOf(ctx, p)
 	if err != nil {
 		return err
 	}
-	for _, id := range k.Files {
-		if err := im.captureFile(ctx, id, im.paths.Kernels()); err != nil {
+	for id, dir := range files {
+		if err := im.captureFile(ctx, id, dir); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// captured says whether all that a VM is made from is captured.
+func (im *images) captured(ctx context.Context, p vm.Pins) (bool, error) {
+	files, err := im.filesOf(ctx, p)
+	for id, dir := range files {
+		if !exists(filepath.Join(dir, id)) {
+			return false, err
+		}
+	}
+	return true, err
 }
 
 func (im *images) captureFile(ctx context.Context, id, dir string) error {
@@ -429,7 +525,8 @@ func (im *images) kernelRecord(ctx context.Context, id string) (image.Kernel, er
 			return k, nil
 		}
 	}
-	return image.Kernel{}, fault.New(fault.Corrupt, id, "the kernel has no record")
+	return image.Kernel{}, fault.New(fault.Corrupt, id, "the kernel has no record").
+		WithHint("put the state directory back from a backup, or delete the VM and make a new one")
 }
 
 func (im *images) kernelVersion(ctx context.Context, id string) (string, error) {
@@ -446,7 +543,8 @@ func (im *images) initrd(ctx context.Context, id string) (string, error) {
 	}
 	agentID, err := im.hash(ctx, agentPath)
 	if err != nil {
-		return "", err
+		return "", fault.Wrap(err, fault.CodeOf(err), agentPath, "the guest program cannot be read").
+			WithHint("make build, or see vsock_agent_path in config.toml")
 	}
 	out := filepath.Join(im.paths.Cache, "initrd", id[:16]+"-"+agentID[:16]+".img")
 	if exists(out) {
@@ -455,6 +553,9 @@ func (im *images) initrd(ctx context.Context, id string) (string, error) {
 	agent, err := im.agentProgram()
 	if err != nil {
 		return "", err
+	}
+	if sum := sha256.Sum256(agent); hex.EncodeToString(sum[:]) != agentID {
+		return "", fault.New(fault.Busy, agentPath, "the guest program was replaced just now").WithHint("try again")
 	}
 	k, err := im.kernelRecord(ctx, id)
 	if err != nil {
@@ -503,8 +604,24 @@ func (im *images) collect(ctx context.Context) error {
 	for _, img := range list {
 		keep[img.Base], keep[img.Seed], keep[img.Kernel] = true, true, true
 	}
+	known := map[string]bool{}
 	for _, v := range im.store.VMs() {
+		known[string(v.ID)] = true
 		keep[v.Pins.Base], keep[v.Pins.Seed], keep[v.Pins.Kernel] = true, true, true
+	}
+	for p := range im.held {
+		keep[p.Base], keep[p.Seed], keep[p.Kernel] = true, true, true
+	}
+	// A disk without a record is kept, and is worth nothing without the base that it was made from,
+	// which only the lost record names.
+	disks, err := names(im.paths.VMs())
+	if err != nil {
+		return err
+	}
+	for _, id := range disks {
+		if !known[id] {
+			return nil
+		}
 	}
 	kernels, err := im.store.Kernels(ctx)
 	if err != nil {
@@ -561,6 +678,12 @@ func (c *imageCapability) Name() string { return stepImage }
 
 // Durable: a stopped VM keeps its base.
 func (c *imageCapability) Durable() {}
+
+// Observe looks whether everything still is captured; what is not is captured again, if the bundle
+// still has it.
+func (c *imageCapability) Observe(ctx context.Context, v *vm.VM) (bool, error) {
+	return c.images.captured(ctx, v.Pins)
+}
 
 // Prepare captures what is not captured yet.
 func (c *imageCapability) Prepare(ctx context.Context, v *vm.VM) error {

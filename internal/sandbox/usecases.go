@@ -23,10 +23,11 @@ import (
 // An operation that fails before a guest ever ran takes everything away again; one that fails at
 // or after the start of the VMM leaves the VM as failed, for its log to be read.
 func (s *Service) Create(ctx context.Context, r CreateRequest) (operation.Operation, error) {
-	v, err := s.define(ctx, r)
+	v, release, err := s.define(ctx, r)
 	if err != nil {
 		return operation.Operation{}, err
 	}
+	defer release()
 	var op operation.Operation
 	for {
 		op = newOperation(operation.Create, v)
@@ -48,46 +49,56 @@ func (s *Service) Create(ctx context.Context, r CreateRequest) (operation.Operat
 	return op, nil
 }
 
-// define checks everything about a request that can be checked without making anything.
-func (s *Service) define(ctx context.Context, r CreateRequest) (vm.VM, error) {
-	var err error
-	v := vm.VM{ID: vm.NewID(), Name: r.Name, State: vm.Defined, Desired: vm.WantRunning, CreatedAt: time.Now()}
+// define checks everything about a request that can be checked without making anything. What the VM
+// is to be made from is kept until release.
+func (s *Service) define(ctx context.Context, r CreateRequest) (v vm.VM, release func(), err error) {
+	v = vm.VM{ID: vm.NewID(), Name: r.Name, State: vm.Defined, Desired: vm.WantRunning, CreatedAt: time.Now()}
 	if r.NoStart {
 		v.Desired = vm.WantStopped
 	}
 	if r.Name != "" {
 		if err := vm.ValidateName(r.Name); err != nil {
-			return v, err
+			return v, nil, err
 		}
 		if _, taken := s.store.VMByName(r.Name); taken {
-			return v, fault.New(fault.Exists, r.Name, "a VM of this name exists").
+			return v, nil, fault.New(fault.Exists, r.Name, "a VM of this name exists").
 				WithHint("choose another --name, enter it with `banger vm ssh %s`, or delete it with `banger vm delete %s`", r.Name, r.Name)
 		}
 	}
 	v.Spec = s.fillIn(r.Spec)
 	if err := v.Spec.Validate(s.host); err != nil {
-		return v, err
+		return v, nil, err
 	}
-	if v.Pins, err = s.images.pins(ctx, r.Image); err != nil {
-		return v, err
+	pins, free, err := s.images.pins(ctx, r.Image)
+	if err != nil {
+		return v, nil, err
+	}
+	defer func() {
+		if err != nil {
+			free()
+		}
+	}()
+	v.Pins = pins
+	if err := s.images.checkWorkSize(ctx, v.Pins, v.Spec.DiskSize); err != nil {
+		return v, nil, err
 	}
 	if err := s.driver.Check(ctx); err != nil {
-		return v, err
+		return v, nil, err
 	}
 	need, err := s.images.captureNeed(ctx, v.Pins)
 	if err != nil {
-		return v, err
+		return v, nil, err
 	}
 	if err := disk.CheckRoom(s.paths.State, need); err != nil {
-		return v, err
+		return v, nil, err
 	}
 	if v.Name == "" {
 		if v.Name, err = s.generateName(ctx); err != nil {
-			return v, err
+			return v, nil, err
 		}
 	}
 	v.Secrets, err = newSecrets()
-	return v, err
+	return v, free, err
 }
 
 func (s *Service) fillIn(spec vm.Spec) vm.Spec {
