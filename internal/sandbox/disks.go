@@ -56,6 +56,19 @@ func (d *systemDisk) Name() string { return stepSystem }
 // Durable: everything the guest wrote outside /root is on it.
 func (d *systemDisk) Durable() {}
 
+// Observe refuses to make a disk that was there anew: an empty one in its place would pass for it.
+func (d *systemDisk) Observe(_ context.Context, v *vm.VM) (bool, error) {
+	return d.service.diskThere(v, d.service.systemDisk(v.ID), "system disk")
+}
+
+func (s *Service) diskThere(v *vm.VM, path, what string) (bool, error) {
+	if _, err := os.Stat(path); err != nil {
+		return false, fault.Wrap(err, fault.Corrupt, v.Name, "its %s is gone: %s", what, path).
+			WithHint("put the file back from a backup, or delete the VM with `banger vm delete %s`", v.Name)
+	}
+	return true, nil
+}
+
 // Prepare makes the directory and clones the blank overlay.
 func (d *systemDisk) Prepare(ctx context.Context, v *vm.VM) error {
 	s := d.service
@@ -106,6 +119,11 @@ func (d *workDisk) Name() string { return stepWork }
 
 // Durable: it is what people keep a VM for.
 func (d *workDisk) Durable() {}
+
+// Observe is the system disk's.
+func (d *workDisk) Observe(_ context.Context, v *vm.VM) (bool, error) {
+	return d.service.diskThere(v, d.service.workDisk(v.ID), "work disk")
+}
 
 // Prepare clones the image's work seed, or a blank disk if the image has none.
 func (d *workDisk) Prepare(ctx context.Context, v *vm.VM) error {

@@ -37,9 +37,23 @@ type machine struct {
 	secret string
 
 	// open serialises making the session; sess is the one in use, replaced when it broke.
-	open chan struct{}
-	mu   sync.Mutex
-	sess *agent.Session
+	open     chan struct{}
+	mu       sync.Mutex
+	sess     *agent.Session
+	released bool // no session may be put into sess any more
+}
+
+// whileAlive is ctx that ends with the machine as well: what is gone will never answer.
+func (m *machine) whileAlive(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() {
+		select {
+		case <-m.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
 }
 
 func (ms *machines) get(id vm.ID) *machine {
@@ -80,7 +94,7 @@ func (ms *machines) drop(id vm.ID) {
 func (m *machine) release() {
 	m.mu.Lock()
 	sess := m.sess
-	m.sess = nil
+	m.sess, m.released = nil, true
 	m.mu.Unlock()
 	if sess != nil {
 		_ = sess.Close() // it may be broken already; nothing is to be done about it
@@ -122,22 +136,18 @@ func (ms *machines) session(ctx context.Context, id vm.ID) (*agent.Session, erro
 			return sess, nil
 		}
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := m.whileAlive(ctx)
 	defer cancel()
-	go func() { // a machine that ends will never answer
-		select {
-		case <-m.Done():
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
 	sess, err := agent.Open(ctx, m.Link(), m.secret)
 	if err != nil {
 		return nil, err
 	}
 	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.released { // meanwhile: nobody would ever close it
+		return nil, errors.Join(fault.New(fault.Precondition, id.Short(), "the VM does not run"), sess.Close())
+	}
 	m.sess = sess
-	m.mu.Unlock()
 	return sess, nil
 }
 
@@ -145,13 +155,13 @@ func (ms *machines) session(ctx context.Context, id vm.ID) (*agent.Session, erro
 func (ms *machines) health(ctx context.Context, id vm.ID) string {
 	sess, err := ms.session(ctx, id)
 	if err != nil {
-		return "does not answer: " + err.Error()
+		return "does not answer: " + guestText(err.Error())
 	}
 	h, err := sess.Client().Health(ctx, &agentv1.HealthRequest{})
 	if err != nil {
-		return "does not answer: " + err.Error()
+		return "does not answer: " + guestText(err.Error())
 	}
-	return "answers, userspace " + h.Userspace
+	return "answers, userspace " + guestText(h.Userspace)
 }
 
 func (ms *machines) state(ctx context.Context, id vm.ID) (vmm.State, error) {
@@ -239,16 +249,22 @@ func (ms *machines) noteChange(id vm.ID, m *machine, c vmm.Change) {
 // again if the guest rebooted.
 func (ms *machines) ended(id vm.ID, m *machine) {
 	s := ms.service
+	// An operation that is at it may see the end itself, or may have seen enough before it.
+	unlock, err := s.locks.lock(s.bg, id)
+	if err != nil {
+		return // the daemon stops; the next one looks for itself
+	}
 	v, ok := s.store.VM(id)
+	unlock()
 	if !ok || ms.get(id) != m || v.State != vm.Running {
-		return // an operation is at it, and sees the end itself
+		return
 	}
 	exit := m.Exit()
 	kind := operation.Stop
 	if exit.Reason == vmm.GuestReset {
 		kind = operation.Restart
 	}
-	_, err := s.begin(s.bg, kind, v, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+	_, err = s.begin(s.bg, kind, v, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
 		if ms.get(id) != m || v.State != vm.Running {
 			return nil // an operation was faster
 		}
@@ -268,9 +284,12 @@ func (ms *machines) ended(id vm.ID, m *machine) {
 		}
 		if kind == operation.Restart {
 			v.State = vm.Stopping
+			if err := s.roomToRun(); err != nil {
+				return s.endFailed(ctx, h, v, err, false)
+			}
 			return s.bringUp(ctx, h, v)
 		}
-		return s.store.Save(ctx, *v)
+		return s.store.Save(context.WithoutCancel(ctx), *v)
 	})
 	if err != nil && s.bg.Err() == nil {
 		s.log.Error("the end of a VMM could not be recorded", "vm", id, "err", err)
@@ -284,15 +303,15 @@ func (c *machineCapability) Name() string { return stepVMM }
 
 // identity is the part of the spec by which a running VMM is found. It needs no artifact, so that a
 // VM whose bundle is gone can still be stopped and deleted.
-func (c *machineCapability) identity(v *vm.VM) vmm.Spec {
-	s := c.machines.service
+func (ms *machines) identity(v *vm.VM) vmm.Spec {
+	s := ms.service
 	return vmm.Spec{ID: string(v.ID), Owner: s.store.InstallationID(), Name: v.Name,
 		RunDir: s.runDir(v.ID), Log: s.logFile(v.ID), CID: v.Lease.CID}
 }
 
 // spec gathers what every capability has to say about the machine.
 func (c *machineCapability) spec(ctx context.Context, v *vm.VM) (vmm.Spec, error) {
-	spec := c.identity(v)
+	spec := c.machines.identity(v)
 	spec.VCPU, spec.MemoryMiB = v.Spec.VCPU, v.Spec.MemoryMiB
 	// TERM: systemd asks the console for its size and colours, and waits for an answer, unless it is a
 	// dumb one (systemd's src/basic/terminal-util.c); a log file answers nothing.
@@ -342,7 +361,11 @@ func (c *machineCapability) Prepare(ctx context.Context, v *vm.VM) error {
 
 // Observe takes in a VMM that a former daemon left running.
 func (c *machineCapability) Observe(ctx context.Context, v *vm.VM) (bool, error) {
-	if m := c.machines.get(v.ID); m != nil {
+	return c.machines.observe(ctx, v)
+}
+
+func (ms *machines) observe(ctx context.Context, v *vm.VM) (bool, error) {
+	if m := ms.get(v.ID); m != nil {
 		select {
 		case <-m.Done():
 			return false, nil
@@ -350,19 +373,19 @@ func (c *machineCapability) Observe(ctx context.Context, v *vm.VM) (bool, error)
 			return true, nil
 		}
 	}
-	m, err := c.machines.service.driver.Adopt(ctx, c.identity(v))
+	m, err := ms.service.driver.Adopt(ctx, ms.identity(v))
 	if fault.Is(err, fault.NotFound) {
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	return true, c.machines.add(v, m)
+	return true, ms.add(v, m)
 }
 
 // Cleanup ends the VMM, whatever state it is in, and removes the run directory.
 func (c *machineCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.How) error {
-	spec := c.identity(v)
+	spec := c.machines.identity(v)
 	var m vmm.Machine
 	if known := c.machines.get(v.ID); known != nil {
 		m = known
@@ -401,10 +424,12 @@ func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 	return append(out, doctor.Finding{Code: "kvm", Severity: doctor.Pass, Title: "Hardware virtualization", Detail: s.driver.Features().Accel})
 }
 
-// Bounds of a VM's log: a chatty console must not fill the host's disk.
+// Bounds of a VM's log: a chatty console must not fill the host's disk. bootTail is how much of it is
+// searched for why a boot failed: a panic's trace may follow the reason.
 const (
-	maxLog  = 4 << 20
-	keepLog = 1 << 20
+	maxLog   = 4 << 20
+	keepLog  = 1 << 20
+	bootTail = 32 << 10
 )
 
 // boundLog cuts a log that has grown past maxLog back to its last keepLog bytes. Only before a
@@ -493,7 +518,9 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 		return fault.New(fault.Internal, v.Name, "there is no machine to reach the agent of")
 	}
 	bound := s.cfg.BootTimeout
-	wait, cancel := context.WithTimeout(ctx, bound)
+	bounded, stop := context.WithTimeout(ctx, bound)
+	defer stop()
+	wait, cancel := m.whileAlive(bounded)
 	defer cancel()
 	sess, err := c.machines.session(wait, v.ID)
 	if err != nil {
@@ -513,25 +540,24 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 }
 
 func stages(in []*agentv1.Stage) []vm.Stage {
-	out := make([]vm.Stage, len(in))
-	for i, st := range in {
-		out[i] = vm.Stage{Name: st.Name, AtMS: st.AtMs}
+	var out []vm.Stage
+	for _, st := range in[:min(len(in), maxStages)] {
+		out = append(out, stage(st))
 	}
 	return out
+}
+
+func stage(st *agentv1.Stage) vm.Stage {
+	return vm.Stage{Name: guestText(st.GetName()), AtMS: st.GetAtMs()}
 }
 
 // followBoot records the stages that come after the agent. It ends with the boot, the session, or
 // the daemon; what it misses is shown by the next one that asks.
 func (c *agentCapability) followBoot(id vm.ID, m *machine) {
-	ctx, cancel := context.WithTimeout(c.machines.service.bg, 10*time.Minute)
+	bounded, stop := context.WithTimeout(c.machines.service.bg, 10*time.Minute)
+	defer stop()
+	ctx, cancel := m.whileAlive(bounded)
 	defer cancel()
-	go func() {
-		select {
-		case <-m.Done():
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
 	sess, err := c.machines.session(ctx, id)
 	if err != nil {
 		return
@@ -543,9 +569,9 @@ func (c *agentCapability) followBoot(id vm.ID, m *machine) {
 	defer stream.Close()
 	var seen []vm.Stage
 	for stream.Receive() && len(seen) < maxStages {
-		st := stream.Msg().Stage
-		seen = append(seen, vm.Stage{Name: st.GetName(), AtMS: st.GetAtMs()})
-		if n := st.GetName(); n != boot.StageUserspace && n != boot.StageSSH {
+		st := stage(stream.Msg().Stage)
+		seen = append(seen, st)
+		if n := st.Name; n != boot.StageUserspace && n != boot.StageSSH {
 			continue // the ones before were recorded with the start: one write less each
 		}
 		c.machines.update(id, m, func(v *vm.VM) bool {
@@ -568,7 +594,7 @@ func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, b
 		return context.Cause(ctx)
 	}
 	s := c.machines.service
-	tail, err := tailOf(s.logFile(v.ID), 4096)
+	tail, err := tailOf(s.logFile(v.ID), bootTail)
 	tail = sinceStart(tail)
 	if err != nil {
 		cause = errors.Join(cause, err)
@@ -583,11 +609,14 @@ func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, b
 	default:
 	}
 	if stage, reason, ok := boot.FatalReason(tail); ok {
-		f = fault.New(fault.Unavailable, v.Name, "the guest could not boot: %s: %s", stage, reason)
+		f = fault.New(fault.Unavailable, v.Name, "the guest could not boot: %s: %s", guestText(stage), guestText(reason))
 	} else if gone {
 		f = fault.New(fault.Unavailable, v.Name, "its VMM ended while the guest was booting (%s)%s", m.Exit().Reason, lastLines(tail))
+	} else if c.paused(ctx, m) {
+		return fault.New(fault.Exhausted, v.Name, "its VMM paused the guest while it was booting: the host could not take a write").
+			WithHint("free space on the host (df -h %s), then try again with `banger vm start %s`", s.paths.State, v.Name)
 	} else if code := fault.CodeOf(cause); code != fault.Timeout && code != fault.Unavailable {
-		f = fault.New(code, v.Name, "the guest's agent did not answer as it should: %v%s", cause, lastLines(tail))
+		f = fault.New(code, v.Name, "the guest's agent did not answer as it should: %s%s", guestText(cause.Error()), lastLines(tail))
 	} else {
 		f = fault.New(fault.Timeout, v.Name, "the guest's agent did not answer within %s of the start%s", bound, lastLines(tail))
 	}
@@ -595,27 +624,11 @@ func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, b
 		s.logFile(v.ID), v.Name, v.Name)
 }
 
-// lastLines renders the end of a console for an error, without what a hostile guest could put there
-// to play with a terminal.
-func lastLines(tail []byte) string {
-	lines := bytes.Split(bytes.TrimSpace(tail), []byte("\n"))
-	lines = lines[max(0, len(lines)-5):]
-	var out bytes.Buffer
-	for _, l := range lines {
-		l = bytes.Map(func(r rune) rune {
-			if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 {
-				return -1
-			}
-			return r
-		}, l[:min(len(l), 200)])
-		if len(l) > 0 {
-			fmt.Fprintf(&out, "\n  console: %s", l)
-		}
-	}
-	if out.Len() == 0 {
-		return "; its console is empty"
-	}
-	return out.String()
+func (c *agentCapability) paused(ctx context.Context, m *machine) bool {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	st, err := m.State(ctx)
+	return err == nil && st == vmm.Paused
 }
 
 // Observe opens the session again after a restart of the daemon, in the background: a guest that
@@ -633,6 +646,13 @@ func (c *agentCapability) Observe(_ context.Context, v *vm.VM) (bool, error) {
 // that does not go within stop_timeout is left to the VMM's Cleanup.
 func (c *agentCapability) Cleanup(ctx context.Context, v *vm.VM, how lifecycle.How) error {
 	m := c.machines.get(v.ID)
+	if m == nil && how == lifecycle.Orderly {
+		// A former daemon began this stop: its guest still runs, and holds what is not written yet. An
+		// error is the next step's to report.
+		if found, err := c.machines.observe(ctx, v); err == nil && found {
+			m = c.machines.get(v.ID)
+		}
+	}
 	if m == nil {
 		return nil
 	}
@@ -641,7 +661,7 @@ func (c *agentCapability) Cleanup(ctx context.Context, v *vm.VM, how lifecycle.H
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			v.Note = "forced off: " + err.Error()
+			v.Note = "forced off: " + guestText(err.Message)
 			c.machines.service.log.Warn("the guest did not shut down, its VMM is ended", "vm", v.ID, "err", err)
 		}
 	}
@@ -655,24 +675,31 @@ func (c *agentCapability) Cleanup(ctx context.Context, v *vm.VM, how lifecycle.H
 	return nil
 }
 
-func (c *agentCapability) shutdown(ctx context.Context, v *vm.VM, m *machine) error {
+// shutdown asks the guest to power off and waits until it has.
+func (c *agentCapability) shutdown(ctx context.Context, v *vm.VM, m *machine) *fault.Error {
 	s := c.machines.service
 	bound := s.cfg.StopTimeout
 	wait, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
 	// A quarter of the time for the agent to take the request: the rest belongs to the guest's init.
-	ask, stopAsking := context.WithTimeout(wait, bound/4)
+	bounded, stopAsking := context.WithTimeout(wait, bound/4)
 	defer stopAsking()
+	ask, stop := m.whileAlive(bounded)
+	defer stop()
+	// A paused guest hears nothing. If what paused it has gone, it goes on and can end in order.
+	if st, err := m.State(ask); err == nil && st == vmm.Paused {
+		_ = m.Resume(ask) // then it is forced off, and the note says so
+	}
 	sess, err := c.machines.session(ask, v.ID)
 	if err == nil {
 		_, err = sess.Client().Shutdown(ask, &agentv1.ShutdownRequest{})
 	}
-	select {
-	case <-m.Done():
-		return nil // however the answer was lost
-	default:
-	}
-	if err != nil {
+	if err != nil { // perhaps the answer was lost because the guest was quick
+		select {
+		case <-m.Done():
+			return nil
+		case <-bounded.Done():
+		}
 		return fault.Wrap(err, fault.Unavailable, v.Name, "the agent did not take the request to shut down within %s", bound/4)
 	}
 	select {

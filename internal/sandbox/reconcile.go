@@ -14,6 +14,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
 // Reconcile brings records and host together at the start of a daemon, before any use case: it
@@ -36,12 +37,7 @@ func (s *Service) Reconcile(ctx context.Context, bootID string) error {
 	if err != nil {
 		return err
 	}
-	rebooted := last != "" && last != bootID
-	if last != bootID {
-		if err := s.store.SetMeta(ctx, "boot_id", bootID); err != nil {
-			return err
-		}
-	}
+	rebooted := last != "" && bootID != "" && last != bootID
 	recorded, err := s.store.Operations(ctx)
 	if err != nil {
 		return err
@@ -53,7 +49,7 @@ func (s *Service) Reconcile(ctx context.Context, bootID string) error {
 			continue
 		}
 		if _, newer := pending[vm.ID(op.VMID)]; newer {
-			if err := s.endInterrupted(ctx, op, false); err != nil {
+			if err := s.endInterrupted(ctx, op, nil, false); err != nil {
 				return err
 			}
 			continue
@@ -68,8 +64,14 @@ func (s *Service) Reconcile(ctx context.Context, bootID string) error {
 			s.log.Error("a VM could not be reconciled", "vm", v.ID, "name", v.Name, "err", err)
 		}
 	}
+	// Only now: a crash before this finds the host as rebooted again.
+	if bootID != "" && last != bootID {
+		if err := s.store.SetMeta(ctx, "boot_id", bootID); err != nil {
+			return err
+		}
+	}
 	for _, op := range pending { // of VMs that are gone: a delete that forgot the VM last
-		if err := s.endInterrupted(ctx, op, op.Kind == operation.Delete); err != nil {
+		if err := s.endInterrupted(ctx, op, nil, op.Kind == operation.Delete); err != nil {
 			return err
 		}
 	}
@@ -91,12 +93,24 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 			s.run(op, fn)
 			return nil
 		case interrupted:
-			if err := s.endInterrupted(ctx, op, false); err != nil {
+			if err := s.endInterrupted(ctx, op, nil, false); err != nil {
 				return err
 			}
 		}
 		_, err := s.begin(ctx, kind, v, fn)
 		return err
+	}
+	// The newest operation is what the user wanted last, also if it had to wait for another one and
+	// had not begun.
+	if interrupted {
+		switch {
+		case op.Kind == operation.Delete:
+			todo = lifecycle.Remove
+		case op.Kind == operation.Stop && (todo == lifecycle.GoUp || todo == lifecycle.Cycle):
+			todo = lifecycle.GoDown
+		case (op.Kind == operation.Start || op.Kind == operation.Restart) && v.State == vm.Stopping && todo == lifecycle.GoDown && !rebooted:
+			todo = lifecycle.Cycle
+		}
 	}
 	switch todo {
 	case lifecycle.GoUp:
@@ -113,24 +127,22 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 	case lifecycle.Remove:
 		return resume(operation.Delete, s.remove)
 	case lifecycle.GoDown:
-		how := lifecycle.Orderly
+		how, note := lifecycle.Hard, v.Note
 		switch {
 		case rebooted:
-			v.Note = "the host was rebooted"
+			note = "the host was rebooted"
 		case v.State == vm.Running:
-			v.Note = "its VMM ended while the daemon was away"
+			note = "its VMM ended while the daemon was away"
+		case v.State == vm.Stopping:
+			how, note = lifecycle.Orderly, "" // its guest may still run, and hold what is not written yet
 		}
-		if rebooted || v.State == vm.Running {
-			how = lifecycle.Hard // nothing runs that could be asked
-		}
-		note, failed := v.Note, v.State == vm.Failed
+		failed := v.State == vm.Failed
 		return resume(operation.Stop, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
 			failure := v.Failure
-			v.Desired = vm.WantStopped
+			v.Desired, v.Note = vm.WantStopped, note
 			if err := s.takeDown(ctx, h, v, how); err != nil {
 				return err
 			}
-			v.Note = note
 			if failed {
 				v.State, v.Failure = vm.Failed, failure
 			}
@@ -148,6 +160,10 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 		}
 		// The operation ended but for its record, or it was taken on and had not begun.
 		switch op.Kind {
+		case operation.Create:
+			if v.State == vm.Defined { // it was not to be started, and its disks may not be there yet
+				return resume(op.Kind, s.create)
+			}
 		case operation.Stop:
 			if v.State == vm.Running {
 				return resume(op.Kind, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
@@ -163,10 +179,12 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 			if !done && !rebooted {
 				return resume(op.Kind, s.restart)
 			}
-		case operation.Delete:
-			return resume(op.Kind, s.remove)
 		}
-		return s.endInterrupted(ctx, op, !rebooted || op.Kind == operation.Stop)
+		var why *vm.Failure
+		if op.Kind == operation.Create {
+			why = v.Failure
+		}
+		return s.endInterrupted(ctx, op, why, !rebooted || op.Kind == operation.Stop)
 	}
 }
 
@@ -175,10 +193,15 @@ func continues(was, now operation.Kind) bool {
 	return was == now || now == operation.Restart && was == operation.Start
 }
 
-// endInterrupted ends the record of an operation that a dead daemon left running.
-func (s *Service) endInterrupted(ctx context.Context, op operation.Operation, reached bool) error {
+// endInterrupted ends the record of an operation that a dead daemon left running: failed for the
+// reason that the VM's record gives, if it has one.
+func (s *Service) endInterrupted(ctx context.Context, op operation.Operation, f *vm.Failure, reached bool) error {
 	op.State, op.FinishedAt = operation.Succeeded, time.Now()
-	if !reached {
+	switch {
+	case f != nil:
+		op.State = operation.Failed
+		op.Fault = &fault.Error{Code: fault.Code(f.Code), Subject: op.VMName, Message: f.Message, Hint: f.Hint}
+	case !reached:
 		op.State = operation.Failed
 		op.Fault = fault.New(fault.Cancelled, op.VMName, "the daemon ended before this %s got anywhere", op.Kind).
 			WithHint("type it again")
@@ -196,8 +219,8 @@ func (s *Service) warn(format string, args ...any) {
 	s.warnings = append(s.warnings, fmt.Sprintf(format, args...))
 }
 
-// sweep removes what a crash left of VMs that have no record: run directories (no VMM of this
-// installation runs without a record) and half-written files. VM directories without a record hold
+// sweep removes what is left of VMs that have no record: VMMs (no crash leaves one, a database that
+// was restored from a backup does), run directories and half-written files. VM directories without a record hold
 // disks: they are reported.
 func (s *Service) sweep(ctx context.Context) error {
 	known := map[string]bool{}
@@ -210,6 +233,17 @@ func (s *Service) sweep(ctx context.Context) error {
 	}
 	if err := s.images.sweep(ctx); err != nil {
 		return err
+	}
+	if sw, ok := s.driver.(vmm.Sweeper); ok {
+		ended, err := sw.Sweep(ctx, s.store.InstallationID(), filepath.Join(s.paths.State, "run"), func(id string) bool { return known[id] })
+		for _, id := range ended {
+			s.warn("the VMM of a VM that is not in the database was ended (id %s); its disks are kept", vm.ID(id).Short())
+			s.log.Warn("a VMM without a record was ended", "vm", id)
+		}
+		if err != nil { // what runs on is no obstacle to the VMs that are known
+			s.warn("VMMs without a record could not be swept: %v", err)
+			s.log.Error("VMMs without a record could not be swept", "err", err)
+		}
 	}
 	run, err := names(filepath.Join(s.paths.State, "run"))
 	if err != nil {

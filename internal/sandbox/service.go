@@ -10,6 +10,7 @@ import (
 	"errors"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -169,6 +170,14 @@ type Status struct {
 	Warnings          []string
 }
 
+// superseded says whether a later stop or delete ended this operation.
+func superseded(ctx context.Context) bool { return errors.Is(context.Cause(ctx), errSuperseded) }
+
+// suspended says whether the daemon's end did.
+func suspended(ctx context.Context) bool {
+	return errors.Is(context.Cause(ctx), lifecycle.ErrSuspended)
+}
+
 // begin records an operation of an existing VM and runs fn in it under the VM's lock, on a fresh
 // copy of its record. fn ends with the record saved.
 func (s *Service) begin(ctx context.Context, kind operation.Kind, v vm.VM, fn func(context.Context, *operation.Handle, *vm.VM) error) (operation.Operation, error) {
@@ -179,6 +188,28 @@ func (s *Service) begin(ctx context.Context, kind operation.Kind, v vm.VM, fn fu
 	s.run(op, fn)
 	return op, nil
 }
+
+// beginOver is begin for an operation that does not wait for those of certain kinds: they are ended.
+// Only when it is on record: what they were to do is then this one's to finish, whatever happens.
+func (s *Service) beginOver(ctx context.Context, ends []operation.Kind, kind operation.Kind, v vm.VM, fn func(context.Context, *operation.Handle, *vm.VM) error) (operation.Operation, error) {
+	op := newOperation(kind, v)
+	if err := s.store.SaveOperation(ctx, op); err != nil {
+		return op, err
+	}
+	for _, other := range s.ops.AllRunningOf(string(v.ID)) {
+		if slices.Contains(ends, other.Kind) {
+			_ = s.ops.Cancel(other.ID, errSuperseded) // fault.NotFound only: it ended meanwhile, which is as good
+		}
+	}
+	s.run(op, fn)
+	return op, nil
+}
+
+// What a stop ends, and what a forced one or a delete ends besides.
+var (
+	startingKinds = []operation.Kind{operation.Create, operation.Start, operation.Restart}
+	anyButDelete  = append(slices.Clone(startingKinds), operation.Stop)
+)
 
 func newOperation(kind operation.Kind, v vm.VM) operation.Operation {
 	return operation.Operation{ID: operation.NewID(), Kind: kind, VMID: string(v.ID), VMName: v.Name,
@@ -206,7 +237,7 @@ func (s *Service) run(op operation.Operation, fn func(context.Context, *operatio
 		if !free {
 			h.Stage("waiting for another operation of this VM")
 			if unlock, err = s.locks.lock(ctx, id); err != nil {
-				if errors.Is(context.Cause(ctx), lifecycle.ErrSuspended) {
+				if suspended(ctx) {
 					return lifecycle.ErrSuspended
 				}
 				return err
@@ -214,10 +245,25 @@ func (s *Service) run(op operation.Operation, fn func(context.Context, *operatio
 		}
 		defer unlock()
 		v, ok := s.store.VM(id)
-		if !ok {
+		switch {
+		case !ok && op.Kind == operation.Delete:
+			h.Notice("already deleted")
+			return nil
+		case !ok:
 			return fault.New(fault.NotFound, op.VMName, "the VM was deleted meanwhile")
+		case v.Desired == vm.WantDeleted && op.Kind != operation.Delete:
+			// Its disks may be gone already: a start would make new ones.
+			return fault.New(fault.Precondition, op.VMName, "the VM is being deleted").
+				WithHint("finish it with `banger vm delete %s`", op.VMName)
+		case ctx.Err() != nil && op.Kind != operation.Create: // a create has made something: its record
+			err = context.Cause(ctx)
+		default:
+			err = fn(ctx, h, &v)
 		}
-		return fn(ctx, h, &v)
+		if err != nil && suspended(ctx) {
+			return lifecycle.ErrSuspended
+		}
+		return err
 	})
 }
 

@@ -152,12 +152,13 @@ func (s *Service) create(ctx context.Context, h *operation.Handle, v *vm.VM) err
 // endFailed records how an Up that gave up leaves the VM, and returns err. created says that the VM
 // is made by this very operation, so that what never ran a guest, or was cancelled, goes away.
 func (s *Service) endFailed(ctx context.Context, h *operation.Handle, v *vm.VM, err error, created bool) error {
-	if err == nil || errors.Is(err, lifecycle.ErrSuspended) {
+	if err == nil || suspended(ctx) {
 		return err
 	}
+	left := errors.Is(err, lifecycle.ErrNotUndone)
 	free, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
-	if ctx.Err() != nil && errors.Is(context.Cause(ctx), errSuperseded) {
+	if superseded(ctx) && !left {
 		v.State, v.Desired = vm.Stopped, vm.WantStopped
 		return errors.Join(err, s.store.Save(free, *v))
 	}
@@ -168,7 +169,7 @@ func (s *Service) endFailed(ctx context.Context, h *operation.Handle, v *vm.VM, 
 		}
 		return explain(err, v.Name, created)
 	}
-	if cancelled {
+	if cancelled && !left {
 		v.State, v.Desired = vm.Stopped, vm.WantStopped
 		return errors.Join(err, s.store.Save(free, *v))
 	}
@@ -221,6 +222,9 @@ func (s *Service) start(ctx context.Context, h *operation.Handle, v *vm.VM) erro
 		h.Notice("already running")
 		return nil
 	}
+	if err := s.roomToRun(); err != nil { // before anything is changed
+		return err
+	}
 	if s.notice != "" {
 		h.Notice(s.notice)
 	}
@@ -229,12 +233,10 @@ func (s *Service) start(ctx context.Context, h *operation.Handle, v *vm.VM) erro
 
 // bringUp records the wish and starts a VM that is down.
 func (s *Service) bringUp(ctx context.Context, h *operation.Handle, v *vm.VM) error {
-	err := s.roomToRun()
+	v.Desired, v.State, v.Note, v.Failure = vm.WantRunning, vm.Starting, "", nil
+	err := s.store.Save(ctx, *v)
 	if err == nil {
-		v.Desired, v.State, v.Note, v.Failure = vm.WantRunning, vm.Starting, "", nil
-		if err = s.store.Save(ctx, *v); err == nil {
-			err = s.engine.Up(ctx, v, h.Stage)
-		}
+		err = s.engine.Up(ctx, v, h.Stage)
 	}
 	return s.endFailed(ctx, h, v, err, false)
 }
@@ -244,14 +246,17 @@ func (s *Service) roomToRun() error { return disk.CheckRoom(s.paths.State, 0) }
 
 // Stop shuts a VM down by its agent, then hard when the bound passes. force skips the agent.
 // Stopping a stopped VM succeeds with the notice "already stopped". A start that is under way is
-// ended first.
+// ended first; with force, so is an orderly stop.
 func (s *Service) Stop(ctx context.Context, id vm.ID, force bool) (operation.Operation, error) {
 	v, err := s.known(id)
 	if err != nil {
 		return operation.Operation{}, err
 	}
-	s.supersede(v)
-	return s.begin(ctx, operation.Stop, v, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+	ends := startingKinds
+	if force {
+		ends = anyButDelete
+	}
+	return s.beginOver(ctx, ends, operation.Stop, v, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
 		how := lifecycle.Orderly
 		if force {
 			how = lifecycle.Hard
@@ -265,9 +270,12 @@ func (s *Service) stop(ctx context.Context, h *operation.Handle, v *vm.VM, how l
 		h.Notice("already stopped")
 		return nil
 	}
-	v.Desired = vm.WantStopped
+	v.Desired, v.Note = vm.WantStopped, ""
 	if err := s.takeDown(ctx, h, v, how); err != nil {
 		return err
+	}
+	if v.Note != "" { // how it was stopped, if not as asked
+		h.Notice(v.Note)
 	}
 	return s.store.Save(context.WithoutCancel(ctx), *v)
 }
@@ -280,8 +288,8 @@ func (s *Service) takeDown(ctx context.Context, h *operation.Handle, v *vm.VM, h
 		return err
 	}
 	if err := s.engine.Down(ctx, v, how, false, downStages(h.Stage)); err != nil {
-		if errors.Is(err, lifecycle.ErrSuspended) {
-			return err
+		if suspended(ctx) || superseded(ctx) {
+			return err // somebody else goes on from here
 		}
 		v.State, v.Failure = vm.Failed, lifecycle.FailureOf(err, time.Now())
 		return errors.Join(err, s.store.Save(context.WithoutCancel(ctx), *v))
@@ -318,37 +326,57 @@ func (s *Service) Restart(ctx context.Context, id vm.ID) (operation.Operation, e
 }
 
 func (s *Service) restart(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+	if err := s.roomToRun(); err != nil { // before anything is changed
+		return err
+	}
 	if s.notice != "" {
 		h.Notice(s.notice)
 	}
 	if v.State == vm.Running || v.State == vm.Stopping {
 		// Wanted running all along: a crash between down and up is finished upwards.
-		v.Desired = vm.WantRunning
-		if err := s.takeDown(ctx, h, v, lifecycle.Orderly); err != nil {
+		v.Desired, v.Note = vm.WantRunning, ""
+		down, stop := untilTakenOver(ctx)
+		defer stop()
+		if err := s.takeDown(down, h, v, lifecycle.Orderly); err != nil {
 			return err
+		}
+		if v.Note != "" {
+			h.Notice(v.Note)
 		}
 		v.State = vm.Stopping // until the start is recorded, so that Settle finds a half-done restart
 	}
 	return s.bringUp(ctx, h, v)
 }
 
-// Delete takes a VM away in any state, its disks included. A start that is under way is ended first.
+// untilTakenOver is ctx without cancellation by request: a guest that was asked to power off will, so
+// going down goes on, and what is cancelled is the way up.
+func untilTakenOver(ctx context.Context) (context.Context, func()) {
+	down, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		if !errors.Is(context.Cause(ctx), operation.ErrCancelled) {
+			end(context.Cause(ctx))
+		}
+	})
+	return down, func() { stop(); end(nil) }
+}
+
+// Delete takes a VM away in any state, its disks included. A start or stop that is under way is
+// ended first.
 func (s *Service) Delete(ctx context.Context, id vm.ID) (operation.Operation, error) {
 	v, err := s.known(id)
 	if err != nil {
 		return operation.Operation{}, err
 	}
-	s.supersede(v)
-	return s.begin(ctx, operation.Delete, v, s.remove)
+	return s.beginOver(ctx, anyButDelete, operation.Delete, v, s.remove)
 }
 
 func (s *Service) remove(ctx context.Context, h *operation.Handle, v *vm.VM) error {
-	v.Desired, v.State = vm.WantDeleted, vm.Deleting
+	v.Desired, v.State, v.Note = vm.WantDeleted, vm.Deleting, ""
 	if err := s.store.Save(ctx, *v); err != nil {
 		return err
 	}
 	if err := s.engine.Down(ctx, v, lifecycle.Hard, true, downStages(h.Stage)); err != nil {
-		if errors.Is(err, lifecycle.ErrSuspended) {
+		if suspended(ctx) {
 			return err
 		}
 		v.Failure = lifecycle.FailureOf(err, time.Now())
@@ -364,14 +392,6 @@ func (s *Service) remove(ctx context.Context, h *operation.Handle, v *vm.VM) err
 		s.log.Warn("captured artifacts that nothing refers to could not be removed", "err", err)
 	}
 	return nil
-}
-
-// supersede ends a running operation of the VM that makes it run.
-func (s *Service) supersede(v vm.VM) {
-	id := s.ops.RunningOf(string(v.ID))
-	if op, err := s.ops.Get(id); err == nil && (op.Kind == operation.Create || op.Kind == operation.Start || op.Kind == operation.Restart) {
-		_ = s.ops.Cancel(id, errSuperseded) // fault.NotFound only: it ended meanwhile, which is as good
-	}
 }
 
 // Kill sends a signal to the VMM process. fault.Precondition if the VM does not run.
@@ -449,9 +469,7 @@ func (s *Service) Show(ctx context.Context, ref string) (Detail, error) {
 		return Detail{}, err
 	}
 	d := Detail{VM: v, Directory: s.vmDir(v.ID), Log: s.logFile(v.ID)}
-	if d.KernelVersion, err = s.images.kernelVersion(ctx, v.Pins.Kernel); err != nil {
-		return d, err
-	}
+	d.KernelVersion = s.KernelVersion(ctx, v.Pins.Kernel)
 	// A disk that is not there yet takes no room.
 	if d.DiskAllocated, err = disk.Allocated(s.workDisk(v.ID)); err != nil && !fault.Is(err, fault.NotFound) {
 		return d, err
