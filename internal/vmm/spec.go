@@ -2,17 +2,24 @@ package vmm
 
 import (
 	"path/filepath"
-	"regexp"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
-// An id may not hold a dash and an owner may, so that the last dash of a Marker always splits it
-// into the same two parts: no two machines can share a marker.
-var (
-	idForm    = regexp.MustCompile(`^[0-9A-Za-z_]{1,64}$`)
-	ownerForm = regexp.MustCompile(`^[0-9A-Za-z_-]{1,64}$`)
-)
+// named says whether s is made of 1 to 64 letters, digits and underscores, and dashes if they are
+// allowed. An id may not hold a dash and an owner may, so that the last dash of a Marker always splits it
+// into the same two parts: no two machines can share a marker. Not regular expressions: those would be
+// compiled at each of the three starts of the guest program in a boot.
+func named(s string, dashes bool) bool {
+	for _, c := range []byte(s) {
+		switch {
+		case c >= '0' && c <= '9', c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c == '_', c == '-' && dashes:
+		default:
+			return false
+		}
+	}
+	return len(s) >= 1 && len(s) <= 64
+}
 
 // Marker is the argument that every VMM of this machine carries on its command line, alone and
 // exactly: it is how a process is known to be this installation's and this VM's.
@@ -26,9 +33,9 @@ func (s Spec) invalid(format string, args ...any) error {
 // fault.Invalid names the field.
 func (s Spec) ValidateIdentity() error {
 	switch {
-	case !idForm.MatchString(s.ID):
+	case !named(s.ID, false):
 		return s.invalid("machine id %q is not made of 1 to 64 letters, digits and underscores", s.ID)
-	case !ownerForm.MatchString(s.Owner):
+	case !named(s.Owner, true):
 		return s.invalid("owner %q is not made of 1 to 64 letters, digits, underscores and dashes", s.Owner)
 	}
 	for _, p := range []struct{ what, path string }{{"run directory", s.RunDir}, {"log", s.Log}} {

@@ -54,6 +54,9 @@ var masked = []string{
 	// is not room enough to build in; the nodes come from tmpfiles.d/banger-dev.conf.
 	"system/tmp.mount",
 	"system/dev-hugepages.mount",
+	// Message queues work unmounted (mq_overview(7)); /run/lock is a directory by tmpfiles.d.
+	"system/dev-mqueue.mount",
+	"system/run-lock.mount",
 	// /dev/fuse loads its module when it is opened; the mount would load it at every boot.
 	"system/sys-fs-fuse-connections.mount",
 	"system/sys-kernel-config.mount",
@@ -66,6 +69,8 @@ var masked = []string{
 	"system/systemd-remount-fs.service",
 	"system/getty-static.service",
 	"system/systemd-networkd-wait-online.service",
+	// Logins are not held back while the system starts: nologin.conf is masked as well.
+	"system/systemd-user-sessions.service",
 	// Housekeeping that would run at the worst moment, right after the start.
 	"system/apt-daily.timer",
 	"system/apt-daily-upgrade.timer",
@@ -74,6 +79,7 @@ var masked = []string{
 	"system/e2scrub_reap.service",
 	// systemd-ssh-generator would open sshd on vsock, where any user of the host can dial it.
 	"system-generators/systemd-ssh-generator",
+	"system-generators/systemd-debug-generator",
 	"system-generators/systemd-getty-generator",
 	"system-generators/systemd-gpt-auto-generator",
 	"system-generators/systemd-hibernate-resume-generator",
@@ -181,6 +187,7 @@ func replacements() ([]replacement, error) {
 	for _, unit := range masked {
 		out = append(out, replacement{name: "etc/systemd/" + unit, link: "/dev/null", mode: 0o777})
 	}
+	out = append(out, replacement{name: "etc/tmpfiles.d/systemd-nologin.conf", link: "/dev/null", mode: 0o777})
 	// systemd compares the times of these with that of /usr (ConditionNeedsUpdate).
 	out = append(out,
 		replacement{name: "etc/.updated", mode: 0o644},

@@ -56,7 +56,7 @@ func writeAll(w io.Writer, b []byte) error {
 	return err
 }
 
-// replaceFile writes content beside path, flushes it, and renames it into place: after a crash
+// replaceFile writes content beside path and renames it into place: after a crash of the daemon
 // path holds the old content or the new, never a part.
 func replaceFile(path string, content []byte) (err error) {
 	directory := filepath.Dir(path)
@@ -69,17 +69,11 @@ func replaceFile(path string, content []byte) (err error) {
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
 	}()
-	if err := errors.Join(writeAll(f, content), f.Sync(), f.Close()); err != nil {
+	// No fsync: a host that lost its power runs no guest, and each start makes the drive afresh.
+	if err := errors.Join(writeAll(f, content), f.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	d, err := os.Open(directory)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return os.Rename(f.Name(), path)
 }
 
 // ReadDrive reads the config from a config drive. It reads no further than the config, so r may be
