@@ -44,8 +44,10 @@ type Store struct {
 	// atCommit is called before and after every commit; the crash test ends the process in it.
 	atCommit func()
 
-	// write serialises writers, so that memory changes in the order of commits.
-	write  sync.Mutex
+	// write serialises writers, so that memory changes in the order of commits. It guards reserve.
+	write   sync.Mutex
+	reserve *reserve
+
 	mu     sync.RWMutex
 	vms    map[vm.ID]vm.VM
 	byName map[string]vm.ID
@@ -69,7 +71,7 @@ func Open(ctx context.Context, path string) (*Store, error) {
 	}
 	// One connection: writers are serialised anyway, and reads come from memory.
 	db.SetMaxOpenConns(1)
-	s := &Store{db: db, changed: func(vm.VM) {}, deleted: func(vm.ID) {}, atCommit: nothing}
+	s := &Store{db: db, changed: func(vm.VM) {}, deleted: func(vm.ID) {}, atCommit: nothing, reserve: openReserve(path)}
 	if err := s.load(ctx, path); err != nil {
 		_ = db.Close()
 		return nil, err
@@ -165,26 +167,19 @@ func (s *Store) SetMeta(ctx context.Context, key, value string) error {
 }
 
 // tx runs fn in one transaction under the write lock, then apply to change memory, then notify
-// still under the write lock, so that watchers see changes in the order of commits.
+// still under the write lock, so that watchers see changes in the order of commits. On a full disk
+// fn is run once more, with the reserve given up.
 func (s *Store) tx(ctx context.Context, fn func(*sql.Tx) error, apply, notify func()) error {
 	s.write.Lock()
 	defer s.write.Unlock()
-	tx, err := s.db.BeginTx(ctx, nil)
+	err := s.commit(ctx, fn)
+	if diskFull(err) && s.reserve.release() {
+		err = s.commit(ctx, fn)
+	}
 	if err != nil {
 		return storeFault(err)
 	}
-	if err := fn(tx); err != nil {
-		_ = tx.Rollback()
-		if ctx.Err() != nil {
-			return ctx.Err() // SQLite calls it an interrupt
-		}
-		return storeFault(err)
-	}
-	s.atCommit()
-	if err := tx.Commit(); err != nil {
-		return storeFault(err)
-	}
-	s.atCommit()
+	s.reserve.restore()
 	s.mu.Lock()
 	apply()
 	s.mu.Unlock()
@@ -192,7 +187,35 @@ func (s *Store) tx(ctx context.Context, fn func(*sql.Tx) error, apply, notify fu
 	return nil
 }
 
+// commit is one try of a transaction.
+func (s *Store) commit(ctx context.Context, fn func(*sql.Tx) error) error {
+	tx, err := s.db.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	if err := fn(tx); err != nil {
+		_ = tx.Rollback()
+		if ctx.Err() != nil {
+			return ctx.Err() // SQLite calls it an interrupt
+		}
+		return err
+	}
+	s.atCommit()
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	s.atCommit()
+	return nil
+}
+
 func nothing() {}
+
+// diskFull says whether SQLite found no room: for the database or the log (SQLITE_FULL), or for the
+// log's index (SQLITE_IOERR_SHMSIZE).
+func diskFull(err error) bool {
+	var se *sqlite.Error
+	return errors.As(err, &se) && (se.Code()&0xff == sqlite3.SQLITE_FULL || se.Code() == sqlite3.SQLITE_IOERR_SHMSIZE)
+}
 
 // storeFault gives SQLite's own errors a code and a hint; faults pass through.
 func storeFault(err error) error {
@@ -200,8 +223,7 @@ func storeFault(err error) error {
 	if errors.As(err, &f) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	var se *sqlite.Error
-	if errors.As(err, &se) && se.Code()&0xff == sqlite3.SQLITE_FULL {
+	if diskFull(err) {
 		return fault.Wrap(err, fault.Exhausted, "state database", "the disk is full").
 			WithHint("free some space and try again; nothing was changed")
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -341,5 +342,43 @@ func BenchmarkVMs(b *testing.B) {
 		if len(s.VMs()) != 1000 {
 			b.Fatal("wrong number")
 		}
+	}
+}
+
+// A full disk costs the reserve first: what must be recorded then still can be. That it is enough is
+// shown where a real disk is full (test/e2e, TestHostFull).
+func TestReserveIsGivenUpWhenTheDiskIsFull(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "banger.db")
+	s := open(t, path)
+	held := func() bool {
+		st, err := os.Stat(path + ".reserve")
+		return err == nil && st.Size() == reserveBytes
+	}
+	if !held() {
+		t.Fatal("there is no reserve")
+	}
+	var pages int
+	if err := s.db.QueryRow("PRAGMA page_count").Scan(&pages); err != nil {
+		t.Fatal(err)
+	}
+	limit := func(n int) {
+		t.Helper()
+		if _, err := s.db.Exec(fmt.Sprintf("PRAGMA max_page_count = %d", n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	limit(pages) // SQLite then says what it says when the disk is full
+	v := newVM("calm-otter")
+	v.Note = strings.Repeat("x", 64<<10)
+	_, err := s.AdmitVM(t.Context(), v, newOp(v))
+	if !fault.Is(err, fault.Exhausted) || held() {
+		t.Errorf("on a full disk: %v; reserve held: %v", err, held())
+	}
+	if _, found := s.VMByName("calm-otter"); found {
+		t.Error("the VM is there although it was not recorded")
+	}
+	limit(1 << 20)
+	if _, err := s.AdmitVM(t.Context(), v, newOp(v)); err != nil || !held() {
+		t.Errorf("with room again: %v; reserve held: %v", err, held())
 	}
 }
