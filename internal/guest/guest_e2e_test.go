@@ -224,7 +224,7 @@ func (m *machine) start(t *testing.T) *guest {
 	}
 	t.Cleanup(func() { os.RemoveAll(sockets) })
 	g := &guest{t: t, dir: sockets, console: filepath.Join(sockets, "console"), exited: make(chan struct{})}
-	args := []string{"-M", "q35", "-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max,-cx16", "-smp", "2", "-m", "1024",
+	args := []string{"-M", "q35", "-accel", "tcg,thread=single,tb-size=256", "-cpu", "max,-cx16", "-smp", "2", "-m", "1024",
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-serial", "file:" + g.console, "-qmp", "unix:" + sockets + "/qmp,server=on,wait=off",
 		"-kernel", artifact(t, "vmlinux"), "-initrd", initrd(t, m.dir),
