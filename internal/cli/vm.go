@@ -142,15 +142,25 @@ func (a *app) listCommand() *cobra.Command {
 				return nil
 			}
 			now := a.now()
+			header := []string{"NAME", "ID", "STATE", "IMAGE", "VCPU", "MEMORY", "DISK", "CREATED"}
+			// Most have nothing to say; one that waits for something to be typed must be seen here.
+			notes := slices.ContainsFunc(resp.GetVms(), func(v *bangerv1.VM) bool { return v.GetNote() != "" })
+			if notes {
+				header = append(header, "NOTE")
+			}
 			var rows [][]cell
 			for _, v := range resp.GetVms() {
-				rows = append(rows, []cell{
+				row := []cell{
 					{text: v.GetName()}, {text: shortID(v.GetId())}, {text: v.GetState(), color: stateColor(v.GetState())},
 					{text: v.GetImage()}, {text: fmt.Sprint(v.GetVcpu())}, {text: formatBytes(v.GetMemoryMib() * vm.MiB)},
 					{text: formatBytes(v.GetDiskBytes())}, {text: formatAge(now, v.GetCreatedAt())},
-				})
+				}
+				if v.GetNote() != "" {
+					row = append(row, cell{text: v.GetNote()})
+				}
+				rows = append(rows, row)
 			}
-			return table(a.stdout, a.color, []string{"NAME", "ID", "STATE", "IMAGE", "VCPU", "MEMORY", "DISK", "CREATED"}, rows)
+			return table(a.stdout, a.color, header, rows)
 		},
 	}
 }

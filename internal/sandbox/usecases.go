@@ -485,7 +485,11 @@ func (s *Service) Show(ctx context.Context, ref string) (Detail, error) {
 		} else {
 			d.VMMState = string(st)
 		}
-		d.Agent = s.machines.health(ctx, v.ID)
+		if d.VMMState == string(vmm.Paused) {
+			d.Agent = "does not answer: the machine is paused"
+		} else {
+			d.Agent = s.machines.health(ctx, v.ID)
+		}
 	}
 	return d, nil
 }
