@@ -410,8 +410,8 @@ func scan(ctx context.Context, marker string) (*Process, error) {
 // gone. It returns those arguments. It is for what nobody keeps a record of: the working directory is
 // what is left of where it was started, also when that has been removed (proc_pid_cwd(5)).
 func EndAll(ctx context.Context, prefix, under string, wanted func(marker string) bool) (ended []string, err error) {
-	if real, err := filepath.EvalSymlinks(under); err == nil {
-		under = real // as the kernel names it
+	if resolved, err := filepath.EvalSymlinks(under); err == nil {
+		under = resolved // as the kernel names it
 	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
