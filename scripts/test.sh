@@ -52,8 +52,8 @@ processes() {
 # around lists what a run of ours could leave outside of its directory.
 around() {
     find /tmp /var/tmp -maxdepth 1 -user "$(id -u)" \( -name 'banger*' -o -name 'mmdebstrap*' -o -name 'Test*' \) 2>/dev/null | sed 's/^/file /'
-    grep -E "$run|banger" /proc/self/mountinfo | cut -d ' ' -f 5 | sed 's/^/mount /' || true
-    grep -sE "$run|banger" /sys/block/loop*/loop/backing_file | sed 's/^/loop device /' || true
+    grep -F "$run" /proc/self/mountinfo | cut -d ' ' -f 5 | sed 's/^/mount /' || true
+    grep -sF "$run" /sys/block/loop*/loop/backing_file | sed 's/^/loop device /' || true
     grep '^banger' /etc/passwd | cut -d : -f 1 | sed 's/^/user /' || true
     git status --porcelain 2>/dev/null | sed 's/^/change of the checkout: /' || true
 }

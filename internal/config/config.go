@@ -156,7 +156,7 @@ func Host() vm.Host {
 	h := vm.Host{CPUs: runtime.NumCPU()}
 	var si unix.Sysinfo_t
 	if unix.Sysinfo(&si) == nil { // cannot fail with a valid pointer; 0 would mean unknown
-		h.MemoryMiB = int64(uint64(si.Totalram) * uint64(si.Unit) >> 20)
+		h.MemoryMiB = int64(si.Totalram * uint64(si.Unit) >> 20)
 	}
 	return h
 }

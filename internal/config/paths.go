@@ -106,8 +106,8 @@ func ResolvePaths(e Environment) (Paths, error) {
 		p.State = filepath.Clean(own)
 		// Two installations must not share a socket, and one that is spelled in two ways (a
 		// symbolic link on the way) must not have two.
-		if real := canonical(p.State); err != nil || real != canonical(standard) {
-			sum := sha256.Sum256([]byte(real))
+		if where := canonical(p.State); err != nil || where != canonical(standard) {
+			sum := sha256.Sum256([]byte(where))
 			p.Runtime = filepath.Join(p.Runtime, hex.EncodeToString(sum[:6]))
 		}
 	}
@@ -118,8 +118,8 @@ func ResolvePaths(e Environment) (Paths, error) {
 func canonical(path string) string {
 	rest := ""
 	for dir := path; ; dir = filepath.Dir(dir) {
-		if real, err := filepath.EvalSymlinks(dir); err == nil {
-			return filepath.Join(real, rest)
+		if resolved, err := filepath.EvalSymlinks(dir); err == nil {
+			return filepath.Join(resolved, rest)
 		}
 		if dir == filepath.Dir(dir) {
 			return path
@@ -236,7 +236,7 @@ func ensurePrivate(dir, what string, uid int, followLink bool) error {
 	if err != nil {
 		return denied(os.NewSyscallError("open", err), dir, what)
 	}
-	defer unix.Close(fd) //nolint:errcheck // nothing was written through it
+	defer unix.Close(fd) // nothing was written through it
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return denied(os.NewSyscallError("fstat", err), dir, what)

@@ -70,15 +70,15 @@ func TestEachStateDirectoryHasItsOwnSocket(t *testing.T) {
 		t.Errorf("the standard directory by name has another socket: %s", p.Socket())
 	}
 	link := filepath.Join(home, "link")
-	real := filepath.Join(home, "real")
-	if err := os.Mkdir(real, 0o700); err != nil {
+	target := filepath.Join(home, "real")
+	if err := os.Mkdir(target, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Symlink(real, link); err != nil {
+	if err := os.Symlink(target, link); err != nil {
 		t.Fatal(err)
 	}
 	x := resolve(t, home, append(run, "BANGER_STATE_DIR", filepath.Join(link, "s"))...)
-	y := resolve(t, home, append(run, "BANGER_STATE_DIR", filepath.Join(real, "s"))...)
+	y := resolve(t, home, append(run, "BANGER_STATE_DIR", filepath.Join(target, "s"))...)
 	if x.Socket() != y.Socket() {
 		t.Errorf("one directory, two sockets: %s, %s", x.Socket(), y.Socket())
 	}

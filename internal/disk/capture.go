@@ -34,7 +34,7 @@ func Capture(ctx context.Context, src, dir, want string) (Captured, error) {
 	if err != nil {
 		return Captured{}, err
 	}
-	defer in.Close() //nolint:errcheck // read only
+	defer in.Close()
 	id, err := identify(in)
 	if err != nil {
 		return Captured{}, wrap(err, src)
@@ -95,7 +95,7 @@ func ContentID(ctx context.Context, path string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer f.Close() //nolint:errcheck // read only
+	defer f.Close()
 	fi, err := f.Stat()
 	if err != nil {
 		return "", wrap(err, path)

@@ -53,7 +53,7 @@ func cloneTo(ctx context.Context, src, dst string, size int64) (c Copied, err er
 	if err != nil {
 		return Copied{}, err
 	}
-	defer in.Close() //nolint:errcheck // read only
+	defer in.Close()
 	if _, err := os.Lstat(dst); err == nil {
 		return Copied{}, wrap(fs.ErrExist, dst)
 	}
@@ -315,7 +315,7 @@ func sweepOne(path string) (bool, error) {
 	if err != nil {
 		return false, wrap(err, path)
 	}
-	defer f.Close() //nolint:errcheck // read only
+	defer f.Close()
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return false, nil

@@ -75,7 +75,7 @@ func Inspect(path string) (ext4.Superblock, error) {
 	if err != nil {
 		return ext4.Superblock{}, wrap(err, path)
 	}
-	defer f.Close() //nolint:errcheck // read only
+	defer f.Close()
 	return ext4.ReadSuperblock(f, path)
 }
 
@@ -112,7 +112,7 @@ func Grow(path string, size int64) error {
 	if err != nil {
 		return wrap(err, path)
 	}
-	defer f.Close() //nolint:errcheck // Sync has reported what matters
+	defer f.Close() // Sync has reported what matters
 	fi, err := f.Stat()
 	switch {
 	case err != nil:
@@ -165,7 +165,7 @@ func Fingerprint(path string) (string, error) {
 	if err != nil {
 		return "", wrap(err, path)
 	}
-	defer f.Close() //nolint:errcheck // read only
+	defer f.Close()
 	id, err := identify(f)
 	return id.String(), wrap(err, path)
 }
@@ -176,7 +176,7 @@ func syncDir(dir string) error {
 	if err != nil {
 		return wrap(err, dir)
 	}
-	defer d.Close() //nolint:errcheck // read only
+	defer d.Close()
 	return wrap(d.Sync(), dir)
 }
 

@@ -253,7 +253,7 @@ func (m *machine) start(t *testing.T) *guest {
 	go func() {
 		g.err = g.cmd.Wait()
 		if stderr.Len() > 0 {
-			g.err = fmt.Errorf("%v: %s", g.err, stderr.String())
+			g.err = fmt.Errorf("%w: %s", g.err, stderr.String())
 		}
 		close(g.exited)
 	}()

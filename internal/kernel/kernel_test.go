@@ -55,7 +55,7 @@ func bzImage(payload []byte) []byte {
 	copy(b[0x500:], "6.12.9-test (builder@host) #1\x00")
 	le.PutUint32(b[hdrPayloadOffset:], 32)
 	le.PutUint32(b[hdrPayloadLength:], uint32(len(payload)))
-	return append(append(b, payload...), "trailing padding"...)
+	return slices.Concat(b, payload, []byte("trailing padding"))
 }
 
 func compressed(t *testing.T, format string, b []byte) []byte {

@@ -155,7 +155,7 @@ func fork(c Command, files []*os.File) (*Process, error) {
 // wait is in the runtime's epoll: it costs no thread.
 func watch(pid, pidfd int, child *os.Process) (*Process, error) {
 	if err := unix.SetNonblock(pidfd, true); err != nil {
-		unix.Close(pidfd)
+		_ = unix.Close(pidfd)
 		return nil, err
 	}
 	p := &Process{pid: pid, pidfd: os.NewFile(uintptr(pidfd), "pidfd "+strconv.Itoa(pid)), child: child, done: make(chan struct{})}
@@ -164,11 +164,11 @@ func watch(pid, pidfd int, child *os.Process) (*Process, error) {
 		p.start, err = startTime(pid)
 	}
 	if err != nil && child == nil {
-		p.pidfd.Close()
+		_ = p.pidfd.Close()
 		return nil, err
 	}
 	if err != nil {
-		p.pidfd.Close()
+		_ = p.pidfd.Close()
 		kill := child.Kill()
 		_, wait := child.Wait()
 		return nil, errors.Join(err, kill, wait)
@@ -194,7 +194,7 @@ func (p *Process) wait() {
 		}
 	}
 	close(p.done)
-	p.pidfd.Close()
+	_ = p.pidfd.Close()
 }
 
 // exited tells whether the pidfd's process has ended; it may still be a zombie.
@@ -410,8 +410,8 @@ func scan(ctx context.Context, marker string) (*Process, error) {
 // gone. It returns those arguments. It is for what nobody keeps a record of: the working directory is
 // what is left of where it was started, also when that has been removed (proc_pid_cwd(5)).
 func EndAll(ctx context.Context, prefix, under string, wanted func(marker string) bool) (ended []string, err error) {
-	if real, err := filepath.EvalSymlinks(under); err == nil {
-		under = real // as the kernel names it
+	if resolved, err := filepath.EvalSymlinks(under); err == nil {
+		under = resolved // as the kernel names it
 	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -454,7 +454,7 @@ func EndAll(ctx context.Context, prefix, under string, wanted func(marker string
 func open(pid int, marker string, start uint64) (*Process, error) {
 	notFound := func() error { return fault.New(fault.NotFound, marker, "process %d is not it", pid) }
 	pidfd, err := unix.PidfdOpen(pid, 0)
-	if err == unix.ESRCH || err == unix.EINVAL { // EINVAL: a thread's id
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) { // EINVAL: a thread's id
 		return nil, notFound()
 	}
 	if err != nil {
@@ -462,7 +462,7 @@ func open(pid int, marker string, start uint64) (*Process, error) {
 	}
 	ticks, err := startTime(pid)
 	if err != nil || (start != 0 && ticks != start) || !carries(pid, marker) || exited(pidfd) {
-		unix.Close(pidfd)
+		_ = unix.Close(pidfd)
 		return nil, notFound()
 	}
 	p, err := watch(pid, pidfd, nil)

@@ -333,10 +333,10 @@ func TestFind(t *testing.T) {
 func TestNotIt(t *testing.T) {
 	c := newCommand(t)
 	p := start(t, c)
-	real, err := readPidfile(c.Pidfile)
+	genuine, err := readPidfile(c.Pidfile)
 	must(t, err)
 	forge := func(change func(*record)) string {
-		r := real
+		r := genuine
 		change(&r)
 		path := filepath.Join(t.TempDir(), "pid")
 		must(t, writePidfile(path, r))
@@ -358,7 +358,7 @@ func TestNotIt(t *testing.T) {
 		})
 	}
 	t.Run("same pid and marker, started at another time", func(t *testing.T) {
-		if p, err := open(p.PID(), c.Marker, real.Start+1); !fault.Is(err, fault.NotFound) {
+		if p, err := open(p.PID(), c.Marker, genuine.Start+1); !fault.Is(err, fault.NotFound) {
 			t.Errorf("open: %v, %v; want not_found", p, err)
 		}
 	})

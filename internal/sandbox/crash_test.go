@@ -308,8 +308,10 @@ func look(dir, cache string, marked bool) (state string, err error) {
 		}
 		defer f.Close()
 		b := make([]byte, len(workMark))
-		if _, err := f.ReadAt(b, vm.MinDiskBytes-4096); err != nil || string(b) != workMark {
-			return "", fmt.Errorf("the work disk was made anew: %q, %v", b, err)
+		if _, err := f.ReadAt(b, vm.MinDiskBytes-4096); err != nil {
+			return "", err
+		} else if string(b) != workMark {
+			return "", fmt.Errorf("the work disk was made anew: %q", b)
 		}
 	}
 	return string(v.State), nil
@@ -564,8 +566,10 @@ func TestCrashAtEveryBoundary(t *testing.T) {
 				if passed, _, err = last.spawn(ctx); err != nil {
 					return 0, fmt.Errorf("recovery: %w", err)
 				}
-				if n, err := running(dir); err != nil || n != 0 {
-					return 0, fmt.Errorf("%d machines run after a reboot, %v", n, err)
+				if n, err := running(dir); err != nil {
+					return 0, err
+				} else if n != 0 {
+					return 0, fmt.Errorf("%d machines run after a reboot", n)
 				}
 				// What is left can be started, whatever was half-made.
 				start := last

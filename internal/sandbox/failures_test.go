@@ -110,7 +110,7 @@ func TestAGuestThatDoesNotPowerOff(t *testing.T) {
 		t.Errorf("notices %q, note %q", op.Notices, r.vm(v.ID).Note)
 	}
 	r.check()
-	op = r.done(r.s.Start(r.ctx(), v.ID))
+	r.done(r.s.Start(r.ctx(), v.ID))
 	if note := r.vm(v.ID).Note; note != "" {
 		t.Errorf("a running VM is still said to be %s", note)
 	}

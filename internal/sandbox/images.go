@@ -159,7 +159,7 @@ func (im *images) refresh(ctx context.Context) error {
 		return err
 	}
 	// Before it is read: a manifest that is replaced meanwhile is then seen as another one next time.
-	print := fingerprint(filepath.Join(where.Dir, bundle.ManifestName))
+	mark := fingerprint(filepath.Join(where.Dir, bundle.ManifestName))
 	b, err := bundle.Load(where.Dir)
 	if err != nil {
 		return err
@@ -168,9 +168,9 @@ func (im *images) refresh(ctx context.Context) error {
 		return err
 	}
 	c := im.cfg
-	print += "|" + fingerprint(b.Path(bundle.RootFS), b.Path(bundle.WorkSeed),
+	mark += "|" + fingerprint(b.Path(bundle.RootFS), b.Path(bundle.WorkSeed),
 		c.DefaultRootfs, c.DefaultWorkSeed, c.DefaultKernel, c.DefaultInitrd, c.DefaultModulesDir, indexOf(c.DefaultModulesDir))
-	if print == im.seen {
+	if mark == im.seen {
 		return nil
 	}
 	sources := map[string]source{}
@@ -225,7 +225,7 @@ func (im *images) refresh(ctx context.Context) error {
 	}
 	for _, r := range registered {
 		if r.Name == img.Name && r.ID == img.ID && r.Source == img.Source && r.Packages == img.Packages {
-			im.seen = print
+			im.seen = mark
 			return nil // the same content, seen by an earlier daemon
 		}
 	}
@@ -235,7 +235,7 @@ func (im *images) refresh(ctx context.Context) error {
 	if err := im.store.PutImage(ctx, img); err != nil {
 		return err
 	}
-	im.seen = print // only when it is on record
+	im.seen = mark // only when it is on record
 	return im.collect(ctx)
 }
 
@@ -365,18 +365,18 @@ func (im *images) agentProgram() ([]byte, error) {
 // hash is a file's content id. It is remembered with the file's size, inode and time of change, so
 // that a gigabyte is read once.
 func (im *images) hash(ctx context.Context, path string) (string, error) {
-	print := fingerprint(path)
+	mark := fingerprint(path)
 	key := "sha256:" + path
 	if known, err := im.store.Meta(ctx, key); err != nil {
 		return "", err
-	} else if id, ok := strings.CutPrefix(known, print+" "); ok {
+	} else if id, ok := strings.CutPrefix(known, mark+" "); ok {
 		return id, nil
 	}
 	id, err := disk.ContentID(ctx, path)
 	if err != nil {
 		return "", err
 	}
-	return id, im.store.SetMeta(ctx, key, print+" "+id)
+	return id, im.store.SetMeta(ctx, key, mark+" "+id)
 }
 
 // fingerprint changes when one of the files does; "" stands for none.
@@ -386,11 +386,11 @@ func fingerprint(paths ...string) string {
 		if p == "" {
 			continue
 		}
-		print, err := disk.Fingerprint(p)
+		mark, err := disk.Fingerprint(p)
 		if err != nil {
-			print = "missing" // whoever needs the file will say so
+			mark = "missing" // whoever needs the file will say so
 		}
-		out = append(out, p+":"+print)
+		out = append(out, p+":"+mark)
 	}
 	return strings.Join(out, "|")
 }

@@ -31,7 +31,7 @@ func (s *Service) Create(ctx context.Context, r CreateRequest) (operation.Operat
 	var op operation.Operation
 	for {
 		op = newOperation(operation.Create, v)
-		admitted, err := s.store.AdmitVM(ctx, v, op)
+		_, err := s.store.AdmitVM(ctx, v, op)
 		if fault.Is(err, fault.Exists) && r.Name == "" {
 			// Somebody took the generated name between the choice and now.
 			if v.Name, err = s.generateName(ctx); err != nil {
@@ -42,7 +42,6 @@ func (s *Service) Create(ctx context.Context, r CreateRequest) (operation.Operat
 		if err != nil {
 			return op, err
 		}
-		v = admitted
 		break
 	}
 	s.run(op, s.create)

@@ -161,7 +161,7 @@ func TestRevision(t *testing.T) {
 		})
 	}
 	t.Run("stream", func(t *testing.T) {
-		req, _ := http.NewRequestWithContext(t.Context(), "POST", d.url+bangerv1connect.OperationServiceWatchOperationProcedure, strings.NewReader("\x00\x00\x00\x00\x02{}"))
+		req, _ := http.NewRequestWithContext(t.Context(), http.MethodPost, d.url+bangerv1connect.OperationServiceWatchOperationProcedure, strings.NewReader("\x00\x00\x00\x00\x02{}"))
 		req.Header.Set("Content-Type", "application/connect+json")
 		req.Header.Set(bangerv1.RevisionHeader, "4")
 		resp, err := http.DefaultClient.Do(req)

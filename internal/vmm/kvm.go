@@ -25,7 +25,7 @@ func kvmUsable(device, cpuinfo string) (bool, string) {
 	case err != nil:
 		return false, fmt.Sprintf("%s cannot be opened: %v", device, err)
 	}
-	f.Close()
+	_ = f.Close()
 	info, err := os.Open(cpuinfo)
 	if err != nil {
 		return false, fmt.Sprintf("%s cannot be read: %v", cpuinfo, err)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -40,7 +41,7 @@ func makeSandbox(t *testing.T, h *host, terminal bool) (*timed, time.Duration) {
 		args = []string{"script", "--quiet", "--return", "--command", strings.Join(args, " "), "/dev/null"}
 	}
 	cmd := exec.Command(args[0], args[1:]...)
-	cmd.Env = append(h.env, "TERM=xterm")
+	cmd.Env = append(slices.Clone(h.env), "TERM=xterm")
 	out := &timed{last: time.Now()}
 	cmd.Stdout, cmd.Stderr = out, out
 	start := time.Now()

@@ -121,7 +121,7 @@ func bareQEMU(ctx context.Context, dir string, argv []string) (time.Duration, er
 	var files []*os.File
 	defer func() {
 		for _, f := range files {
-			f.Close()
+			_ = f.Close()
 		}
 	}()
 	for _, name := range []string{"monitor", "agent"} { // descriptors 3 and 4, as the driver hands them over

@@ -58,13 +58,13 @@ func main() {
 	flag.StringVar(&o.only, "only", "", "measure only `fake` or `real`: for looking, the rest is missing then")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, o); err != nil {
+	err := run(ctx, o)
+	stop()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		if hint := fault.HintOf(err); hint != "" {
 			fmt.Fprintln(os.Stderr, "hint:", hint)
 		}
-		stop()
 		os.Exit(1)
 	}
 }

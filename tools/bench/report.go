@@ -93,7 +93,7 @@ func thisMachine(dir string) machine {
 	if unix.Statfs(dir, &st) == nil {
 		names := map[int64]string{unix.EXT4_SUPER_MAGIC: "ext4", unix.BTRFS_SUPER_MAGIC: "btrfs", unix.XFS_SUPER_MAGIC: "xfs",
 			unix.TMPFS_MAGIC: "tmpfs", unix.OVERLAYFS_SUPER_MAGIC: "overlayfs"}
-		if m.Filesystem = names[int64(st.Type)]; m.Filesystem == "" {
+		if m.Filesystem = names[st.Type]; m.Filesystem == "" {
 			m.Filesystem = fmt.Sprintf("type %#x", st.Type)
 		}
 	}

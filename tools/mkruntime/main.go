@@ -57,9 +57,6 @@ func main() {
 		flag.PrintDefaults()
 	}
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	defer stop()
-
 	commands := map[string]func(context.Context, *progress, options) error{
 		"all":     func(ctx context.Context, p *progress, o options) error { return makeRuntime(ctx, p, o, false) },
 		"rootfs":  func(ctx context.Context, p *progress, o options) error { return makeRuntime(ctx, p, o, true) },
@@ -77,10 +74,13 @@ func main() {
 		o.runtime = abs
 	}
 	p := newProgress(os.Stderr)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	err := run(ctx, p, o)
+	interrupted := ctx.Err() != nil
+	stop()
 	p.end()
 	if err != nil {
-		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		if interrupted && errors.Is(err, context.Canceled) {
 			fmt.Fprintln(os.Stderr, "interrupted; temporary files are removed, nothing was changed")
 			os.Exit(130)
 		}

@@ -1,3 +1,5 @@
+// Package bangerv1 is the public contract of the daemon: messages and services generated from the
+// protobuf schema beside it, the revision that clients compare, and the dial socket. It decides nothing.
 package bangerv1
 
 // The dial socket hands out raw streams to a guest's TCP ports. A client sends one DialRequest as a

@@ -248,7 +248,7 @@ func (c *muxConn) CloseWrite() error { return c.Stream.Close() }
 func (c *muxConn) Close() error {
 	c.once.Do(func() {
 		_ = c.Stream.Close() // fails only with the session, which ends the stream as well
-		_ = c.Stream.SetReadDeadline(time.Time{})
+		_ = c.SetReadDeadline(time.Time{})
 		go c.abandon()
 	})
 	return nil

@@ -226,7 +226,7 @@ func (m *muxStream) CloseWrite() error { return m.Stream.Close() }
 func (m *muxStream) Close() error {
 	m.once.Do(func() {
 		_ = m.Stream.Close() // fails only with the session
-		_ = m.Stream.SetReadDeadline(time.Time{})
+		_ = m.SetReadDeadline(time.Time{})
 		go func() { _, _ = io.Copy(io.Discard, m.Stream) }()
 	})
 	return nil

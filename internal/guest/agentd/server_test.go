@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -488,7 +489,7 @@ func TestHardCuts(t *testing.T) {
 			noise := make([]byte, i*3000)
 			rand.Read(noise)
 			// The cut goes through a frame of the handshake too, every few times.
-			return append(noise, toHost.cut(12+i*3139)...), toGuest.cut(i * 57)
+			return slices.Concat(noise, toHost.cut(12+i*3139)), toGuest.cut(i * 57)
 		}
 	}
 	if n := p.sessions.Load(); n != 20 {

@@ -452,7 +452,7 @@ func (b *booter) agent() error {
 		return err
 	}
 	if b.state.Systemd {
-		own := append(b.own, system.SystemMount, system.BaseMount, system.ModuleMount)
+		own := append(slices.Clone(b.own), system.SystemMount, system.BaseMount, system.ModuleMount)
 		if err := leaveMounted(newRoot, own); err != nil {
 			return err
 		}

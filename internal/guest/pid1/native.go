@@ -63,7 +63,7 @@ func (c copier) copy(from, to string) error {
 	}
 	kind := st.Mode & unix.S_IFMT
 	if kind != unix.S_IFDIR && st.Nlink > 1 {
-		id := inode{uint64(st.Dev), st.Ino}
+		id := inode{st.Dev, st.Ino}
 		if first, ok := c.links[id]; ok {
 			return os.Link(first, to)
 		}

@@ -217,7 +217,7 @@ func openAll(spec vmm.Spec) error {
 		if err != nil {
 			return fault.Wrap(err, fault.Unavailable, spec.Name, "the VMM cannot open %s", path).WithOp("vmm start")
 		}
-		f.Close()
+		_ = f.Close()
 	}
 	return nil
 }
@@ -405,7 +405,7 @@ func (m *machine) dial(ctx context.Context) (net.Conn, error) {
 	}
 	go func() {
 		defer guest.Close()
-		stop := context.AfterFunc(m.ctx, func() { guest.Close() })
+		stop := context.AfterFunc(m.ctx, func() { _ = guest.Close() })
 		defer stop()
 		if _, mute := m.driver.world.fault(m.spec, "mute"); mute {
 			if m.driver.untilHealed(m.ctx, m.spec, "mute") != nil {
@@ -429,7 +429,7 @@ func socketpair() (a, b net.Conn, err error) {
 		return nil, nil, err
 	}
 	if b, err = net.FileConn(fb); err != nil {
-		a.Close()
+		_ = a.Close()
 		return nil, nil, err
 	}
 	return a, b, nil

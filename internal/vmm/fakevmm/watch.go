@@ -37,7 +37,7 @@ func (w *watcher) add(s *subscription) error {
 		const events = unix.IN_MOVED_TO | unix.IN_MOVED_FROM | unix.IN_DELETE | unix.IN_CLOSE_WRITE
 		for _, dir := range []string{w.world.dir, filepath.Join(w.world.dir, "machines")} {
 			if _, err := unix.InotifyAddWatch(fd, dir, events|unix.IN_ONLYDIR); err != nil {
-				unix.Close(fd)
+				_ = unix.Close(fd)
 				return fmt.Errorf("inotify: %s: %w", dir, err)
 			}
 		}
@@ -58,7 +58,7 @@ func (w *watcher) remove(s *subscription) {
 	}
 	delete(w.subs, s)
 	if len(w.subs) == 0 {
-		w.file.Close() // ends run
+		_ = w.file.Close() // ends run
 		w.file = nil
 	}
 }

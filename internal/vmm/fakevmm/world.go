@@ -187,7 +187,7 @@ func (w *World) locked(f func() error) error {
 	defer fd.Close()
 	for {
 		err = unix.Flock(int(fd.Fd()), unix.LOCK_EX)
-		if err != unix.EINTR {
+		if !errors.Is(err, unix.EINTR) {
 			break
 		}
 	}

@@ -77,7 +77,7 @@ func vsockUsable() bool {
 	if err != nil {
 		return false
 	}
-	f.Close()
+	_ = f.Close()
 	return true
 }
 
@@ -239,7 +239,7 @@ func (d *Driver) launch(ctx context.Context, dir *runDir, spec vmm.Spec) (_ *mac
 	var files []*os.File // descriptors 3 and 4
 	defer func() {
 		for _, f := range files {
-			f.Close()
+			_ = f.Close()
 		}
 	}()
 	names := []string{monitorSocket}
@@ -265,7 +265,7 @@ func (d *Driver) launch(ctx context.Context, dir *runDir, spec vmm.Spec) (_ *mac
 	}
 	// From here on only QEMU holds the listening sockets: when it ends, the monitor's connection does.
 	for _, f := range files {
-		f.Close()
+		_ = f.Close()
 	}
 	files = nil
 

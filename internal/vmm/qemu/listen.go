@@ -33,7 +33,7 @@ func openRunDir(path string) (*runDir, error) {
 	return &runDir{os.NewFile(uintptr(n), path)}, nil
 }
 
-func (r *runDir) close() { r.f.Close() }
+func (r *runDir) close() { _ = r.f.Close() }
 
 func (r *runDir) path(name string) string {
 	return fmt.Sprintf("/proc/self/fd/%d/%s", r.f.Fd(), name)

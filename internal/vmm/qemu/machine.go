@@ -336,7 +336,7 @@ func (m *machine) dialVsock(ctx context.Context) (net.Conn, error) {
 	case <-ctx.Done():
 		go func() {
 			if r := <-got; r.conn != nil {
-				r.conn.Close()
+				_ = r.conn.Close()
 			}
 		}()
 		return nil, fault.Wrap(ctx.Err(), fault.CodeOf(ctx.Err()), m.spec.Name, "its agent did not answer over vsock").WithOp("vmm dial")

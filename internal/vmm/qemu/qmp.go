@@ -139,7 +139,7 @@ func readMessage(r *bufio.Reader) (m message, err error) {
 		if err == nil {
 			break
 		}
-		if err != bufio.ErrBufferFull {
+		if !errors.Is(err, bufio.ErrBufferFull) {
 			return m, err
 		}
 	}
@@ -154,7 +154,7 @@ func (q *qmp) fail(err error) {
 	if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) {
 		err = errQMPClosed
 	}
-	q.conn.Close()
+	_ = q.conn.Close()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.err == nil {
@@ -188,7 +188,7 @@ func (q *qmp) do(ctx context.Context, command string, result any) error {
 	if err == nil {
 		// Under the lock, so that lines do not mix. They are short: a write only waits for a
 		// QEMU that reads no more.
-		q.conn.SetWriteDeadline(time.Now().Add(monitorTime))
+		_ = q.conn.SetWriteDeadline(time.Now().Add(monitorTime))
 		_, err = q.conn.Write(append(line, '\n'))
 	}
 	q.mu.Unlock()
