@@ -60,7 +60,13 @@ func TestQMPGreeting(t *testing.T) {
 		{"endless line", strings.Repeat("x", maxLine+5000), "longer than"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			q, err := newQMP(shortly(t), monitorPeer(t, c.first, accept), func(event) {})
+			ctx := shortly(t)
+			if c.first != "" { // only silence is to be waited out
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(t.Context(), patience)
+				defer cancel()
+			}
+			q, err := newQMP(ctx, monitorPeer(t, c.first, accept), func(event) {})
 			if c.want != "" {
 				if err == nil || !strings.Contains(err.Error(), c.want) {
 					t.Errorf("%v, want %q", err, c.want)
