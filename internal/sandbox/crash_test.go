@@ -197,6 +197,9 @@ var crashCases = []struct {
 	{operation.Delete, []operation.Kind{operation.Create, operation.Stop}, "gone"},
 }
 
+// manyFailures is when the test has seen enough to say what is wrong.
+const manyFailures = 8
+
 const workMark = "a user's file"
 
 // look checks that everything agrees and returns the state of the VM. marked says that the work
@@ -497,9 +500,14 @@ func TestCrashAtEveryBoundary(t *testing.T) {
 	fail := func(format string, args ...any) {
 		mu.Lock()
 		defer mu.Unlock()
-		if failures++; failures <= 8 {
+		if failures++; failures <= manyFailures {
 			t.Errorf(format, args...)
 		}
+	}
+	enough := func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return failures >= manyFailures
 	}
 
 	for i, c := range crashCases {
@@ -623,8 +631,11 @@ func TestCrashAtEveryBoundary(t *testing.T) {
 			t.Fatalf("%s: %d boundaries, %v", name, n, err)
 		}
 		t.Logf("%s: %d boundaries", name, n)
-		for first := 1; first <= n; first++ {
+		for first := 1; first <= n && !enough(); first++ {
 			group.Go(func() error {
+				if enough() {
+					return nil
+				}
 				passed, err := at(fmt.Sprint(first), false, first)
 				if err != nil {
 					fail("%s, crash at %d of %d: %v", name, first, n, err)
@@ -632,7 +643,7 @@ func TestCrashAtEveryBoundary(t *testing.T) {
 				if _, err := at(fmt.Sprintf("%d-reboot", first), true, first); err != nil {
 					fail("%s, crash at %d of %d, host rebooted: %v", name, first, n, err)
 				}
-				for second := 1; second <= passed; second++ {
+				for second := 1; second <= passed && !enough(); second++ {
 					if testing.Short() && second%8 != first%8 {
 						continue
 					}
