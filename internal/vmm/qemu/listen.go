@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -82,9 +83,23 @@ func (r *runDir) listen(name string) (*os.File, error) {
 	return f, errors.Join(err, l.Close())
 }
 
+// dial connects to a socket in the directory. QEMU's queue holds one connection beside the one it
+// serves: while one that was given up still stands in it, connect(2) says EAGAIN, and nothing tells
+// when there is room, hence the bounded retry.
 func (r *runDir) dial(ctx context.Context, name string) (net.Conn, error) {
+	const pause = 5 * time.Millisecond
 	var d net.Dialer
-	return d.DialContext(ctx, "unix", r.path(name))
+	for {
+		conn, err := d.DialContext(ctx, "unix", r.path(name))
+		if !errors.Is(err, unix.EAGAIN) {
+			return conn, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for room in the queue of %s: %w", name, errors.Join(ctx.Err(), err))
+		case <-time.After(pause):
+		}
+	}
 }
 
 // clean removes what a QEMU that is gone left behind. Fine if there is nothing.
