@@ -59,7 +59,7 @@ func (a *app) batch(cmd *cobra.Command, refs []string, done string, do task) err
 	var p *progress
 	if quiet {
 		p = a.progress(cmd.Name(), false)
-		p.running = &bangerv1.OperationStage{Name: fmt.Sprintf("%d VMs", len(results))}
+		p.wait("%d VMs", len(results))
 	}
 	slots := make(chan struct{}, batchSize)
 	finished := make([]chan struct{}, len(results))

@@ -134,7 +134,7 @@ func (a *app) daemonStop(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
 	defer cancel()
 	p := a.progress("daemon", false)
-	p.running = &bangerv1.OperationStage{Name: "ending"}
+	p.wait("ending")
 	was, err := c.Shutdown(ctx)
 	p.end()
 	if err != nil {

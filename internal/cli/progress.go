@@ -46,6 +46,13 @@ func (a *app) progress(title string, quiet bool) *progress {
 	return p
 }
 
+// wait names what is waited for where no operation tells.
+func (p *progress) wait(format string, args ...any) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.running = &bangerv1.OperationStage{Name: fmt.Sprintf(format, args...)}
+}
+
 // tick redraws, and keeps long stages from being silent.
 func (p *progress) tick() {
 	defer close(p.done)

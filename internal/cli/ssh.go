@@ -105,38 +105,18 @@ func (a *app) waitForSSH(ctx context.Context, c *client.Client, v *bangerv1.VM) 
 			return nil
 		}
 	}
-	// A terminal shows nothing for the first moments, as most waits are short.
-	shown := time.AfterFunc(firstLine, func() {
-		fmt.Fprintf(a.stderr, "%s: waiting for its SSH server, at most %s\n", v.GetName(), formatTook(sshWait))
-	})
-	defer shown.Stop()
-	beats := time.NewTicker(heartbeat)
-	defer beats.Stop()
-	start := a.now()
-	type answer struct {
-		stream *os.File
-		err    error
+	p := a.progress(v.GetName(), false)
+	p.wait("waiting for its SSH server, at most %s", formatTook(sshWait))
+	stream, err := c.DialGuest(ctx, v.GetId(), sshPort, sshWait)
+	p.end()
+	if err == nil {
+		return stream.Close()
 	}
-	done := make(chan answer, 1)
-	go func() {
-		stream, err := c.DialGuest(ctx, v.GetId(), sshPort, sshWait)
-		done <- answer{stream, err}
-	}()
-	for {
-		select {
-		case <-beats.C:
-			fmt.Fprintf(a.stderr, "%s: still waiting for its SSH server, %s\n", v.GetName(), formatTook(a.now().Sub(start)))
-		case got := <-done:
-			if got.err == nil {
-				return got.stream.Close()
-			}
-			if fault.Is(got.err, fault.Timeout) {
-				return fault.Wrap(got.err, fault.Timeout, v.GetName(), "its SSH server does not answer").
-					WithHint("banger vm show %s, and its console: %s", v.GetName(), v.GetLog())
-			}
-			return got.err
-		}
+	if fault.Is(err, fault.Timeout) {
+		return fault.Wrap(err, fault.Timeout, v.GetName(), "its SSH server does not answer").
+			WithHint("banger vm show %s, and its console: %s", v.GetName(), v.GetLog())
 	}
+	return err
 }
 
 // runSSH runs ssh as a child, so that there is somebody left to explain its end.
