@@ -91,7 +91,7 @@ func TestReadme(t *testing.T) {
 	h.do("vm", "stop", "sandbox")
 	out, took = makeSandbox(t, h, false)
 	t.Logf("from stopped: %.1fs", took.Seconds())
-	if text := out.buf.String(); !strings.Contains(text, "running after") || !strings.Contains(text, "Debian GNU/Linux 13") {
+	if text := out.buf.String(); !strings.Contains(text, "sandbox: running") || !strings.Contains(text, "Debian GNU/Linux 13") {
 		t.Errorf("the run after a stop:\n%s", text)
 	}
 	if got := len(h.list()); got != 1 {
