@@ -117,8 +117,7 @@ func (r *Runner) Go(op Operation, suspended error, fn func(context.Context, *Han
 			r.failed(end, err)
 		}
 		// Told only when it is on record: who saw the end may ask any later daemon.
-		r.publish(run, end)
-		r.forget(op)
+		r.finish(run, end)
 	}()
 }
 
@@ -134,9 +133,10 @@ func asFault(err error, subject string) *fault.Error {
 	return fault.Wrap(err, fault.CodeOf(err), subject, "the operation failed")
 }
 
-func (r *Runner) forget(op Operation) {
+// finish tells the end of an operation and files it under the ended ones, at once: who sees the end
+// does not find it among the running ones any more.
+func (r *Runner) finish(run *running, op Operation) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	if left := slices.DeleteFunc(r.byVM[op.VMID], func(id string) bool { return id == op.ID }); len(left) > 0 {
 		r.byVM[op.VMID] = left
 	} else {
@@ -147,13 +147,21 @@ func (r *Runner) forget(op Operation) {
 		delete(r.ops, r.ended[0])
 		r.ended = r.ended[1:]
 	}
+	r.set(run, op)
+	r.mu.Unlock()
+	r.changed(op)
+}
+
+// set replaces what is known of an operation. Call it with mu held.
+func (r *Runner) set(run *running, op Operation) {
+	run.op = op
+	close(run.next)
+	run.next = make(chan struct{})
 }
 
 func (r *Runner) publish(run *running, op Operation) {
 	r.mu.Lock()
-	run.op = op
-	close(run.next)
-	run.next = make(chan struct{})
+	r.set(run, op)
 	r.mu.Unlock()
 	r.changed(op)
 }
