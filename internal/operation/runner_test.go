@@ -178,6 +178,7 @@ func TestStagesDetailsAndNotices(t *testing.T) {
 			t.Errorf("stage %s: %+v", s.Name, s)
 		}
 	}
+	w.stop() // so that nobody tells anything any more
 	// Values that were handed out do not change under their readers.
 	for _, c := range w.changes {
 		if len(c.Stages) == 1 && !c.Stages[0].FinishedAt.IsZero() {
