@@ -112,6 +112,7 @@ func (a *app) daemonStatus(ctx context.Context) error {
 	add("socket", view.Socket)
 	add("log", view.Log)
 	add("state", view.StateDir)
+	add("bundle", view.RuntimeDir)
 	dns := view.DNSAddress
 	if dns == "" {
 		dns = "none"

@@ -179,7 +179,7 @@ func run(ctx context.Context, o *Options) (err error) {
 		Handler: server.New(backend, server.Info{
 			PID: os.Getpid(), Version: version.String(), Revision: revision,
 			Socket: o.Paths.Socket(), Log: logPath,
-			StateDir: o.Paths.State, RuntimeDir: o.Paths.Runtime,
+			StateDir:  o.Paths.State,
 			StartedAt: started, Warnings: o.Warnings, Ending: ending, Shutdown: sync.OnceFunc(func() { close(asked) }),
 		}, log),
 		ReadHeaderTimeout: 10 * time.Second,

@@ -165,6 +165,7 @@ type Status struct {
 	VMM               string
 	Accel             string
 	VMMNotice         string // why not KVM, "" if it is
+	RuntimeDir        string // of the runtime bundle, whether or not one is there
 	Total, Running    int
 	OperationsRunning int
 	Warnings          []string

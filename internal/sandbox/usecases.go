@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/image"
@@ -619,6 +620,9 @@ func (s *Service) Status(context.Context) (Status, error) {
 		if op.State == operation.Running {
 			st.OperationsRunning++
 		}
+	}
+	if where, err := bundle.Locate(s.cfg.RuntimeDir); err == nil {
+		st.RuntimeDir = where.Dir
 	}
 	s.warnMu.Lock()
 	st.Warnings = append(st.Warnings, s.warnings...)

@@ -72,15 +72,14 @@ var _ Service = (*sandbox.Service)(nil)
 
 // Info is what the daemon's process knows of itself and the use cases do not.
 type Info struct {
-	PID        int
-	Version    string
-	Revision   int // bangerv1.Revision, except in tests of version skew
-	Socket     string
-	Log        string
-	StateDir   string
-	RuntimeDir string // where the sockets are
-	StartedAt  time.Time
-	Warnings   []string // found while starting, e.g. retired config keys
+	PID       int
+	Version   string
+	Revision  int // bangerv1.Revision, except in tests of version skew
+	Socket    string
+	Log       string
+	StateDir  string
+	StartedAt time.Time
+	Warnings  []string // found while starting, e.g. retired config keys
 	// Ending is closed when the daemon stops accepting work: streams end then, calls finish.
 	Ending <-chan struct{}
 	// Shutdown asks the process to end. It returns at once.

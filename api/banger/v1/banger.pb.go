@@ -2396,7 +2396,7 @@ type GetStatusResponse struct {
 	Socket            string                 `protobuf:"bytes,4,opt,name=socket,proto3" json:"socket,omitempty"`
 	Log               string                 `protobuf:"bytes,5,opt,name=log,proto3" json:"log,omitempty"`
 	StateDir          string                 `protobuf:"bytes,6,opt,name=state_dir,json=stateDir,proto3" json:"state_dir,omitempty"`
-	RuntimeDir        string                 `protobuf:"bytes,7,opt,name=runtime_dir,json=runtimeDir,proto3" json:"runtime_dir,omitempty"`
+	RuntimeDir        string                 `protobuf:"bytes,7,opt,name=runtime_dir,json=runtimeDir,proto3" json:"runtime_dir,omitempty"` // of the runtime bundle, whether or not one is there
 	DnsAddress        string                 `protobuf:"bytes,8,opt,name=dns_address,json=dnsAddress,proto3" json:"dns_address,omitempty"` // empty: no DNS server runs
 	Vmm               string                 `protobuf:"bytes,9,opt,name=vmm,proto3" json:"vmm,omitempty"`
 	Accel             string                 `protobuf:"bytes,10,opt,name=accel,proto3" json:"accel,omitempty"`
