@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/spelling"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
@@ -254,7 +255,7 @@ func (c *Config) parse(data []byte, file string, l loader) (warnings []string, e
 func didYouMean(name string) string {
 	best, distance := "", min(4, len(name)/2+1) // further than that is another word
 	for _, k := range keys {
-		if d := editDistance(strings.ToLower(strings.ReplaceAll(name, "-", "_")), k.name); d < distance {
+		if d := spelling.Distance(strings.ToLower(strings.ReplaceAll(name, "-", "_")), k.name); d < distance {
 			best, distance = k.name, d
 		}
 	}
@@ -262,27 +263,6 @@ func didYouMean(name string) string {
 		return "docs/configuration.md lists the keys"
 	}
 	return fmt.Sprintf("did you mean %s?", best)
-}
-
-// editDistance is Levenshtein's.
-func editDistance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
 }
 
 func notA(v any, allowed string) error {
