@@ -64,14 +64,12 @@ command='. /etc/os-release; echo "$PRETTY_NAME, kernel $(uname -r), $(nproc) CPU
 printf '\n$ ./banger vm ssh %s -- '\''%s'\''\n' "$vm" "$command"
 ./banger vm ssh "$vm" -- "$command"
 
-cat <<END
-
-That was your own machine. Next:
-  ./banger vm ssh $vm       enter it, as root; files stay when it is stopped
-  ./banger vm list             what there is
-  ./banger vm stop $vm
-  ./banger vm start $vm
-  ./banger vm delete $vm    take it away, with its disks
-  ./banger vm create           another one
-  ./banger --help
-END
+printf '\nThat was your own machine. Next:\n'
+next() { printf '  %-30s %s\n' "$1" "$2"; }
+next "./banger vm ssh $vm" "enter it, as root; files stay when it is stopped"
+next "./banger vm list" "what there is"
+next "./banger vm stop $vm" "shut it down"
+next "./banger vm start $vm" "boot it again"
+next "./banger vm delete $vm" "take it away, with its disks"
+next "./banger vm create" "make another one"
+next "./banger --help" "everything else"
