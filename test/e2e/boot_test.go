@@ -247,7 +247,17 @@ func TestConfiguredArtifacts(t *testing.T) {
 	kernel := filepath.Join(dir, "vmlinux-own")
 	run(t, "cp", bundleFile("vmlinux"), kernel)
 	// The tree of modules is what the bundle's image holds, under its version's name.
-	version := strings.Fields(run(t, "sh", "-c", "strings "+kernel+" | grep -m 1 '^Linux version '"))[2]
+	var manifest struct {
+		KernelVersion string `json:"kernel_version"`
+	}
+	text, err := os.ReadFile(bundleFile("bundle.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(text, &manifest); err != nil {
+		t.Fatal(err)
+	}
+	version := manifest.KernelVersion
 	modules := filepath.Join(dir, version)
 	if err := os.Mkdir(modules, 0o755); err != nil {
 		t.Fatal(err)
@@ -267,7 +277,8 @@ func TestConfiguredArtifacts(t *testing.T) {
 			"default_kernel = " + strconv.Quote(kernel), "default_modules_dir = " + strconv.Quote(modules),
 		}, "uname -r; modprobe dummy && lsmod | grep -c '^dummy '", version + "\n1"},
 		{"default_initrd", []string{"default_initrd = " + strconv.Quote(bundleFile("initrd.img"))}, "hostname", "own"},
-		{"vsock_agent_path", []string{"vsock_agent_path = " + strconv.Quote(agent)}, "hostname", "own"},
+		{"vsock_agent_path", []string{"vsock_agent_path = " + strconv.Quote(agent)},
+			"grep -qsa own-agent /proc/[0-9]*/exe && echo the own agent runs", "the own agent runs"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t, c.settings...)
