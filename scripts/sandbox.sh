@@ -62,7 +62,10 @@ esac
 # shellcheck disable=SC2016 # expanded in the machine
 command='. /etc/os-release; echo "$PRETTY_NAME, kernel $(uname -r), $(nproc) CPUs"; df -h / /root'
 printf '\n$ ./banger vm ssh %s -- '\''%s'\''\n' "$vm" "$command"
-./banger vm ssh "$vm" -- "$command"
+# In a stage, since an emulated machine takes seconds to log somebody in.
+enter() { ./banger vm ssh "$vm" -- "$command" >dist/ssh.out; }
+stage "entering it" dist/ssh.log enter
+cat dist/ssh.out
 
 printf '\nThat was your own machine. Next:\n'
 next() { printf '  %-30s %s\n' "$1" "$2"; }

@@ -51,7 +51,7 @@ processes() {
 }
 # around lists what a run of ours could leave outside of its directory.
 around() {
-    find /tmp /var/tmp -maxdepth 1 -user "$(id -u)" \( -name 'banger*' -o -name 'mmdebstrap*' -o -name 'Test*' \) 2>/dev/null | sed 's/^/file /'
+    find /tmp /var/tmp -maxdepth 1 -user "$(id -u)" \( -name 'banger*' -o -name 'mmdebstrap*' \) 2>/dev/null | sed 's/^/file /'
     grep -F "$run" /proc/self/mountinfo | cut -d ' ' -f 5 | sed 's/^/mount /' || true
     grep -sF "$run" /sys/block/loop*/loop/backing_file | sed 's/^/loop device /' || true
     grep '^banger' /etc/passwd | cut -d : -f 1 | sed 's/^/user /' || true
@@ -220,7 +220,11 @@ left_behind() {
         sleep "0.$i"
     done
     [ -z "$left" ] || { printf 'still running:\n%s\n' "$left"; status=1; }
-    left=$(find "$run/tmp" "$run/state" "$run/run" -mindepth 1 | head -n 20)
+    # A daemon leaves its socket's directory, empty, as it would in a login session.
+    left=$(
+        find "$run/tmp" "$run/state" -mindepth 1 | head -n 20
+        find "$run/run" ! -type d
+    )
     [ -z "$left" ] || { printf 'left in the directory for temporary files:\n%s\n' "$left"; status=1; }
     around >"$run/log/after"
     left=$(sort "$run/log/after" | comm -13 "$run/log/before" -)

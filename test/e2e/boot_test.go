@@ -196,7 +196,7 @@ func main() {
 			if m := h.show("broken"); m.State != "failed" || m.Failure == nil || m.Failure.Error.Hint == "" {
 				t.Errorf("show says %+v", m)
 			}
-			h.refused(4, []string{"vm", "ssh", "broken"}, "failed at", "banger vm start broken")
+			h.refused(4, []string{"vm", "ssh", "broken"}, "its last start failed", "banger vm start broken")
 			h.do("vm", "delete", "broken")
 		})
 	}
