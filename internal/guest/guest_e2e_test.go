@@ -231,7 +231,7 @@ func (m *machine) start(t *testing.T) *guest {
 		"-append", "console=ttyS0 reboot=t panic=-1 mitigations=off net.ifnames=0 quiet random.trust_cpu=on",
 		"-device", "virtio-rng-pci",
 		"-chardev", "socket,id=ag,path=" + sockets + "/agent,server=on,wait=off", "-device", "virtio-serial-pci,id=vs0",
-		"-device", "virtserialport,chardev=ag,bus=vs0.0,name=" + agent.PortName}
+		"-device", "virtserialport,chardev=ag,bus=vs0.0,name=" + vmm.AgentPortName}
 	for _, role := range []vmm.Role{vmm.RoleBase, vmm.RoleSystem, vmm.RoleWork, vmm.RoleModules, vmm.RoleConfig} {
 		path, ok := m.drives[role]
 		if !ok {

@@ -19,12 +19,6 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-// Port is the vsock port the agent listens on.
-const Port = 1024
-
-// PortName is the name of the virtio-serial port, in /sys/class/virtio-ports/*/name.
-const PortName = "banger.agent"
-
 // MaxMessage bounds one API message in bytes, in both directions.
 const MaxMessage = 1 << 20
 

@@ -274,4 +274,4 @@ func (c *muxConn) RemoteAddr() net.Addr { return portAddr{} }
 type portAddr struct{}
 
 func (portAddr) Network() string { return "virtio-serial" }
-func (portAddr) String() string  { return PortName }
+func (portAddr) String() string  { return vmm.AgentPortName }

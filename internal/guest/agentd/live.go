@@ -20,6 +20,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/guest/system"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
 // Run is the agent of a real guest. It serves until ctx ends, on the virtio-serial port if the
@@ -111,7 +112,7 @@ func residentBytes() int64 {
 
 // serveVsock accepts connections of the host, and of nobody else.
 func (l *live) serveVsock(ctx context.Context, server *Server) error {
-	listener, err := vsock.Listen(agent.Port, nil)
+	listener, err := vsock.Listen(vmm.AgentPort, nil)
 	if err != nil {
 		return fmt.Errorf("listen on vsock: %w", err)
 	}
@@ -146,7 +147,7 @@ func (l *live) serveVsock(ctx context.Context, server *Server) error {
 // servePort serves one session after another on the virtio-serial port. A machine may have none.
 func (l *live) servePort(ctx context.Context, server *Server) error {
 	var device string
-	err := system.WaitDevice(ctx, "virtio-serial port "+agent.PortName, func() (found bool, err error) {
+	err := system.WaitDevice(ctx, "virtio-serial port "+vmm.AgentPortName, func() (found bool, err error) {
 		device, err = findPort("/sys/class/virtio-ports")
 		return device != "", err
 	})
@@ -172,7 +173,7 @@ func findPort(class string) (string, error) {
 	}
 	for _, name := range names {
 		content, err := os.ReadFile(name)
-		if err == nil && strings.TrimSpace(string(content)) == agent.PortName {
+		if err == nil && strings.TrimSpace(string(content)) == vmm.AgentPortName {
 			device := "/dev/" + filepath.Base(filepath.Dir(name))
 			if _, err := os.Stat(device); err == nil {
 				return device, nil
@@ -227,8 +228,8 @@ func (p *portConn) waitHost() error {
 	return errors.Join(err, pollErr)
 }
 
-func (p *portConn) LocalAddr() net.Addr  { return &net.UnixAddr{Name: agent.PortName} }
-func (p *portConn) RemoteAddr() net.Addr { return &net.UnixAddr{Name: agent.PortName} }
+func (p *portConn) LocalAddr() net.Addr  { return &net.UnixAddr{Name: vmm.AgentPortName} }
+func (p *portConn) RemoteAddr() net.Addr { return &net.UnixAddr{Name: vmm.AgentPortName} }
 
 // grow enlarges what init mounted with growth.
 func (l *live) grow(context.Context) ([]Grown, error) {

@@ -20,6 +20,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/api/banger/agent/v1/agentv1connect"
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
 // Guest is what the server knows of its machine and can do to it. Functions may be called
@@ -212,7 +213,7 @@ func (l chanListener) Close() error {
 	return nil
 }
 
-func (l chanListener) Addr() net.Addr { return &net.UnixAddr{Name: agent.PortName} }
+func (l chanListener) Addr() net.Addr { return &net.UnixAddr{Name: vmm.AgentPortName} }
 
 // muxStream is a stream of a port as its guest end. Close gives it up: what the host still sends is
 // discarded until it closes its end as well, so that it never blocks on a stream nobody reads.
