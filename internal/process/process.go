@@ -37,7 +37,12 @@ type Command struct {
 	Pidfile string
 	Marker  string
 	Files   []*os.File // become descriptors 3, 4, ... of the child
+	Cgroup  Cgroup     // nil: the daemon's own
 }
+
+// Cgroup puts a process that was just started into a control group of its own. It returns when that is
+// done, or is known not to work, which is for it to remember and no reason to end the program.
+type Cgroup func(ctx context.Context, pid int)
 
 // record is the pidfile's content. The start time and the boot tell the process apart from a later
 // one with the same pid.
@@ -66,8 +71,8 @@ type Process struct {
 	status *syscall.WaitStatus // set before done is closed, if it was ours to reap
 }
 
-// Start runs c in a session of its own, without a terminal, with umask 077 and with no descriptors
-// but those named, and writes its pidfile. It is tied neither to ctx nor to the daemon's life. An
+// Start runs c in a session of its own, without a terminal, with umask 077, with no descriptors but
+// those named and with PR_SET_NO_NEW_PRIVS, and writes its pidfile. It is tied neither to ctx nor to the daemon's life. An
 // error means that nothing runs and no pidfile is left. fs.ErrNotExist and fs.ErrPermission come
 // from the program's own path.
 func Start(ctx context.Context, c Command) (*Process, error) {
@@ -103,11 +108,15 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 		defer cancel()
 		return nil, errors.Join(err, p.Kill(kill), Forget(c.Pidfile))
 	}
+	if c.Cgroup != nil {
+		c.Cgroup(ctx, p.pid)
+	}
 	return p, nil
 }
 
 // fork starts the program from a thread that shares its umask with no other, and that is thrown
 // away afterwards: the umask of a process is one for all its threads until unshare(2) with CLONE_FS.
+// PR_SET_NO_NEW_PRIVS is a thread's own, is inherited, and cannot be taken back (prctl(2)).
 func fork(c Command, files []*os.File) (*Process, error) {
 	type result struct {
 		p   *Process
@@ -125,6 +134,9 @@ func fork(c Command, files []*os.File) (*Process, error) {
 				// 077 as well; that it is set here is a second line of defence.
 			default:
 				return nil, fmt.Errorf("unshare the umask: %w", err)
+			}
+			if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+				return nil, fmt.Errorf("set no_new_privs: %w", err)
 			}
 			// Our own descriptors are close-on-exec; those that the daemon inherited may not be.
 			if err := unix.CloseRange(3, 1<<31-1, unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS && err != unix.EINVAL { // Linux 5.11 has it
@@ -210,6 +222,29 @@ func (p *Process) PID() int { return p.pid }
 // Done is closed when the process has ended and, if it is our child, has been reaped. It stays open
 // after Close of an adopted process.
 func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Carries tells whether one of the program's arguments is this one: what a marker does not say, such as
+// which program it is. False once it is gone.
+func (p *Process) Carries(arg string) bool { return carries(p.pid, arg) && !p.over() }
+
+// over tells whether the process has ended: what /proc says of its pid may be another's then.
+func (p *Process) over() bool {
+	over := true
+	if p.raw.Control(func(fd uintptr) { over = exited(int(fd)) }) != nil {
+		return true
+	}
+	return over
+}
+
+// Stopped tells whether job control holds the process (SIGSTOP), by the third field of
+// /proc/<pid>/stat (proc_pid_stat(5)). False once it is gone.
+func (p *Process) Stopped() bool {
+	b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(p.pid), "stat"))
+	if err != nil || p.over() {
+		return false
+	}
+	return bytes.HasPrefix(b[bytes.LastIndexByte(b, ')')+1:], []byte(" T"))
+}
 
 // Status is how it ended. ok is false before Done, and for a process that was not our child: its
 // status belongs to whoever reaped it.

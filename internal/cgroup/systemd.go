@@ -1,0 +1,89 @@
+package cgroup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strconv"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+)
+
+// property is one of a unit's, as org.freedesktop.systemd1(5) writes them.
+type property struct {
+	Name  string
+	Value dbus.Variant
+}
+
+// startScope has a manager of systemd put a process into a transient scope, and waits until it has. The
+// connection is made for this alone: it needs no bus, and nothing to restore when systemd is replaced.
+func startScope(ctx context.Context, socket string, uid int, name, description string, l Limits, pid int) error {
+	var d net.Dialer
+	raw, err := d.DialContext(ctx, "unix", socket)
+	if err != nil {
+		return err
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := raw.SetDeadline(deadline); err != nil { // for the greeting, which knows no context
+			return errors.Join(err, raw.Close())
+		}
+	}
+	conn, err := dbus.NewConn(raw)
+	if err != nil {
+		return errors.Join(err, raw.Close())
+	}
+	defer conn.Close()
+	if err := conn.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(uid))}); err != nil {
+		return fmt.Errorf("systemd: %w", err)
+	}
+	if err := raw.SetDeadline(time.Time{}); err != nil {
+		return err
+	}
+	// A private connection is sent every signal, asked or not. Listening first: the job may be over before
+	// its name is here.
+	signals := make(chan *dbus.Signal, 64)
+	conn.Signal(signals)
+
+	var job dbus.ObjectPath
+	manager := conn.Object("org.freedesktop.systemd1", "/org/freedesktop/systemd1")
+	err = manager.CallWithContext(ctx, "org.freedesktop.systemd1.Manager.StartTransientUnit", 0,
+		name, "fail", properties(description, l, pid), []struct {
+			Name       string
+			Properties []property
+		}{}).Store(&job)
+	if err != nil {
+		return fmt.Errorf("systemd: %w", err)
+	}
+	for {
+		select {
+		case s, ok := <-signals:
+			if !ok {
+				return errors.New("systemd: it closed the connection")
+			}
+			if s.Name != "org.freedesktop.systemd1.Manager.JobRemoved" || len(s.Body) != 4 || s.Body[1] != job {
+				continue
+			}
+			if result := s.Body[3]; result != "done" {
+				return fmt.Errorf("systemd: the start of %s ended with %q", name, result)
+			}
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// properties of a scope: systemd.scope(5), systemd.resource-control(5).
+func properties(description string, l Limits, pid int) []property {
+	return []property{
+		{"Description", dbus.MakeVariant(description)},
+		{"PIDs", dbus.MakeVariant([]uint32{uint32(pid)})},
+		{"MemoryMax", dbus.MakeVariant(uint64(l.Memory))},
+		{"CPUQuotaPerSecUSec", dbus.MakeVariant(uint64(l.CPUs * float64(time.Second/time.Microsecond)))},
+		{"TasksMax", dbus.MakeVariant(uint64(l.Tasks))},
+		// A VMM that was killed leaves no failed unit behind.
+		{"CollectMode", dbus.MakeVariant("inactive-or-failed")},
+	}
+}
