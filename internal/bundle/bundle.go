@@ -1,5 +1,6 @@
 // Package bundle owns the runtime bundle: the directory with the kernel, the initrd, the default
-// image and the guest program, and bundle.json, which lists them with their checksums.
+// image, the guest program, and Firecracker with its jailer if it has them, and bundle.json, which
+// lists them with their checksums.
 //
 // It finds, reads, checks and describes a bundle. It never builds an artifact (tools/mkruntime
 // does), never downloads one, and never changes one that it did not make: the SSH key only.
@@ -42,6 +43,9 @@ const (
 	Agent      Role = "agent"       // banger-vsock-agent: the guest program
 	Packages   Role = "packages"    // packages.apt: what the default image was made of
 	SSHKey     Role = "ssh_key"     // id_ed25519, with .pub beside: one an installation, no checksum
+
+	Firecracker Role = "firecracker" // firecracker, optional: the VMM where there is KVM; static
+	Jailer      Role = "jailer"      // jailer, optional: of the same version as firecracker; static
 )
 
 // FileName gives the name of a role's artifact in a bundle that `make runtime` makes.
@@ -51,11 +55,18 @@ var fileNames = map[Role]string{
 	Kernel: "vmlinux", Initrd: "initrd.img", Modules: "modules.ext4",
 	RootFS: "rootfs-docker.ext4", WorkSeed: "rootfs-docker.work-seed.ext4", BaseRootFS: "rootfs.ext4",
 	Agent: "banger-vsock-agent", Packages: "packages.apt", SSHKey: "id_ed25519",
+	Firecracker: "firecracker", Jailer: "jailer",
 }
 
 // Required are the roles without which a bundle is damaged, in the order in which they are checked.
 func Required() []Role {
 	return []Role{Kernel, Initrd, Modules, RootFS, WorkSeed, Agent, Packages, SSHKey}
+}
+
+// Optional are the roles that a whole bundle may lack: without Firecracker, VMs run under QEMU. One
+// that is listed is checked as the required ones are.
+func Optional() []Role {
+	return []Role{BaseRootFS, Firecracker, Jailer}
 }
 
 // Artifact is one file of a bundle. The SSH key has neither size nor checksum: it is made where the
@@ -73,6 +84,11 @@ type Bundle struct {
 	Arch          string            `json:"arch"`       // as GOARCH names it
 	KernelVersion string            `json:"kernel_version"`
 	Artifacts     map[Role]Artifact `json:"artifacts"`
+
+	// Of firecracker and jailer, "" without them: MAJOR.MINOR.PATCH as they say themselves, and where they
+	// came from, for people.
+	FirecrackerVersion string `json:"firecracker_version,omitempty"`
+	FirecrackerFrom    string `json:"firecracker_from,omitempty"`
 
 	dir string
 }
@@ -199,8 +215,10 @@ func (b *Bundle) oneFault(errs []error) error {
 // roles gives the artifacts that the bundle has, the required ones first.
 func (b *Bundle) roles() []Role {
 	roles := Required()
-	if _, ok := b.Artifacts[BaseRootFS]; ok {
-		roles = append(roles, BaseRootFS)
+	for _, r := range Optional() {
+		if _, ok := b.Artifacts[r]; ok {
+			roles = append(roles, r)
+		}
 	}
 	return roles
 }
@@ -220,6 +238,8 @@ func (b *Bundle) checkOne(r Role) error {
 			WithHint("chmod 600 %s", file)
 	case r == SSHKey && info.Size() == 0:
 		return fault.New(fault.Corrupt, file, "is empty").WithHint("%s", Repair(b.dir))
+	case (r == Firecracker || r == Jailer) && info.Mode().Perm()&0o111 == 0:
+		return fault.New(fault.Corrupt, file, "cannot be executed (mode %04o)", info.Mode().Perm()).WithHint("%s", Repair(b.dir))
 	case r != SSHKey && info.Size() != want.Size:
 		return fault.New(fault.Corrupt, file, "is damaged: it has %d bytes, and the bundle's %s has %d", info.Size(), r, want.Size).
 			WithHint("%s", Repair(b.dir))

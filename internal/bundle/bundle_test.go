@@ -110,6 +110,55 @@ func TestDamageNamesArtifactAndRepair(t *testing.T) {
 	}
 }
 
+// A bundle is whole without Firecracker; one that is listed is checked like the rest, and must be executable.
+func TestFirecrackerIsOptionalAndChecked(t *testing.T) {
+	for _, r := range []Role{Firecracker, Jailer} {
+		root, b := checkout(t)
+		if b.Path(r) != "" || b.Check() != nil {
+			t.Fatalf("a bundle without %s: %q, %v", r, b.Path(r), b.Check())
+		}
+		file := filepath.Join(b.Dir(), string(r))
+		whole := "content of " + string(r)
+		write(t, file, whole)
+		a, err := Describe(t.Context(), b.Dir(), string(r))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Artifacts[r], b.FirecrackerVersion, b.FirecrackerFrom = a, "1.12.1", "PATH: /usr/bin/firecracker"
+		if err := b.Write(b.Dir()); err != nil {
+			t.Fatal(err)
+		}
+		got, err := Load(b.Dir())
+		if err != nil || got.Path(r) != file {
+			t.Fatalf("Path(%s) = %v, %v", r, got, err)
+		}
+		if d := cmp.Diff(b, got, cmp.AllowUnexported(Bundle{})); d != "" {
+			t.Error(d)
+		}
+		fails := func(what string, err error, code fault.Code) {
+			t.Helper()
+			if !fault.Is(err, code) || !strings.Contains(err.Error(), file) || !strings.Contains(fault.HintOf(err), "'make runtime' in "+root) {
+				t.Errorf("%s %s: %v (%s), hint %q", what, r, err, fault.CodeOf(err), fault.HintOf(err))
+			}
+		}
+		fails("not executable", got.Check(), fault.Corrupt)
+		if err := os.Chmod(file, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := got.Verify(t.Context()); err != nil {
+			t.Error(err)
+		}
+		write(t, file, strings.ToUpper(whole))
+		fails("altered", got.Verify(t.Context()), fault.Corrupt)
+		write(t, file, "short")
+		fails("cut", got.Check(), fault.Corrupt)
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		fails("missing", got.Check(), fault.NotFound)
+	}
+}
+
 func TestCheckReportsAllThatIsWrong(t *testing.T) {
 	_, b := checkout(t)
 	for _, r := range []Role{Kernel, Agent} {

@@ -33,14 +33,26 @@ type vmView struct {
 	Boot        []bootView        `json:"boot"`
 
 	// Only in `vm show`.
-	Kernel               string `json:"kernel,omitempty"`
-	OperationID          string `json:"operation_id,omitempty"`
-	DiskAllocatedBytes   int64  `json:"disk_allocated_bytes,omitempty"`
-	SystemAllocatedBytes int64  `json:"system_allocated_bytes,omitempty"`
-	Directory            string `json:"directory,omitempty"`
-	Log                  string `json:"log,omitempty"`
-	VMMState             string `json:"vmm_state,omitempty"`
-	Agent                string `json:"agent,omitempty"`
+	Kernel               string           `json:"kernel,omitempty"`
+	OperationID          string           `json:"operation_id,omitempty"`
+	DiskAllocatedBytes   int64            `json:"disk_allocated_bytes,omitempty"`
+	SystemAllocatedBytes int64            `json:"system_allocated_bytes,omitempty"`
+	Directory            string           `json:"directory,omitempty"`
+	Log                  string           `json:"log,omitempty"`
+	VMMState             string           `json:"vmm_state,omitempty"`
+	Agent                string           `json:"agent,omitempty"`
+	Confinement          *confinementView `json:"confinement,omitempty"`
+}
+
+type confinementView struct {
+	UID             int32   `json:"uid"`
+	NoNewPrivileges bool    `json:"no_new_privileges"`
+	Seccomp         string  `json:"seccomp,omitempty"`
+	Cgroup          string  `json:"cgroup,omitempty"`
+	NoCgroup        string  `json:"no_cgroup,omitempty"`
+	MemoryMaxBytes  int64   `json:"memory_max_bytes,omitempty"`
+	CPUMax          float64 `json:"cpu_max,omitempty"`
+	TasksMax        int64   `json:"tasks_max,omitempty"`
 }
 
 type failureView struct {
@@ -73,6 +85,13 @@ func viewVM(m *bangerv1.VM) *vmView {
 	}
 	if f := m.GetFailure(); f != nil {
 		v.Failure = &failureView{Step: f.GetStep(), Error: viewError(client.FromFault(f.GetFault())), At: timeOf(f.GetAt())}
+	}
+	if c := m.GetConfinement(); c != nil {
+		v.Confinement = &confinementView{
+			UID: c.GetUid(), NoNewPrivileges: c.GetNoNewPrivileges(), Seccomp: c.GetSeccomp(),
+			Cgroup: c.GetCgroup(), NoCgroup: c.GetNoCgroup(),
+			MemoryMaxBytes: c.GetMemoryMaxBytes(), CPUMax: c.GetCpuMax(), TasksMax: c.GetTasksMax(),
+		}
 	}
 	for _, s := range m.GetBoot() {
 		v.Boot = append(v.Boot, bootView{s.GetName(), s.GetAtMs()})

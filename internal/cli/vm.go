@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -236,6 +237,7 @@ func (a *app) printVM(v *bangerv1.VM) error {
 	if v.GetPid() > 0 {
 		add("pid", fmt.Sprint(v.GetPid()))
 	}
+	add("confinement", confinementText(v.GetConfinement()))
 	add("agent", v.GetAgent())
 	var stages []string
 	for _, s := range v.GetBoot() {
@@ -259,4 +261,39 @@ func diskText(size, allocated int64) string {
 		return formatBytes(size)
 	}
 	return fmt.Sprintf("%s (%s used on the host)", formatBytes(size), formatBytes(allocated))
+}
+
+// confinementText names what the kernel holds a VM's program to, and what it does not.
+func confinementText(c *bangerv1.Confinement) string {
+	if c == nil {
+		return ""
+	}
+	parts := []string{fmt.Sprintf("user %d", c.GetUid())}
+	if c.GetNoNewPrivileges() {
+		parts = append(parts, "no new privileges")
+	} else {
+		parts = append(parts, "may gain privileges")
+	}
+	if c.GetSeccomp() != "" {
+		parts = append(parts, "seccomp "+c.GetSeccomp())
+	} else {
+		parts = append(parts, "no seccomp")
+	}
+	if c.GetCgroup() == "" {
+		return strings.Join(append(parts, "no cgroup: "+c.GetNoCgroup()), ", ")
+	}
+	var bounds []string
+	if n := c.GetMemoryMaxBytes(); n > 0 {
+		bounds = append(bounds, "memory "+formatBytes(n))
+	}
+	if n := c.GetCpuMax(); n > 0 {
+		bounds = append(bounds, strconv.FormatFloat(n, 'g', -1, 64)+" CPUs")
+	}
+	if n := c.GetTasksMax(); n > 0 {
+		bounds = append(bounds, fmt.Sprintf("%d tasks", n))
+	}
+	if len(bounds) == 0 {
+		bounds = append(bounds, "without bounds")
+	}
+	return strings.Join(append(parts, fmt.Sprintf("cgroup %s (%s)", c.GetCgroup(), strings.Join(bounds, ", "))), ", ")
 }

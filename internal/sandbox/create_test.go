@@ -16,14 +16,18 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/test/fakeguest"
 )
 
 func TestCreateChoosesDefaults(t *testing.T) {
 	t.Parallel()
-	r := newRig(t).start()
+	r := newRig(t)
+	r.agent = fakeguest.Agent(nil, fakeguest.Boot()...)
+	r.start()
 	op := r.done(r.s.Create(r.ctx(), CreateRequest{}))
 	v := r.vm(vm.ID(op.VMID))
 	if err := vm.ValidateName(v.Name); err != nil || !strings.Contains(v.Name, "-") {
@@ -33,9 +37,12 @@ func TestCreateChoosesDefaults(t *testing.T) {
 	if got := v.Spec; got.VCPU != want.VCPU || got.MemoryMiB != want.MemoryMiB || got.DiskSize != want.DiskSize || got.SystemSize != want.SystemSize {
 		t.Errorf("spec %+v", got)
 	}
-	if v.State != vm.Running || v.Pins.Image != "default" || v.StartedAt == nil || len(v.Boot) == 0 || v.VMM != "fake" {
+	if v.State != vm.Running || v.Pins.Image != "default" || v.StartedAt == nil || v.VMM != "fake" {
 		t.Errorf("record %+v", v)
 	}
+	r.untilVM(v.ID, "with its boot", func(v vm.VM) bool {
+		return len(v.Boot) > 0 && v.Boot[len(v.Boot)-1].Name == boot.StageUserspace
+	})
 	var stages []string
 	for _, st := range op.Stages {
 		stages = append(stages, st.Name)

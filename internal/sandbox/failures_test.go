@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"git.thaloco.com/thaloco/banger/internal/console"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/operation"
@@ -91,7 +92,7 @@ func TestAnEarlierBootIsNotBlamed(t *testing.T) {
 		t.Errorf("an earlier boot is blamed: %v", op.Fault)
 	}
 	log, err := os.ReadFile(r.s.logFile(vm.ID(op.VMID)))
-	if err != nil || strings.Count(string(log), startMark) != 2 {
+	if err != nil || strings.Count(string(log), console.StartMark) != 2 {
 		t.Errorf("the log does not part the starts: %v\n%s", err, log)
 	}
 }

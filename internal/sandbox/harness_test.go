@@ -72,6 +72,7 @@ type rig struct {
 	boot   string
 	agent  fakevmm.Agent
 	driver func(vmm.Driver) vmm.Driver // wraps the fake driver, if set
+	others []vmm.Driver                // beside it
 	commit func()                      // called at every boundary of the journal, if set
 	s      *Service
 }
@@ -136,7 +137,7 @@ func (r *rig) open() error {
 	if r.driver != nil {
 		d = r.driver(d)
 	}
-	r.s = New(st, Options{Driver: d, Config: r.cfg, Paths: r.paths, Host: r.host, Log: slog.New(slog.DiscardHandler)})
+	r.s = New(st, Options{Driver: d, Others: r.others, Config: r.cfg, Paths: r.paths, Host: r.host, Log: slog.New(slog.DiscardHandler)})
 	return r.s.Reconcile(context.Background(), r.boot)
 }
 

@@ -1,24 +1,24 @@
 package sandbox
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
 	"slices"
 	"sync"
 	"time"
 
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
+	"git.thaloco.com/thaloco/banger/internal/cgroup"
+	"git.thaloco.com/thaloco/banger/internal/console"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/operation"
+	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
@@ -35,6 +35,7 @@ type machines struct {
 type machine struct {
 	vmm.Machine
 	secret string
+	unkeep func() // its log is bounded until then
 
 	// open serialises making the session; sess is the one in use, replaced when it broke.
 	open     chan struct{}
@@ -73,7 +74,9 @@ func (ms *machines) add(v *vm.VM, vm_ vmm.Machine) error {
 		ms.drop(v.ID)
 		ms.mu.Lock()
 	}
-	m := &machine{Machine: vm_, secret: v.Secrets.Agent, open: make(chan struct{}, 1)}
+	// Only now: while a driver starts a machine, it finds what that one said by an offset into the log.
+	unkeep := ms.service.keepLog(v.ID)
+	m := &machine{Machine: vm_, secret: v.Secrets.Agent, unkeep: unkeep, open: make(chan struct{}, 1)}
 	ms.byID[v.ID] = m
 	ms.mu.Unlock()
 	ms.service.watchers.Go(func() { ms.watch(v.ID, m) })
@@ -99,6 +102,7 @@ func (m *machine) release() {
 	if sess != nil {
 		_ = sess.Close() // it may be broken already; nothing is to be done about it
 	}
+	m.unkeep()
 	_ = m.Close()
 }
 
@@ -234,7 +238,9 @@ func (ms *machines) noteChange(id vm.ID, m *machine, c vmm.Change) {
 	ms.update(id, m, func(v *vm.VM) bool {
 		old := v.Note
 		switch {
-		case c.State == vmm.Paused && c.Reason == "io-error":
+		case c.State == vmm.Paused && c.Reason == vmm.NoRoom:
+			v.Note = fmt.Sprintf("paused: the host's disk is all but full; free space, then `banger vm start %s` lets it go on", v.Name)
+		case c.State == vmm.Paused && c.Reason == vmm.IOError:
 			v.Note = fmt.Sprintf("paused: the host could not take a write (is its disk full?); free space, then `banger vm start %s` lets it go on", v.Name)
 		case c.State == vmm.Paused:
 			v.Note = fmt.Sprintf("paused; `banger vm start %s` lets it go on", v.Name)
@@ -243,6 +249,14 @@ func (ms *machines) noteChange(id vm.ID, m *machine, c vmm.Change) {
 		}
 		return v.Note != old
 	})
+}
+
+// endNotes say of each vmm.Exit's reason what a user is told.
+var endNotes = map[string]string{
+	vmm.GuestShutdown: "the guest powered itself off",
+	vmm.GuestReset:    "the guest rebooted",
+	vmm.Killed:        "its VMM was killed",
+	vmm.Crashed:       "its VMM ended unexpectedly",
 }
 
 // ended takes down a running VM whose VMM is gone without anybody here having asked, and starts it
@@ -268,12 +282,7 @@ func (ms *machines) ended(id vm.ID, m *machine) {
 		if ms.get(id) != m || v.State != vm.Running {
 			return nil // an operation was faster
 		}
-		note := map[string]string{
-			vmm.GuestShutdown: "the guest powered itself off",
-			vmm.GuestReset:    "the guest rebooted",
-			vmm.Killed:        "its VMM was killed",
-			vmm.Crashed:       "its VMM ended unexpectedly",
-		}[exit.Reason]
+		note := endNotes[exit.Reason]
 		h.Notice(note)
 		if kind == operation.Stop {
 			v.Desired = vm.WantStopped
@@ -313,6 +322,7 @@ func (ms *machines) identity(v *vm.VM) vmm.Spec {
 func (c *machineCapability) spec(ctx context.Context, v *vm.VM) (vmm.Spec, error) {
 	spec := c.machines.identity(v)
 	spec.VCPU, spec.MemoryMiB = v.Spec.VCPU, v.Spec.MemoryMiB
+	spec.Cgroup = c.machines.confine(v)
 	// TERM: systemd asks the console for its size and colours, and waits for an answer, unless it is a
 	// dumb one (systemd's src/basic/terminal-util.c); a log file answers nothing.
 	//
@@ -335,6 +345,14 @@ func (c *machineCapability) spec(ctx context.Context, v *vm.VM) (vmm.Spec, error
 	return spec, nil
 }
 
+// confine puts the VMM of a VM into a control group of its own.
+func (ms *machines) confine(v *vm.VM) process.Cgroup {
+	s := ms.service
+	id, name := v.ID.Short(), v.Name
+	limits := cgroup.ForVM(v.Spec.VCPU, v.Spec.MemoryMiB, s.driver.Features().OverheadMiB)
+	return func(ctx context.Context, pid int) { s.cgroups.Put(ctx, id, "banger VM "+name, limits, pid) }
+}
+
 // Prepare starts the VMM, or takes in the one that runs.
 func (c *machineCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	spec, err := c.spec(ctx, v)
@@ -344,11 +362,11 @@ func (c *machineCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	if err := os.MkdirAll(spec.RunDir, 0o700); err != nil {
 		return fault.Wrap(err, fault.Internal, spec.RunDir, "the run directory cannot be made")
 	}
-	if err := boundLog(spec.Log); err != nil {
-		return err
+	if err := console.Bound(spec.Log); err != nil {
+		return fault.Wrap(err, fault.Internal, spec.Log, "the VM's log cannot be cut back")
 	}
-	if err := markStart(spec.Log); err != nil {
-		return err
+	if err := console.MarkStart(spec.Log); err != nil {
+		return fault.Wrap(err, fault.Internal, spec.Log, "the VM's log cannot be written")
 	}
 	s := c.machines.service
 	m, err := s.driver.Start(ctx, spec)
@@ -373,23 +391,50 @@ func (ms *machines) observe(ctx context.Context, v *vm.VM) (bool, error) {
 			return true, nil
 		}
 	}
-	m, err := ms.service.driver.Adopt(ctx, ms.identity(v))
+	m, err := ms.adopt(ctx, v)
 	if fault.Is(err, fault.NotFound) {
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
+	// Its daemon may have been killed between the start and this, or knew nothing of it. What another kind
+	// of VMM needs is not known here: a bound too low would end the VM.
+	if d := ms.service.driver; v.VMM == "" || d.Name() == v.VMM && d.Features().Accel == v.Accel {
+		put, pid := ms.confine(v), m.PID()
+		ms.service.watchers.Go(func() { put(ms.service.bg, pid) })
+	}
 	return true, ms.add(v, m)
 }
 
-// Cleanup ends the VMM, whatever state it is in, and removes the run directory.
+// adopt finds the VMM of a VM, whichever driver started it: the record may be older than that, if the
+// daemon was killed before it was saved. The driver on record is asked first. fault.NotFound if none runs.
+func (ms *machines) adopt(ctx context.Context, v *vm.VM) (vmm.Machine, error) {
+	rank := func(d vmm.Driver) int {
+		if d.Name() == v.VMM {
+			return 0
+		}
+		return 1
+	}
+	drivers := append([]vmm.Driver{ms.service.driver}, ms.service.others...)
+	slices.SortStableFunc(drivers, func(a, b vmm.Driver) int { return rank(a) - rank(b) })
+	var m vmm.Machine
+	var err error
+	for _, d := range drivers {
+		if m, err = d.Adopt(ctx, ms.identity(v)); !fault.Is(err, fault.NotFound) {
+			return m, err
+		}
+	}
+	return nil, err
+}
+
+// Cleanup ends the VMM, whatever state it is in, and removes its control group and the run directory.
 func (c *machineCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.How) error {
 	spec := c.machines.identity(v)
 	var m vmm.Machine
 	if known := c.machines.get(v.ID); known != nil {
 		m = known
-	} else if found, err := c.machines.service.driver.Adopt(ctx, spec); err == nil {
+	} else if found, err := c.machines.adopt(ctx, v); err == nil {
 		m = found
 	} else if !fault.Is(err, fault.NotFound) {
 		return err
@@ -400,6 +445,9 @@ func (c *machineCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.H
 		}
 		c.machines.drop(v.ID)
 		_ = m.Close()
+	}
+	if err := c.machines.service.cgroups.Remove(ctx, v.ID.Short()); err != nil {
+		return err
 	}
 	if err := os.RemoveAll(spec.RunDir); err != nil {
 		return fault.Wrap(err, fault.Internal, spec.RunDir, "the run directory cannot be removed")
@@ -417,91 +465,23 @@ func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 	} else {
 		out = append(out, doctor.Finding{Code: "vmm", Severity: doctor.Pass, Title: "Virtual machine monitor", Detail: s.driver.Name()})
 	}
-	if s.notice != "" {
+	out = append(out, s.checkCgroups())
+	accel := s.driver.Features().Accel
+	switch {
+	case s.notice == "":
+	case accel == "kvm":
+		out = append(out, doctor.Finding{Code: "vmm-choice", Severity: doctor.Warn, Title: "Choice of the monitor", Detail: s.notice,
+			Fix: "make runtime brings Firecracker, or set firecracker_bin in config.toml"})
+	default:
 		return append(out, doctor.Finding{Code: "kvm", Severity: doctor.Warn, Title: "Hardware virtualization", Detail: s.notice,
 			Fix: "enable virtualization in the firmware, or join the group that may open /dev/kvm: sudo usermod -aG kvm $USER"})
 	}
-	return append(out, doctor.Finding{Code: "kvm", Severity: doctor.Pass, Title: "Hardware virtualization", Detail: s.driver.Features().Accel})
+	return append(out, doctor.Finding{Code: "kvm", Severity: doctor.Pass, Title: "Hardware virtualization", Detail: accel})
 }
 
-// Bounds of a VM's log: a chatty console must not fill the host's disk. bootTail is how much of it is
-// searched for why a boot failed: a panic's trace may follow the reason.
-const (
-	maxLog   = 4 << 20
-	keepLog  = 1 << 20
-	bootTail = 32 << 10
-)
-
-// boundLog cuts a log that has grown past maxLog back to its last keepLog bytes. Only before a
-// start: a running VMM appends to the file.
-func boundLog(path string) error {
-	st, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && st.Size() <= maxLog {
-		return nil
-	}
-	if err != nil {
-		return fault.Wrap(err, fault.Internal, path, "the VM's log cannot be read")
-	}
-	tail, err := tailOf(path, keepLog)
-	if err == nil {
-		err = os.WriteFile(path, tail, 0o600)
-	}
-	if err != nil {
-		return fault.Wrap(err, fault.Internal, path, "the VM's log cannot be cut back")
-	}
-	return nil
-}
-
-// startMark begins the line of a VM's log that tells one start's console from the ones before. A guest
-// can print it, too: then its own end is explained by less.
-const startMark = "banger: start "
-
-// markStart writes the line. The daemon that reads it may be another one than that which wrote it.
-func markStart(path string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
-	if err == nil {
-		_, err = fmt.Fprintf(f, "\n%s%s\n", startMark, time.Now().UTC().Format(time.RFC3339))
-		err = errors.Join(err, f.Close())
-	}
-	if err != nil {
-		return fault.Wrap(err, fault.Internal, path, "the VM's log cannot be written")
-	}
-	return nil
-}
-
-// sinceStart leaves out what earlier starts wrote.
-func sinceStart(log []byte) []byte {
-	i := bytes.LastIndex(log, []byte("\n"+startMark))
-	if i < 0 {
-		return log
-	}
-	_, rest, _ := bytes.Cut(log[i+1:], []byte("\n"))
-	return rest
-}
-
-// tailOf returns at most the last n bytes of a file, from the start of a line where it can.
-func tailOf(path string, n int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	from := max(0, st.Size()-n)
-	b, err := io.ReadAll(io.NewSectionReader(f, from, n))
-	if err != nil {
-		return nil, err
-	}
-	if from > 0 {
-		if i := bytes.IndexByte(b, '\n'); i >= 0 {
-			b = b[i+1:]
-		}
-	}
-	return b, nil
-}
+// bootTail is how much of a VM's log is searched for why a boot failed: a panic's trace may follow the
+// reason.
+const bootTail = 32 << 10
 
 // agentCapability owns the session with the guest's agent. It is the last to come up, so that a VM
 // is running when its agent answers, and the first to go: the orderly end of a guest is asked of it.
@@ -522,37 +502,23 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	defer stop()
 	wait, cancel := m.whileAlive(bounded)
 	defer cancel()
-	sess, err := c.machines.session(wait, v.ID)
-	if err != nil {
-		return c.bootError(ctx, v, m, bound, err)
-	}
-	h, err := sess.Client().Health(wait, &agentv1.HealthRequest{})
-	if err != nil {
+	// The handshake is the answer: it proves that the agent runs, and that it is this VM's. A call on top
+	// of it would have to wait for the guest's first use of its HTTP server, beside an init that starts.
+	if _, err := c.machines.session(wait, v.ID); err != nil {
 		return c.bootError(ctx, v, m, bound, err)
 	}
 	now := time.Now()
-	// The guest's clock beside the host's: with it the stages, which the guest stamps, can be laid
-	// over what the host did.
-	s.log.Info("agent answers", "vm", v.ID, "name", v.Name, "guest_ms", h.UptimeMs)
-	v.StartedAt, v.Boot = &now, stages(h.Stages)
+	v.StartedAt = &now
 	s.watchers.Go(func() { c.followBoot(v.ID, m) })
 	return nil
-}
-
-func stages(in []*agentv1.Stage) []vm.Stage {
-	var out []vm.Stage
-	for _, st := range in[:min(len(in), maxStages)] {
-		out = append(out, stage(st))
-	}
-	return out
 }
 
 func stage(st *agentv1.Stage) vm.Stage {
 	return vm.Stage{Name: guestText(st.GetName()), AtMS: st.GetAtMs()}
 }
 
-// followBoot records the stages that come after the agent. It ends with the boot, the session, or
-// the daemon; what it misses is shown by the next one that asks.
+// followBoot records the stages of the boot as the guest reports them. It ends with the boot, the
+// session, or the daemon; what it misses is shown by the next one that asks.
 func (c *agentCapability) followBoot(id vm.ID, m *machine) {
 	bounded, stop := context.WithTimeout(c.machines.service.bg, 10*time.Minute)
 	defer stop()
@@ -570,9 +536,13 @@ func (c *agentCapability) followBoot(id vm.ID, m *machine) {
 	var seen []vm.Stage
 	for stream.Receive() && len(seen) < maxStages {
 		st := stage(stream.Msg().Stage)
+		// The guest's clock beside the host's: with it the stages, which the guest stamps, can be laid
+		// over what the host did.
+		c.machines.service.log.Info("the guest reached a stage of its boot", "vm", id, "stage", st.Name, "detail", guestText(stream.Msg().GetStage().GetDetail()),
+			"guest_ms", stream.Msg().GetUptimeMs())
 		seen = append(seen, st)
-		if n := st.Name; n != boot.StageUserspace && n != boot.StageSSH {
-			continue // the ones before were recorded with the start: one write less each
+		if n := st.Name; n != boot.StageAgent && n != boot.StageUserspace && n != boot.StageSSH {
+			continue // those before the agent come together with it: one write for all
 		}
 		c.machines.update(id, m, func(v *vm.VM) bool {
 			if v.State != vm.Running || len(v.Boot) >= len(seen) {
@@ -594,8 +564,8 @@ func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, b
 		return context.Cause(ctx)
 	}
 	s := c.machines.service
-	tail, err := tailOf(s.logFile(v.ID), bootTail)
-	tail = sinceStart(tail)
+	tail, err := console.Tail(s.logFile(v.ID), bootTail)
+	tail = console.SinceStart(tail)
 	if err != nil {
 		cause = errors.Join(cause, err)
 	}
@@ -613,7 +583,7 @@ func (c *agentCapability) bootError(ctx context.Context, v *vm.VM, m *machine, b
 	} else if gone {
 		f = fault.New(fault.Unavailable, v.Name, "its VMM ended while the guest was booting (%s)%s", m.Exit().Reason, lastLines(tail))
 	} else if c.paused(ctx, m) {
-		return fault.New(fault.Exhausted, v.Name, "its VMM paused the guest while it was booting: the host could not take a write").
+		return fault.New(fault.Exhausted, v.Name, "its VMM paused the guest while it was booting: the host could not take a write, or soon could not").
 			WithHint("free space on the host (df -h %s), then try again with `banger vm start %s`", s.paths.State, v.Name)
 	} else if code := fault.CodeOf(cause); code != fault.Timeout && code != fault.Unavailable {
 		f = fault.New(code, v.Name, "the guest's agent did not answer as it should: %s%s", guestText(cause.Error()), lastLines(tail))

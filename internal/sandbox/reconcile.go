@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"git.thaloco.com/thaloco/banger/internal/console"
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
@@ -100,6 +101,13 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 		_, err := s.begin(ctx, kind, v, fn)
 		return err
 	}
+	// A VMM that ended while nobody looked: the guest may have said why.
+	end := ""
+	if todo == lifecycle.GoDown && !rebooted && v.State == vm.Running && v.Desired == vm.WantRunning {
+		if end = console.End(s.logFile(v.ID), 0); end == vmm.GuestReset {
+			todo = lifecycle.Cycle
+		}
+	}
 	// The newest operation is what the user wanted last, also if it had to wait for another one and
 	// had not begun.
 	if interrupted {
@@ -123,7 +131,12 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 			return s.endFailed(ctx, h, v, s.engine.Up(ctx, v, h.Stage), created)
 		})
 	case lifecycle.Cycle:
-		return resume(operation.Restart, s.restart)
+		return resume(operation.Restart, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+			if end != "" {
+				h.Notice(endNotes[end] + " while the daemon was away")
+			}
+			return s.restart(ctx, h, v)
+		})
 	case lifecycle.Remove:
 		return resume(operation.Delete, s.remove)
 	case lifecycle.GoDown:
@@ -133,6 +146,9 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 			note = "the host was rebooted"
 		case v.State == vm.Running:
 			note = "its VMM ended while the daemon was away"
+			if end != "" {
+				note = endNotes[end] + " while the daemon was away"
+			}
 		case v.State == vm.Stopping:
 			how, note = lifecycle.Orderly, "" // its guest may still run, and hold what is not written yet
 		}
@@ -244,6 +260,9 @@ func (s *Service) sweep(ctx context.Context) error {
 			s.warn("VMMs without a record could not be swept: %v", err)
 			s.log.Error("VMMs without a record could not be swept", "err", err)
 		}
+	}
+	if err := s.cgroups.Sweep(ctx); err != nil {
+		return err
 	}
 	run, err := names(filepath.Join(s.paths.State, "run"))
 	if err != nil {

@@ -14,7 +14,9 @@ import (
 	"sync"
 	"time"
 
+	"git.thaloco.com/thaloco/banger/internal/cgroup"
 	"git.thaloco.com/thaloco/banger/internal/config"
+	"git.thaloco.com/thaloco/banger/internal/console"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
@@ -26,7 +28,9 @@ import (
 
 // Options are what a Service is made of.
 type Options struct {
-	Driver    vmm.Driver
+	Driver vmm.Driver // starts VMs
+	// Others find VMs that still run under the VMM that an earlier daemon chose, until they stop.
+	Others    []vmm.Driver
 	VMMNotice string // why this driver and not a faster one, "" if there is no faster one
 	Config    config.Config
 	Paths     config.Paths
@@ -43,6 +47,7 @@ type Service struct {
 	log    *slog.Logger
 	notice string
 	driver vmm.Driver
+	others []vmm.Driver
 
 	ops    *operation.Runner
 	engine *lifecycle.Engine
@@ -51,6 +56,8 @@ type Service struct {
 
 	images   *images
 	machines *machines
+	cgroups  *cgroup.Host
+	logs     *console.Keeper // nil if the host has no inotify instance left
 
 	bg       context.Context // background watchers of machines; ends with Close
 	bgStop   context.CancelFunc
@@ -63,7 +70,7 @@ type Service struct {
 // New returns a Service over an open store, which it closes in the end. Call Reconcile before the
 // first use case.
 func New(st *store.Store, o Options) *Service {
-	s := &Service{store: st, cfg: o.Config, paths: o.Paths, host: o.Host, log: o.Log, notice: o.VMMNotice, driver: o.Driver}
+	s := &Service{store: st, cfg: o.Config, paths: o.Paths, host: o.Host, log: o.Log, notice: o.VMMNotice, driver: o.Driver, others: o.Others}
 	s.bg, s.bgStop = context.WithCancel(context.Background())
 	s.ops = operation.NewRunner(s.store.SaveOperation,
 		func(op operation.Operation) { s.hub.publish(Event{Operation: &op}) },
@@ -75,6 +82,8 @@ func New(st *store.Store, o Options) *Service {
 		func(id vm.ID) { s.hub.publish(Event{Deleted: id}) })
 	s.images = &images{store: s.store, cfg: o.Config, paths: o.Paths, mu: newCtxLock()}
 	s.machines = &machines{service: s, byID: map[vm.ID]*machine{}}
+	s.cgroups = cgroup.New(s.store.InstallationID())
+	s.openLogKeeper()
 
 	parts := capabilities(s)
 	s.machines.parts = parts
@@ -98,6 +107,9 @@ func (s *Service) Close(ctx context.Context) error {
 	case <-done:
 	case <-ctx.Done():
 		err = errors.Join(err, fault.Wrap(ctx.Err(), fault.Timeout, "watchers", "some did not stop in time"))
+	}
+	if s.logs != nil {
+		err = errors.Join(err, s.logs.Close())
 	}
 	return errors.Join(err, s.store.Close())
 }
@@ -142,6 +154,7 @@ type Detail struct {
 	Log             string
 	VMMState        string
 	Agent           string // "answers", or why not
+	Confinement     *Confinement
 }
 
 // Event is one change. Exactly one field is set.

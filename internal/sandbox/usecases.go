@@ -490,6 +490,7 @@ func (s *Service) Show(ctx context.Context, ref string) (Detail, error) {
 		} else {
 			d.Agent = s.machines.health(ctx, v.ID)
 		}
+		d.Confinement = s.machines.confinement(v.ID, m)
 	}
 	return d, nil
 }

@@ -1,14 +1,12 @@
 package sandbox
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -18,6 +16,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"git.thaloco.com/thaloco/banger/internal/console"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
@@ -235,6 +234,9 @@ func hostile(ctx context.Context, g *fakevmm.Guest, conn net.Conn) {
 	const evil = "\x1b[2J\x1b]0;owned\x07\u202ered\r\n"
 	stages := &agentd.Stages{}
 	for i := range 500 {
+		if i == maxStages/2 { // without it nothing is recorded
+			stages.Reach(agentd.Stage{Name: boot.StageAgent})
+		}
 		stages.Reach(agentd.Stage{Name: fmt.Sprint(evil, i, strings.Repeat("x", 1000)), At: time.Duration(i)})
 	}
 	_ = agentd.ServeConn(ctx, conn, false, config.Secret, &agentd.Guest{
@@ -259,7 +261,7 @@ func TestAHostileGuestCannotWriteToTerminals(t *testing.T) {
 			t.Errorf("%s: %q", what, text)
 		}
 	}
-	v := r.vm(id)
+	v := r.untilVM(id, "with its boot", func(v vm.VM) bool { return len(v.Boot) > 0 })
 	if len(v.Boot) > maxStages {
 		t.Errorf("%d stages are remembered", len(v.Boot))
 	}
@@ -300,49 +302,7 @@ func TestAHostileGuestCannotWriteToTerminals(t *testing.T) {
 
 func TestTheEndOfALog(t *testing.T) {
 	t.Parallel()
-	path := filepath.Join(t.TempDir(), "log")
-	write := func(b []byte) {
-		t.Helper()
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, c := range []struct{ content, want string }{
-		{"", ""}, {"short\n", "short\n"}, {"exactly10\n", "exactly10\n"},
-		{"first line\nlast\n", "last\n"}, {"no line end at all in this", "nd in this"[len("nd in this")-10:]}, {"x\n\n\n\n\n\n\n\n\n\n\n\n", "\n\n\n\n\n\n\n\n\n"},
-	} {
-		write([]byte(c.content))
-		if c.content == "no line end at all in this" {
-			c.want = c.content[len(c.content)-10:]
-		}
-		if got, err := tailOf(path, 10); err != nil || string(got) != c.want {
-			t.Errorf("%q: %q, %v; want %q", c.content, got, err, c.want)
-		}
-	}
-	// Only a log that has grown too long is cut, to whole lines.
-	line := bytes.Repeat([]byte("x"), 99)
-	line = append(line, '\n')
-	write(bytes.Repeat(line, maxLog/100))
-	if err := boundLog(path); err != nil {
-		t.Fatal(err)
-	}
-	if st, err := os.Stat(path); err != nil || st.Size() != maxLog/100*100 {
-		t.Errorf("a log of the longest length was cut: %d", st.Size())
-	}
-	write(bytes.Repeat(line, maxLog/100+2))
-	if err := boundLog(path); err != nil {
-		t.Fatal(err)
-	}
-	if b, err := os.ReadFile(path); err != nil || len(b) > keepLog || len(b) < keepLog-100 || len(b)%100 != 0 {
-		t.Errorf("%d bytes are kept, %v", len(b), err)
-	}
-	if err := boundLog(path + ".none"); err != nil {
-		t.Errorf("no log: %v", err)
-	}
-	if err := boundLog(filepath.Join(path, "x")); !fault.Is(err, fault.Internal) {
-		t.Errorf("got %v", err)
-	}
-	if got := string(sinceStart([]byte("old\n" + startMark + "one\nfirst\n\n" + startMark + "two\nsecond\n"))); got != "second\n" {
+	if got := string(console.SinceStart([]byte("old\n" + console.StartMark + "one\nfirst\n\n" + console.StartMark + "two\nsecond\n"))); got != "second\n" {
 		t.Errorf("this boot: %q", got)
 	}
 	if got := lastLines([]byte("1\n2\n\n3\n\x1b[0m\n4\n5\n6\r\n\n")); got != "\n  console: 2\n  console: 3\n  console: 4\n  console: 5\n  console: 6" {
@@ -354,11 +314,11 @@ func TestTheEndOfALog(t *testing.T) {
 }
 
 func FuzzLastLines(f *testing.F) {
-	for _, s := range []string{"", "\n", "a\nb", "\x1b[31mred\x1b[0m\n", "\xff\xfe\n\xc3", strings.Repeat("x", 5000), "\x9b2J", "\u202e\n", "\n" + startMark + "x\n"} {
+	for _, s := range []string{"", "\n", "a\nb", "\x1b[31mred\x1b[0m\n", "\xff\xfe\n\xc3", strings.Repeat("x", 5000), "\x9b2J", "\u202e\n", "\n" + console.StartMark + "x\n"} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, tail []byte) {
-		got := lastLines(sinceStart(tail))
+		got := lastLines(console.SinceStart(tail))
 		if !utf8.ValidString(got) || len(got) > 5*(320) || strings.Count(got, "\n") > 5 {
 			t.Errorf("%q", got)
 		}

@@ -60,6 +60,13 @@ func detailMessage(d sandbox.Detail) *bangerv1.VM {
 	m.Log = d.Log
 	m.VmmState = d.VMMState
 	m.Agent = d.Agent
+	if c := d.Confinement; c != nil {
+		m.Confinement = &bangerv1.Confinement{
+			Uid: int32(c.UID), NoNewPrivileges: c.NoNewPrivs, Seccomp: c.Seccomp,
+			Cgroup: c.Cgroup, NoCgroup: c.NoCgroup,
+			MemoryMaxBytes: c.Limits.Memory, CpuMax: c.Limits.CPUs, TasksMax: c.Limits.Tasks,
+		}
+	}
 	return m
 }
 

@@ -6,19 +6,26 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
-// named says whether s is made of 1 to 64 letters, digits and underscores, and dashes if they are
-// allowed. An id may not hold a dash and an owner may, so that the last dash of a Marker always splits it
+// The longest names, in bytes. A Marker of both has 64: the most that Firecracker takes for an --id,
+// which may have letters, digits and dashes (its docs, and validate_instance_id of its source).
+const (
+	longestID    = 32
+	longestOwner = 24
+)
+
+// named says whether s is made of letters and digits, and dashes if they are allowed, and has one to
+// longest of them. An id may not hold a dash and an owner may, so that the last dash of a Marker always splits it
 // into the same two parts: no two machines can share a marker. Not regular expressions: those would be
 // compiled at each of the three starts of the guest program in a boot.
-func named(s string, dashes bool) bool {
+func named(s string, longest int, dashes bool) bool {
 	for _, c := range []byte(s) {
 		switch {
-		case c >= '0' && c <= '9', c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c == '_', c == '-' && dashes:
+		case c >= '0' && c <= '9', c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c == '-' && dashes:
 		default:
 			return false
 		}
 	}
-	return len(s) >= 1 && len(s) <= 64
+	return len(s) >= 1 && len(s) <= longest
 }
 
 // Marker is the argument that every VMM of this machine carries on its command line, alone and
@@ -33,10 +40,10 @@ func (s Spec) invalid(format string, args ...any) error {
 // fault.Invalid names the field.
 func (s Spec) ValidateIdentity() error {
 	switch {
-	case !named(s.ID, false):
-		return s.invalid("machine id %q is not made of 1 to 64 letters, digits and underscores", s.ID)
-	case !named(s.Owner, true):
-		return s.invalid("owner %q is not made of 1 to 64 letters, digits, underscores and dashes", s.Owner)
+	case !named(s.ID, longestID, false):
+		return s.invalid("machine id %q is not made of 1 to %d letters and digits", s.ID, longestID)
+	case !named(s.Owner, longestOwner, true):
+		return s.invalid("owner %q is not made of 1 to %d letters, digits and dashes", s.Owner, longestOwner)
 	}
 	for _, p := range []struct{ what, path string }{{"run directory", s.RunDir}, {"log", s.Log}} {
 		if !filepath.IsAbs(p.path) {

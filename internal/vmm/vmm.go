@@ -47,7 +47,11 @@ type Spec struct {
 	MemoryMiB int64
 	Drives    []Drive
 	CID       uint32
-	Log       string // console and VMM output are appended here
+	Log       string // console and VMM output are appended here; cut back in place at any time after Start
+
+	// Cgroup goes into process.Command; nil: no control group of its own. It is no description: records of a
+	// Spec leave it out.
+	Cgroup func(ctx context.Context, pid int) `json:"-"`
 }
 
 // State is what a driver knows of a machine's execution.
@@ -105,7 +109,8 @@ type Machine interface {
 	// Signal sends one signal to the process, after checking that it still is the process it was.
 	// fault.Precondition if it is gone.
 	Signal(ctx context.Context, sig int) error
-	// Resume lets a Paused machine go on. No effect on a running one.
+	// Resume lets a Paused machine go on. No effect on a running one. fault.Exhausted if the host's disk
+	// has no room for it yet.
 	Resume(ctx context.Context) error
 	// Link reaches the agent in the guest.
 	Link() Link
@@ -117,10 +122,18 @@ type Machine interface {
 type Features struct {
 	Accel string // "kvm" or "tcg"
 	Vsock bool   // agent over vsock, else over virtio-serial
+	// OverheadMiB is memory that it may need beside the guest's and beside the 256 MiB that any VMM gets.
+	OverheadMiB int64
 }
 
-// Change is one change of a machine's State. Reason is for people and logs: "io-error" when the
-// host could not take a guest's write, "" when it is not known.
+// Reasons of a Change to Paused that users of the port tell apart.
+const (
+	IOError = "io-error" // the host could not take a guest's write; the guest waits with it
+	NoRoom  = "no-room"  // the host's disk is all but full; it was paused before a write could fail
+)
+
+// Change is one change of a machine's State. Reason is one of the constants above or the driver's own
+// words, for people and logs; "" when it is not known.
 type Change struct {
 	State  State
 	Reason string

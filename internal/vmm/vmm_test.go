@@ -1,13 +1,36 @@
 package vmm
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
+
+// TestCreateVM asks the real KVM of this host, if there is one.
+func TestCreateVM(t *testing.T) {
+	kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	defer kvm.Close()
+	if err := createVM(kvm); err != nil {
+		t.Error(err)
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	if err := createVM(null); !errors.Is(err, unix.ENOTTY) {
+		t.Errorf("what is no KVM: %v", err)
+	}
+}
 
 func TestValidate(t *testing.T) {
 	good := Spec{
@@ -20,6 +43,11 @@ func TestValidate(t *testing.T) {
 	if got, want := good.Marker(), "banger-one-two-0123456789abcdef0123456789abcdef"; got != want {
 		t.Errorf("marker %q, want %q", got, want)
 	}
+	longest := good
+	longest.ID, longest.Owner = strings.Repeat("x", 32), strings.Repeat("x", 24)
+	if err := longest.Validate(); err != nil || len(longest.Marker()) != 64 {
+		t.Errorf("the longest marker has %d bytes (%v), want 64: Firecracker's --id takes no more", len(longest.Marker()), err)
+	}
 	for _, c := range []struct {
 		want   string // part of the message
 		change func(*Spec)
@@ -27,7 +55,9 @@ func TestValidate(t *testing.T) {
 		{"machine id", func(s *Spec) { s.ID = "" }},
 		{"machine id", func(s *Spec) { s.ID = "a-b" }}, // two markers could be alike
 		{"machine id", func(s *Spec) { s.ID = "../x" }},
-		{"machine id", func(s *Spec) { s.ID = strings.Repeat("x", 65) }},
+		{"machine id", func(s *Spec) { s.ID = "a_b" }}, // Firecracker's --id takes none
+		{"machine id", func(s *Spec) { s.ID = strings.Repeat("x", 33) }},
+		{"owner", func(s *Spec) { s.Owner = strings.Repeat("x", 25) }},
 		{"owner", func(s *Spec) { s.Owner = "" }},
 		{"owner", func(s *Spec) { s.Owner = "a b" }},
 		{"0 virtual CPUs", func(s *Spec) { s.VCPU = 0 }},
@@ -61,16 +91,19 @@ func TestKVMUsable(t *testing.T) {
 	device := write("kvm", "")
 	for _, c := range []struct {
 		name, device, cpuinfo string
+		creates               error
 		want                  bool
 		reason                string
 	}{
-		{"intel", device, "processor\t: 0\nflags\t\t: fpu vmx sse\n", true, ""},
-		{"amd", device, "flags\t\t: fpu svm sse\n", true, ""},
-		{"device without extensions", device, "flags\t\t: fpu vmxnet sse\nvmx flags\t: x\n", false, "neither vmx nor svm"},
-		{"no device", filepath.Join(dir, "none"), "flags\t\t: vmx\n", false, "has no"},
+		{"intel", device, "processor\t: 0\nflags\t\t: fpu vmx sse\n", nil, true, ""},
+		{"amd", device, "flags\t\t: fpu svm sse\n", nil, true, ""},
+		{"held by another hypervisor", device, "flags\t\t: vmx\n", unix.EBUSY, false, "another hypervisor"},
+		{"creates nothing", device, "flags\t\t: vmx\n", unix.EIO, false, "creates no VM: input/output error"},
+		{"device without extensions", device, "flags\t\t: fpu vmxnet sse\nvmx flags\t: x\n", nil, false, "neither vmx nor svm"},
+		{"no device", filepath.Join(dir, "none"), "flags\t\t: vmx\n", nil, false, "has no"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got, reason := kvmUsable(c.device, write("cpuinfo", c.cpuinfo))
+			got, reason := kvmUsable(c.device, write("cpuinfo", c.cpuinfo), func(*os.File) error { return c.creates })
 			if got != c.want || !strings.Contains(reason, c.reason) || got != (reason == "") || strings.Contains(reason, "\n") {
 				t.Errorf("%v, %q; want %v, %q", got, reason, c.want, c.reason)
 			}

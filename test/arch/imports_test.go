@@ -31,7 +31,7 @@ var bans = []ban{
 	{"internal/operation", module, []string{"internal/fault"}, "an operation does not know what it does"},
 	{"internal/doctor", module, []string{"internal/fault"}, "checks belong to capabilities; doctor is their form"},
 	{"internal/lifecycle", module, []string{"internal/fault", "internal/vm"}, "the engine knows the order of steps and nothing of what they are"},
-	{"internal/vmm", module + "internal/", []string{"internal/fault", "internal/vmm", "internal/process", "internal/guest"}, "drivers run machines: they know no use case, store or API"},
+	{"internal/vmm", module + "internal/", []string{"internal/fault", "internal/vmm", "internal/process", "internal/console", "internal/guest"}, "drivers run machines: they know no use case, store or API"},
 	{"internal/process", module, []string{"internal/fault"}, "a process is a process"},
 	{"internal/disk", module, []string{"internal/fault", "internal/ext4", "internal/vm"}, "disks are files: who they belong to is not theirs to know"},
 	{"internal/store", module + "internal/", []string{"internal/fault", "internal/vm", "internal/image", "internal/operation", "internal/lifecycle"}, "the store keeps records, it runs nothing"},

@@ -37,7 +37,7 @@ func open(ctx context.Context, p config.Paths, c config.Config, log *slog.Logger
 		return nil, err
 	}
 	return sandbox.Open(ctx, sandbox.Options{
-		Driver: fakevmm.New(world, fakeguest.Agent(dial)), VMMNotice: "nothing boots: machines are fake",
+		Driver: fakevmm.New(world, fakeguest.Agent(dial, fakeguest.Boot()...)), VMMNotice: "nothing boots: machines are fake",
 		Config: c, Paths: p, Host: config.Host(), Log: log,
 	})
 }

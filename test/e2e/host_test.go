@@ -91,6 +91,9 @@ func newHostIn(t *testing.T, dir string, settings ...string) *host {
 	if err := os.MkdirAll(runtimeDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	if driver := os.Getenv("BANGER_E2E_VMM"); driver != "" { // the lab: not another one without a word
+		settings = append(settings, fmt.Sprintf("vmm = %q", driver))
+	}
 	config := filepath.Join(dir, "config.toml")
 	if err := os.WriteFile(config, []byte(strings.Join(settings, "\n")+"\n"), 0o644); err != nil {
 		t.Fatal(err)
@@ -273,7 +276,7 @@ func (h *host) processes() map[int]string {
 // machines returns the VMMs among the processes.
 func (h *host) machines() (pids []int) {
 	for pid, line := range h.processes() {
-		if strings.Contains(line, "qemu-system") {
+		if program, _, _ := strings.Cut(line, " "); strings.Contains(program, "qemu-system") || filepath.Base(program) == "firecracker" {
 			pids = append(pids, pid)
 		}
 	}
@@ -291,6 +294,7 @@ func (h *host) end() {
 			h.t.Logf("%s:\n%s", f, tail(log, 15))
 		}
 	}
+	h.keepLogs()
 	if r := h.try("vm", "list", "--output", "json"); r.code == 0 {
 		var all []machine
 		_ = json.Unmarshal([]byte(r.stdout), &all)
@@ -315,6 +319,24 @@ func (h *host) end() {
 		for _, dir := range []string{"run", "vms"} {
 			if entries, _ := os.ReadDir(filepath.Join(h.state, dir)); len(entries) > 0 {
 				h.t.Errorf("left behind: %s/%s/%s", h.state, dir, entries[0].Name())
+			}
+		}
+	}
+}
+
+// keepLogs copies the logs of the daemon and the VMs to where the lab brings them back from.
+func (h *host) keepLogs() {
+	to := os.Getenv("BANGER_TEST_LOGS")
+	if to == "" {
+		return
+	}
+	logs, _ := filepath.Glob(filepath.Join(h.state, "vms/*/*.log"))
+	for _, f := range append(logs, filepath.Join(h.state, "bangerd.log")) {
+		rel, _ := filepath.Rel(h.state, f)
+		name := strings.ReplaceAll(h.t.Name()+"-"+rel, "/", "_")
+		if content, err := os.ReadFile(f); err == nil {
+			if err := os.WriteFile(filepath.Join(to, name), content, 0o644); err != nil {
+				h.t.Error(err)
 			}
 		}
 	}

@@ -50,15 +50,15 @@ func TestOrdinaryUser(t *testing.T) {
 	run(t, filepath.Join(checkout, "dist/mkruntime"), "-runtime", filepath.Join(checkout, "runtime"), "-to", filepath.Join(prefix, "lib/banger"), "install")
 	run(t, "chown", "-R", fmt.Sprintf("%d:%d", uid, gid), home)
 
+	t.Cleanup(func() { _ = os.RemoveAll(fmt.Sprintf("/tmp/banger-%d", uid)) }) // after the host's end, which makes it again
 	h := newHostIn(t, filepath.Join(home, "e2e"))
 	run(t, "chown", "-R", fmt.Sprintf("%d:%d", uid, gid), filepath.Join(home, "e2e"))
 	h.program = filepath.Join(prefix, "bin/banger")
 	h.sys = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
 	h.env = []string{"HOME=" + home, "PATH=/usr/bin:/bin", "USER=" + name, "BANGER_STATE_DIR=" + h.state,
-		"BANGER_TEST_RUN=" + os.Getenv("BANGER_TEST_RUN")} // no XDG_RUNTIME_DIR: as after su
+		"BANGER_TEST_RUN=" + os.Getenv("BANGER_TEST_RUN"), "GOCOVERDIR=" + os.Getenv("GOCOVERDIR")} // no XDG_RUNTIME_DIR: as after su
 
 	socket := strings.TrimSpace(h.do("daemon", "socket"))
-	t.Cleanup(func() { _ = os.RemoveAll(fmt.Sprintf("/tmp/banger-%d", uid)) })
 	if want := fmt.Sprintf("/tmp/banger-%d/", uid); !strings.HasPrefix(socket, want) {
 		t.Errorf("the socket is %s, want it under %s", socket, want)
 	}

@@ -21,8 +21,14 @@ import (
 // Dial connects to a port of the fake guest; a port that nobody serves is syscall.ECONNREFUSED.
 type Dial func(ctx context.Context, g *fakevmm.Guest, port int) (net.Conn, error)
 
-// Agent plays the guest program of a fake machine. A nil dial refuses every port.
-func Agent(dial Dial) fakevmm.Agent {
+// Boot is the boot that a real guest reports.
+func Boot() []string {
+	return []string{boot.StageInit, boot.StageRoot, boot.StageListening, boot.StageAgent, boot.StageSSH, boot.StageUserspace}
+}
+
+// Agent plays the guest program of a fake machine that reports these stages of its boot. A guest that
+// reports none makes the daemon write nothing at moments of its own. A nil dial refuses every port.
+func Agent(dial Dial, reports ...string) fakevmm.Agent {
 	return func(ctx context.Context, g *fakevmm.Guest, conn net.Conn) {
 		defer conn.Close()
 		config, err := readConfig(g.Spec())
@@ -31,7 +37,7 @@ func Agent(dial Dial) fakevmm.Agent {
 			return
 		}
 		stages := &agentd.Stages{}
-		for i, name := range []string{boot.StageInit, boot.StageRoot, boot.StageAgent, boot.StageSSH, boot.StageUserspace} {
+		for i, name := range reports {
 			stages.Reach(agentd.Stage{Name: name, At: time.Duration(i+1) * time.Millisecond})
 		}
 		guest := &agentd.Guest{

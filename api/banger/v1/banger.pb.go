@@ -139,12 +139,13 @@ type VM struct {
 	Kernel      string                 `protobuf:"bytes,21,opt,name=kernel,proto3" json:"kernel,omitempty"`                              // version
 	OperationId string                 `protobuf:"bytes,22,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"` // running operation, if any
 	// Only in GetVM: they cost system calls.
-	DiskAllocatedBytes   int64  `protobuf:"varint,40,opt,name=disk_allocated_bytes,json=diskAllocatedBytes,proto3" json:"disk_allocated_bytes,omitempty"`
-	SystemAllocatedBytes int64  `protobuf:"varint,41,opt,name=system_allocated_bytes,json=systemAllocatedBytes,proto3" json:"system_allocated_bytes,omitempty"`
-	Directory            string `protobuf:"bytes,42,opt,name=directory,proto3" json:"directory,omitempty"`
-	Log                  string `protobuf:"bytes,43,opt,name=log,proto3" json:"log,omitempty"`
-	VmmState             string `protobuf:"bytes,44,opt,name=vmm_state,json=vmmState,proto3" json:"vmm_state,omitempty"` // running, paused
-	Agent                string `protobuf:"bytes,45,opt,name=agent,proto3" json:"agent,omitempty"`                       // "answers", or why not
+	DiskAllocatedBytes   int64        `protobuf:"varint,40,opt,name=disk_allocated_bytes,json=diskAllocatedBytes,proto3" json:"disk_allocated_bytes,omitempty"`
+	SystemAllocatedBytes int64        `protobuf:"varint,41,opt,name=system_allocated_bytes,json=systemAllocatedBytes,proto3" json:"system_allocated_bytes,omitempty"`
+	Directory            string       `protobuf:"bytes,42,opt,name=directory,proto3" json:"directory,omitempty"`
+	Log                  string       `protobuf:"bytes,43,opt,name=log,proto3" json:"log,omitempty"`
+	VmmState             string       `protobuf:"bytes,44,opt,name=vmm_state,json=vmmState,proto3" json:"vmm_state,omitempty"` // running, paused
+	Agent                string       `protobuf:"bytes,45,opt,name=agent,proto3" json:"agent,omitempty"`                       // "answers", or why not
+	Confinement          *Confinement `protobuf:"bytes,46,opt,name=confinement,proto3" json:"confinement,omitempty"`           // not set: no program of it runs
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -375,6 +376,115 @@ func (x *VM) GetAgent() string {
 	return ""
 }
 
+func (x *VM) GetConfinement() *Confinement {
+	if x != nil {
+		return x.Confinement
+	}
+	return nil
+}
+
+// Confinement is what the kernel holds a VM's program to, read of the running process.
+type Confinement struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Uid             int32                  `protobuf:"varint,1,opt,name=uid,proto3" json:"uid,omitempty"` // effective
+	NoNewPrivileges bool                   `protobuf:"varint,2,opt,name=no_new_privileges,json=noNewPrivileges,proto3" json:"no_new_privileges,omitempty"`
+	Seccomp         string                 `protobuf:"bytes,3,opt,name=seccomp,proto3" json:"seccomp,omitempty"`                   // filter, strict, or empty: none
+	Cgroup          string                 `protobuf:"bytes,4,opt,name=cgroup,proto3" json:"cgroup,omitempty"`                     // name of its own control group; empty: it has none
+	NoCgroup        string                 `protobuf:"bytes,5,opt,name=no_cgroup,json=noCgroup,proto3" json:"no_cgroup,omitempty"` // why it has none
+	// Bounds of that group. Zero: none.
+	MemoryMaxBytes int64   `protobuf:"varint,6,opt,name=memory_max_bytes,json=memoryMaxBytes,proto3" json:"memory_max_bytes,omitempty"`
+	CpuMax         float64 `protobuf:"fixed64,7,opt,name=cpu_max,json=cpuMax,proto3" json:"cpu_max,omitempty"` // CPUs kept busy
+	TasksMax       int64   `protobuf:"varint,8,opt,name=tasks_max,json=tasksMax,proto3" json:"tasks_max,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Confinement) Reset() {
+	*x = Confinement{}
+	mi := &file_banger_v1_banger_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Confinement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Confinement) ProtoMessage() {}
+
+func (x *Confinement) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Confinement.ProtoReflect.Descriptor instead.
+func (*Confinement) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Confinement) GetUid() int32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *Confinement) GetNoNewPrivileges() bool {
+	if x != nil {
+		return x.NoNewPrivileges
+	}
+	return false
+}
+
+func (x *Confinement) GetSeccomp() string {
+	if x != nil {
+		return x.Seccomp
+	}
+	return ""
+}
+
+func (x *Confinement) GetCgroup() string {
+	if x != nil {
+		return x.Cgroup
+	}
+	return ""
+}
+
+func (x *Confinement) GetNoCgroup() string {
+	if x != nil {
+		return x.NoCgroup
+	}
+	return ""
+}
+
+func (x *Confinement) GetMemoryMaxBytes() int64 {
+	if x != nil {
+		return x.MemoryMaxBytes
+	}
+	return 0
+}
+
+func (x *Confinement) GetCpuMax() float64 {
+	if x != nil {
+		return x.CpuMax
+	}
+	return 0
+}
+
+func (x *Confinement) GetTasksMax() int64 {
+	if x != nil {
+		return x.TasksMax
+	}
+	return 0
+}
+
 type Failure struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
@@ -386,7 +496,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_banger_v1_banger_proto_msgTypes[2]
+	mi := &file_banger_v1_banger_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +508,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[2]
+	mi := &file_banger_v1_banger_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +521,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{2}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Failure) GetStep() string {
@@ -445,7 +555,7 @@ type Stage struct {
 
 func (x *Stage) Reset() {
 	*x = Stage{}
-	mi := &file_banger_v1_banger_proto_msgTypes[3]
+	mi := &file_banger_v1_banger_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -457,7 +567,7 @@ func (x *Stage) String() string {
 func (*Stage) ProtoMessage() {}
 
 func (x *Stage) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[3]
+	mi := &file_banger_v1_banger_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -470,7 +580,7 @@ func (x *Stage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stage.ProtoReflect.Descriptor instead.
 func (*Stage) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{3}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Stage) GetName() string {
@@ -504,7 +614,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_banger_v1_banger_proto_msgTypes[4]
+	mi := &file_banger_v1_banger_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -516,7 +626,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[4]
+	mi := &file_banger_v1_banger_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -529,7 +639,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{4}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Image) GetId() string {
@@ -614,7 +724,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_banger_v1_banger_proto_msgTypes[5]
+	mi := &file_banger_v1_banger_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -626,7 +736,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[5]
+	mi := &file_banger_v1_banger_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -639,7 +749,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{5}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Operation) GetId() string {
@@ -731,7 +841,7 @@ type OperationStage struct {
 
 func (x *OperationStage) Reset() {
 	*x = OperationStage{}
-	mi := &file_banger_v1_banger_proto_msgTypes[6]
+	mi := &file_banger_v1_banger_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -743,7 +853,7 @@ func (x *OperationStage) String() string {
 func (*OperationStage) ProtoMessage() {}
 
 func (x *OperationStage) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[6]
+	mi := &file_banger_v1_banger_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -756,7 +866,7 @@ func (x *OperationStage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OperationStage.ProtoReflect.Descriptor instead.
 func (*OperationStage) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{6}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *OperationStage) GetName() string {
@@ -804,7 +914,7 @@ type CreateVMRequest struct {
 
 func (x *CreateVMRequest) Reset() {
 	*x = CreateVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[7]
+	mi := &file_banger_v1_banger_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -816,7 +926,7 @@ func (x *CreateVMRequest) String() string {
 func (*CreateVMRequest) ProtoMessage() {}
 
 func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[7]
+	mi := &file_banger_v1_banger_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -829,7 +939,7 @@ func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVMRequest.ProtoReflect.Descriptor instead.
 func (*CreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{7}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateVMRequest) GetName() string {
@@ -897,7 +1007,7 @@ type CreateVMResponse struct {
 
 func (x *CreateVMResponse) Reset() {
 	*x = CreateVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[8]
+	mi := &file_banger_v1_banger_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -909,7 +1019,7 @@ func (x *CreateVMResponse) String() string {
 func (*CreateVMResponse) ProtoMessage() {}
 
 func (x *CreateVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[8]
+	mi := &file_banger_v1_banger_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -922,7 +1032,7 @@ func (x *CreateVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVMResponse.ProtoReflect.Descriptor instead.
 func (*CreateVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{8}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateVMResponse) GetOperation() *Operation {
@@ -941,7 +1051,7 @@ type StartVMRequest struct {
 
 func (x *StartVMRequest) Reset() {
 	*x = StartVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[9]
+	mi := &file_banger_v1_banger_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1063,7 @@ func (x *StartVMRequest) String() string {
 func (*StartVMRequest) ProtoMessage() {}
 
 func (x *StartVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[9]
+	mi := &file_banger_v1_banger_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1076,7 @@ func (x *StartVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartVMRequest.ProtoReflect.Descriptor instead.
 func (*StartVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{9}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *StartVMRequest) GetId() string {
@@ -985,7 +1095,7 @@ type StartVMResponse struct {
 
 func (x *StartVMResponse) Reset() {
 	*x = StartVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[10]
+	mi := &file_banger_v1_banger_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -997,7 +1107,7 @@ func (x *StartVMResponse) String() string {
 func (*StartVMResponse) ProtoMessage() {}
 
 func (x *StartVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[10]
+	mi := &file_banger_v1_banger_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1010,7 +1120,7 @@ func (x *StartVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartVMResponse.ProtoReflect.Descriptor instead.
 func (*StartVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{10}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *StartVMResponse) GetOperation() *Operation {
@@ -1030,7 +1140,7 @@ type StopVMRequest struct {
 
 func (x *StopVMRequest) Reset() {
 	*x = StopVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[11]
+	mi := &file_banger_v1_banger_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1042,7 +1152,7 @@ func (x *StopVMRequest) String() string {
 func (*StopVMRequest) ProtoMessage() {}
 
 func (x *StopVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[11]
+	mi := &file_banger_v1_banger_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1055,7 +1165,7 @@ func (x *StopVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopVMRequest.ProtoReflect.Descriptor instead.
 func (*StopVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{11}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StopVMRequest) GetId() string {
@@ -1081,7 +1191,7 @@ type StopVMResponse struct {
 
 func (x *StopVMResponse) Reset() {
 	*x = StopVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[12]
+	mi := &file_banger_v1_banger_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1093,7 +1203,7 @@ func (x *StopVMResponse) String() string {
 func (*StopVMResponse) ProtoMessage() {}
 
 func (x *StopVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[12]
+	mi := &file_banger_v1_banger_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1106,7 +1216,7 @@ func (x *StopVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopVMResponse.ProtoReflect.Descriptor instead.
 func (*StopVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{12}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StopVMResponse) GetOperation() *Operation {
@@ -1125,7 +1235,7 @@ type RestartVMRequest struct {
 
 func (x *RestartVMRequest) Reset() {
 	*x = RestartVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[13]
+	mi := &file_banger_v1_banger_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1137,7 +1247,7 @@ func (x *RestartVMRequest) String() string {
 func (*RestartVMRequest) ProtoMessage() {}
 
 func (x *RestartVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[13]
+	mi := &file_banger_v1_banger_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1150,7 +1260,7 @@ func (x *RestartVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartVMRequest.ProtoReflect.Descriptor instead.
 func (*RestartVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{13}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RestartVMRequest) GetId() string {
@@ -1169,7 +1279,7 @@ type RestartVMResponse struct {
 
 func (x *RestartVMResponse) Reset() {
 	*x = RestartVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[14]
+	mi := &file_banger_v1_banger_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1181,7 +1291,7 @@ func (x *RestartVMResponse) String() string {
 func (*RestartVMResponse) ProtoMessage() {}
 
 func (x *RestartVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[14]
+	mi := &file_banger_v1_banger_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1194,7 +1304,7 @@ func (x *RestartVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartVMResponse.ProtoReflect.Descriptor instead.
 func (*RestartVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{14}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RestartVMResponse) GetOperation() *Operation {
@@ -1213,7 +1323,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[15]
+	mi := &file_banger_v1_banger_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1225,7 +1335,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[15]
+	mi := &file_banger_v1_banger_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1238,7 +1348,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{15}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeleteVMRequest) GetId() string {
@@ -1257,7 +1367,7 @@ type DeleteVMResponse struct {
 
 func (x *DeleteVMResponse) Reset() {
 	*x = DeleteVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[16]
+	mi := &file_banger_v1_banger_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1269,7 +1379,7 @@ func (x *DeleteVMResponse) String() string {
 func (*DeleteVMResponse) ProtoMessage() {}
 
 func (x *DeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[16]
+	mi := &file_banger_v1_banger_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1282,7 +1392,7 @@ func (x *DeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{16}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeleteVMResponse) GetOperation() *Operation {
@@ -1302,7 +1412,7 @@ type KillVMRequest struct {
 
 func (x *KillVMRequest) Reset() {
 	*x = KillVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[17]
+	mi := &file_banger_v1_banger_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1314,7 +1424,7 @@ func (x *KillVMRequest) String() string {
 func (*KillVMRequest) ProtoMessage() {}
 
 func (x *KillVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[17]
+	mi := &file_banger_v1_banger_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1327,7 +1437,7 @@ func (x *KillVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillVMRequest.ProtoReflect.Descriptor instead.
 func (*KillVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{17}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *KillVMRequest) GetId() string {
@@ -1353,7 +1463,7 @@ type KillVMResponse struct {
 
 func (x *KillVMResponse) Reset() {
 	*x = KillVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[18]
+	mi := &file_banger_v1_banger_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1475,7 @@ func (x *KillVMResponse) String() string {
 func (*KillVMResponse) ProtoMessage() {}
 
 func (x *KillVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[18]
+	mi := &file_banger_v1_banger_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1488,7 @@ func (x *KillVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillVMResponse.ProtoReflect.Descriptor instead.
 func (*KillVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{18}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *KillVMResponse) GetVm() *VM {
@@ -1397,7 +1507,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[19]
+	mi := &file_banger_v1_banger_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +1519,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[19]
+	mi := &file_banger_v1_banger_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +1532,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{19}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetVMRequest) GetId() string {
@@ -1441,7 +1551,7 @@ type GetVMResponse struct {
 
 func (x *GetVMResponse) Reset() {
 	*x = GetVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[20]
+	mi := &file_banger_v1_banger_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1563,7 @@ func (x *GetVMResponse) String() string {
 func (*GetVMResponse) ProtoMessage() {}
 
 func (x *GetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[20]
+	mi := &file_banger_v1_banger_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1466,7 +1576,7 @@ func (x *GetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMResponse.ProtoReflect.Descriptor instead.
 func (*GetVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{20}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GetVMResponse) GetVm() *VM {
@@ -1484,7 +1594,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[21]
+	mi := &file_banger_v1_banger_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1496,7 +1606,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[21]
+	mi := &file_banger_v1_banger_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1509,7 +1619,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{21}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{22}
 }
 
 type ListVMsResponse struct {
@@ -1521,7 +1631,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[22]
+	mi := &file_banger_v1_banger_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +1643,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[22]
+	mi := &file_banger_v1_banger_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1546,7 +1656,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{22}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -1565,7 +1675,7 @@ type ResolveVMsRequest struct {
 
 func (x *ResolveVMsRequest) Reset() {
 	*x = ResolveVMsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[23]
+	mi := &file_banger_v1_banger_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1577,7 +1687,7 @@ func (x *ResolveVMsRequest) String() string {
 func (*ResolveVMsRequest) ProtoMessage() {}
 
 func (x *ResolveVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[23]
+	mi := &file_banger_v1_banger_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1590,7 +1700,7 @@ func (x *ResolveVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveVMsRequest.ProtoReflect.Descriptor instead.
 func (*ResolveVMsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{23}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ResolveVMsRequest) GetRefs() []string {
@@ -1609,7 +1719,7 @@ type ResolveVMsResponse struct {
 
 func (x *ResolveVMsResponse) Reset() {
 	*x = ResolveVMsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[24]
+	mi := &file_banger_v1_banger_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1621,7 +1731,7 @@ func (x *ResolveVMsResponse) String() string {
 func (*ResolveVMsResponse) ProtoMessage() {}
 
 func (x *ResolveVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[24]
+	mi := &file_banger_v1_banger_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1634,7 +1744,7 @@ func (x *ResolveVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveVMsResponse.ProtoReflect.Descriptor instead.
 func (*ResolveVMsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{24}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ResolveVMsResponse) GetResults() []*ResolvedVM {
@@ -1655,7 +1765,7 @@ type ResolvedVM struct {
 
 func (x *ResolvedVM) Reset() {
 	*x = ResolvedVM{}
-	mi := &file_banger_v1_banger_proto_msgTypes[25]
+	mi := &file_banger_v1_banger_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1667,7 +1777,7 @@ func (x *ResolvedVM) String() string {
 func (*ResolvedVM) ProtoMessage() {}
 
 func (x *ResolvedVM) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[25]
+	mi := &file_banger_v1_banger_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1680,7 +1790,7 @@ func (x *ResolvedVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolvedVM.ProtoReflect.Descriptor instead.
 func (*ResolvedVM) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{25}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ResolvedVM) GetRef() string {
@@ -1712,7 +1822,7 @@ type GetDefaultsRequest struct {
 
 func (x *GetDefaultsRequest) Reset() {
 	*x = GetDefaultsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[26]
+	mi := &file_banger_v1_banger_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1724,7 +1834,7 @@ func (x *GetDefaultsRequest) String() string {
 func (*GetDefaultsRequest) ProtoMessage() {}
 
 func (x *GetDefaultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[26]
+	mi := &file_banger_v1_banger_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1737,7 +1847,7 @@ func (x *GetDefaultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDefaultsRequest.ProtoReflect.Descriptor instead.
 func (*GetDefaultsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{26}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{27}
 }
 
 type GetDefaultsResponse struct {
@@ -1753,7 +1863,7 @@ type GetDefaultsResponse struct {
 
 func (x *GetDefaultsResponse) Reset() {
 	*x = GetDefaultsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[27]
+	mi := &file_banger_v1_banger_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1765,7 +1875,7 @@ func (x *GetDefaultsResponse) String() string {
 func (*GetDefaultsResponse) ProtoMessage() {}
 
 func (x *GetDefaultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[27]
+	mi := &file_banger_v1_banger_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1778,7 +1888,7 @@ func (x *GetDefaultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDefaultsResponse.ProtoReflect.Descriptor instead.
 func (*GetDefaultsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{27}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetDefaultsResponse) GetImage() string {
@@ -1825,7 +1935,7 @@ type GetSSHTargetRequest struct {
 
 func (x *GetSSHTargetRequest) Reset() {
 	*x = GetSSHTargetRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	mi := &file_banger_v1_banger_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1837,7 +1947,7 @@ func (x *GetSSHTargetRequest) String() string {
 func (*GetSSHTargetRequest) ProtoMessage() {}
 
 func (x *GetSSHTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	mi := &file_banger_v1_banger_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1850,7 +1960,7 @@ func (x *GetSSHTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSSHTargetRequest.ProtoReflect.Descriptor instead.
 func (*GetSSHTargetRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{28}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetSSHTargetRequest) GetId() string {
@@ -1872,7 +1982,7 @@ type GetSSHTargetResponse struct {
 
 func (x *GetSSHTargetResponse) Reset() {
 	*x = GetSSHTargetResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	mi := &file_banger_v1_banger_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1884,7 +1994,7 @@ func (x *GetSSHTargetResponse) String() string {
 func (*GetSSHTargetResponse) ProtoMessage() {}
 
 func (x *GetSSHTargetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	mi := &file_banger_v1_banger_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1897,7 +2007,7 @@ func (x *GetSSHTargetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSSHTargetResponse.ProtoReflect.Descriptor instead.
 func (*GetSSHTargetResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{29}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GetSSHTargetResponse) GetUser() string {
@@ -1936,7 +2046,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	mi := &file_banger_v1_banger_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1948,7 +2058,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	mi := &file_banger_v1_banger_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1961,7 +2071,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{30}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{31}
 }
 
 type ListImagesResponse struct {
@@ -1973,7 +2083,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	mi := &file_banger_v1_banger_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1985,7 +2095,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	mi := &file_banger_v1_banger_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1998,7 +2108,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{31}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -2017,7 +2127,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	mi := &file_banger_v1_banger_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +2139,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	mi := &file_banger_v1_banger_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +2152,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{32}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -2061,7 +2171,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[33]
+	mi := &file_banger_v1_banger_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2073,7 +2183,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[33]
+	mi := &file_banger_v1_banger_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2086,7 +2196,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{33}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -2104,7 +2214,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[34]
+	mi := &file_banger_v1_banger_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2116,7 +2226,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[34]
+	mi := &file_banger_v1_banger_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2129,7 +2239,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{34}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{35}
 }
 
 type ListOperationsResponse struct {
@@ -2141,7 +2251,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[35]
+	mi := &file_banger_v1_banger_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2153,7 +2263,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[35]
+	mi := &file_banger_v1_banger_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2166,7 +2276,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{35}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -2185,7 +2295,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[36]
+	mi := &file_banger_v1_banger_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2197,7 +2307,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[36]
+	mi := &file_banger_v1_banger_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2210,7 +2320,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{36}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -2229,7 +2339,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[37]
+	mi := &file_banger_v1_banger_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2241,7 +2351,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[37]
+	mi := &file_banger_v1_banger_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2254,7 +2364,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{37}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -2273,7 +2383,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[38]
+	mi := &file_banger_v1_banger_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2285,7 +2395,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[38]
+	mi := &file_banger_v1_banger_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2298,7 +2408,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{38}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -2317,7 +2427,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[39]
+	mi := &file_banger_v1_banger_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2329,7 +2439,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[39]
+	mi := &file_banger_v1_banger_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2342,7 +2452,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{39}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -2360,7 +2470,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[40]
+	mi := &file_banger_v1_banger_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2372,7 +2482,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[40]
+	mi := &file_banger_v1_banger_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2385,7 +2495,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{40}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{41}
 }
 
 type GetStatusResponse struct {
@@ -2413,7 +2523,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[41]
+	mi := &file_banger_v1_banger_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2425,7 +2535,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[41]
+	mi := &file_banger_v1_banger_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2438,7 +2548,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{41}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GetStatusResponse) GetPid() int32 {
@@ -2568,7 +2678,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[42]
+	mi := &file_banger_v1_banger_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +2690,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[42]
+	mi := &file_banger_v1_banger_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +2703,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{42}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{43}
 }
 
 type ShutdownResponse struct {
@@ -2604,7 +2714,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[43]
+	mi := &file_banger_v1_banger_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2616,7 +2726,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[43]
+	mi := &file_banger_v1_banger_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2629,7 +2739,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{43}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{44}
 }
 
 type RunDoctorRequest struct {
@@ -2640,7 +2750,7 @@ type RunDoctorRequest struct {
 
 func (x *RunDoctorRequest) Reset() {
 	*x = RunDoctorRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[44]
+	mi := &file_banger_v1_banger_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2652,7 +2762,7 @@ func (x *RunDoctorRequest) String() string {
 func (*RunDoctorRequest) ProtoMessage() {}
 
 func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[44]
+	mi := &file_banger_v1_banger_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2665,7 +2775,7 @@ func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorRequest.ProtoReflect.Descriptor instead.
 func (*RunDoctorRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{44}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{45}
 }
 
 type RunDoctorResponse struct {
@@ -2677,7 +2787,7 @@ type RunDoctorResponse struct {
 
 func (x *RunDoctorResponse) Reset() {
 	*x = RunDoctorResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[45]
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2689,7 +2799,7 @@ func (x *RunDoctorResponse) String() string {
 func (*RunDoctorResponse) ProtoMessage() {}
 
 func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[45]
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2702,7 +2812,7 @@ func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorResponse.ProtoReflect.Descriptor instead.
 func (*RunDoctorResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{45}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RunDoctorResponse) GetFindings() []*Finding {
@@ -2725,7 +2835,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2737,7 +2847,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2750,7 +2860,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Finding) GetCode() string {
@@ -2796,7 +2906,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2808,7 +2918,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2821,7 +2931,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
 }
 
 type WatchResponse struct {
@@ -2839,7 +2949,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[48]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2851,7 +2961,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[48]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2864,7 +2974,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -2949,7 +3059,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_banger_v1_banger_proto_msgTypes[49]
+	mi := &file_banger_v1_banger_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2961,7 +3071,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[49]
+	mi := &file_banger_v1_banger_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2974,7 +3084,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Snapshot) GetVms() []*VM {
@@ -3009,7 +3119,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\asubject\x18\x03 \x01(\tR\asubject\x12\x18\n" +
 	"\amessage\x18\x04 \x01(\tR\amessage\x12\x12\n" +
 	"\x04hint\x18\x05 \x01(\tR\x04hint\x12\x14\n" +
-	"\x05cause\x18\x06 \x01(\tR\x05cause\"\xc5\a\n" +
+	"\x05cause\x18\x06 \x01(\tR\x05cause\"\xff\a\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -3044,10 +3154,20 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\tdirectory\x18* \x01(\tR\tdirectory\x12\x10\n" +
 	"\x03log\x18+ \x01(\tR\x03log\x12\x1b\n" +
 	"\tvmm_state\x18, \x01(\tR\bvmmState\x12\x14\n" +
-	"\x05agent\x18- \x01(\tR\x05agent\x1a9\n" +
+	"\x05agent\x18- \x01(\tR\x05agent\x128\n" +
+	"\vconfinement\x18. \x01(\v2\x16.banger.v1.ConfinementR\vconfinement\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"q\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xfa\x01\n" +
+	"\vConfinement\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\x05R\x03uid\x12*\n" +
+	"\x11no_new_privileges\x18\x02 \x01(\bR\x0fnoNewPrivileges\x12\x18\n" +
+	"\aseccomp\x18\x03 \x01(\tR\aseccomp\x12\x16\n" +
+	"\x06cgroup\x18\x04 \x01(\tR\x06cgroup\x12\x1b\n" +
+	"\tno_cgroup\x18\x05 \x01(\tR\bnoCgroup\x12(\n" +
+	"\x10memory_max_bytes\x18\x06 \x01(\x03R\x0ememoryMaxBytes\x12\x17\n" +
+	"\acpu_max\x18\a \x01(\x01R\x06cpuMax\x12\x1b\n" +
+	"\ttasks_max\x18\b \x01(\x03R\btasksMax\"q\n" +
 	"\aFailure\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12&\n" +
 	"\x05fault\x18\x02 \x01(\v2\x10.banger.v1.FaultR\x05fault\x12*\n" +
@@ -3269,149 +3389,151 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                   // 0: banger.v1.Fault
 	(*VM)(nil),                      // 1: banger.v1.VM
-	(*Failure)(nil),                 // 2: banger.v1.Failure
-	(*Stage)(nil),                   // 3: banger.v1.Stage
-	(*Image)(nil),                   // 4: banger.v1.Image
-	(*Operation)(nil),               // 5: banger.v1.Operation
-	(*OperationStage)(nil),          // 6: banger.v1.OperationStage
-	(*CreateVMRequest)(nil),         // 7: banger.v1.CreateVMRequest
-	(*CreateVMResponse)(nil),        // 8: banger.v1.CreateVMResponse
-	(*StartVMRequest)(nil),          // 9: banger.v1.StartVMRequest
-	(*StartVMResponse)(nil),         // 10: banger.v1.StartVMResponse
-	(*StopVMRequest)(nil),           // 11: banger.v1.StopVMRequest
-	(*StopVMResponse)(nil),          // 12: banger.v1.StopVMResponse
-	(*RestartVMRequest)(nil),        // 13: banger.v1.RestartVMRequest
-	(*RestartVMResponse)(nil),       // 14: banger.v1.RestartVMResponse
-	(*DeleteVMRequest)(nil),         // 15: banger.v1.DeleteVMRequest
-	(*DeleteVMResponse)(nil),        // 16: banger.v1.DeleteVMResponse
-	(*KillVMRequest)(nil),           // 17: banger.v1.KillVMRequest
-	(*KillVMResponse)(nil),          // 18: banger.v1.KillVMResponse
-	(*GetVMRequest)(nil),            // 19: banger.v1.GetVMRequest
-	(*GetVMResponse)(nil),           // 20: banger.v1.GetVMResponse
-	(*ListVMsRequest)(nil),          // 21: banger.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),         // 22: banger.v1.ListVMsResponse
-	(*ResolveVMsRequest)(nil),       // 23: banger.v1.ResolveVMsRequest
-	(*ResolveVMsResponse)(nil),      // 24: banger.v1.ResolveVMsResponse
-	(*ResolvedVM)(nil),              // 25: banger.v1.ResolvedVM
-	(*GetDefaultsRequest)(nil),      // 26: banger.v1.GetDefaultsRequest
-	(*GetDefaultsResponse)(nil),     // 27: banger.v1.GetDefaultsResponse
-	(*GetSSHTargetRequest)(nil),     // 28: banger.v1.GetSSHTargetRequest
-	(*GetSSHTargetResponse)(nil),    // 29: banger.v1.GetSSHTargetResponse
-	(*ListImagesRequest)(nil),       // 30: banger.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),      // 31: banger.v1.ListImagesResponse
-	(*GetOperationRequest)(nil),     // 32: banger.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 33: banger.v1.GetOperationResponse
-	(*ListOperationsRequest)(nil),   // 34: banger.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 35: banger.v1.ListOperationsResponse
-	(*WatchOperationRequest)(nil),   // 36: banger.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 37: banger.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 38: banger.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 39: banger.v1.CancelOperationResponse
-	(*GetStatusRequest)(nil),        // 40: banger.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),       // 41: banger.v1.GetStatusResponse
-	(*ShutdownRequest)(nil),         // 42: banger.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 43: banger.v1.ShutdownResponse
-	(*RunDoctorRequest)(nil),        // 44: banger.v1.RunDoctorRequest
-	(*RunDoctorResponse)(nil),       // 45: banger.v1.RunDoctorResponse
-	(*Finding)(nil),                 // 46: banger.v1.Finding
-	(*WatchRequest)(nil),            // 47: banger.v1.WatchRequest
-	(*WatchResponse)(nil),           // 48: banger.v1.WatchResponse
-	(*Snapshot)(nil),                // 49: banger.v1.Snapshot
-	nil,                             // 50: banger.v1.VM.LabelsEntry
-	nil,                             // 51: banger.v1.CreateVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 52: google.protobuf.Timestamp
+	(*Confinement)(nil),             // 2: banger.v1.Confinement
+	(*Failure)(nil),                 // 3: banger.v1.Failure
+	(*Stage)(nil),                   // 4: banger.v1.Stage
+	(*Image)(nil),                   // 5: banger.v1.Image
+	(*Operation)(nil),               // 6: banger.v1.Operation
+	(*OperationStage)(nil),          // 7: banger.v1.OperationStage
+	(*CreateVMRequest)(nil),         // 8: banger.v1.CreateVMRequest
+	(*CreateVMResponse)(nil),        // 9: banger.v1.CreateVMResponse
+	(*StartVMRequest)(nil),          // 10: banger.v1.StartVMRequest
+	(*StartVMResponse)(nil),         // 11: banger.v1.StartVMResponse
+	(*StopVMRequest)(nil),           // 12: banger.v1.StopVMRequest
+	(*StopVMResponse)(nil),          // 13: banger.v1.StopVMResponse
+	(*RestartVMRequest)(nil),        // 14: banger.v1.RestartVMRequest
+	(*RestartVMResponse)(nil),       // 15: banger.v1.RestartVMResponse
+	(*DeleteVMRequest)(nil),         // 16: banger.v1.DeleteVMRequest
+	(*DeleteVMResponse)(nil),        // 17: banger.v1.DeleteVMResponse
+	(*KillVMRequest)(nil),           // 18: banger.v1.KillVMRequest
+	(*KillVMResponse)(nil),          // 19: banger.v1.KillVMResponse
+	(*GetVMRequest)(nil),            // 20: banger.v1.GetVMRequest
+	(*GetVMResponse)(nil),           // 21: banger.v1.GetVMResponse
+	(*ListVMsRequest)(nil),          // 22: banger.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),         // 23: banger.v1.ListVMsResponse
+	(*ResolveVMsRequest)(nil),       // 24: banger.v1.ResolveVMsRequest
+	(*ResolveVMsResponse)(nil),      // 25: banger.v1.ResolveVMsResponse
+	(*ResolvedVM)(nil),              // 26: banger.v1.ResolvedVM
+	(*GetDefaultsRequest)(nil),      // 27: banger.v1.GetDefaultsRequest
+	(*GetDefaultsResponse)(nil),     // 28: banger.v1.GetDefaultsResponse
+	(*GetSSHTargetRequest)(nil),     // 29: banger.v1.GetSSHTargetRequest
+	(*GetSSHTargetResponse)(nil),    // 30: banger.v1.GetSSHTargetResponse
+	(*ListImagesRequest)(nil),       // 31: banger.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),      // 32: banger.v1.ListImagesResponse
+	(*GetOperationRequest)(nil),     // 33: banger.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),    // 34: banger.v1.GetOperationResponse
+	(*ListOperationsRequest)(nil),   // 35: banger.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),  // 36: banger.v1.ListOperationsResponse
+	(*WatchOperationRequest)(nil),   // 37: banger.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),  // 38: banger.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),  // 39: banger.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil), // 40: banger.v1.CancelOperationResponse
+	(*GetStatusRequest)(nil),        // 41: banger.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),       // 42: banger.v1.GetStatusResponse
+	(*ShutdownRequest)(nil),         // 43: banger.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 44: banger.v1.ShutdownResponse
+	(*RunDoctorRequest)(nil),        // 45: banger.v1.RunDoctorRequest
+	(*RunDoctorResponse)(nil),       // 46: banger.v1.RunDoctorResponse
+	(*Finding)(nil),                 // 47: banger.v1.Finding
+	(*WatchRequest)(nil),            // 48: banger.v1.WatchRequest
+	(*WatchResponse)(nil),           // 49: banger.v1.WatchResponse
+	(*Snapshot)(nil),                // 50: banger.v1.Snapshot
+	nil,                             // 51: banger.v1.VM.LabelsEntry
+	nil,                             // 52: banger.v1.CreateVMRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 53: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	50, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	52, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	52, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	52, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
-	2,  // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
-	3,  // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
-	0,  // 6: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	52, // 7: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	52, // 8: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	6,  // 9: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	52, // 10: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	52, // 11: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
-	0,  // 12: banger.v1.Operation.fault:type_name -> banger.v1.Fault
-	1,  // 13: banger.v1.Operation.vm:type_name -> banger.v1.VM
-	52, // 14: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	52, // 15: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	51, // 16: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
-	5,  // 17: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
-	5,  // 18: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
-	5,  // 19: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
-	5,  // 20: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
-	5,  // 21: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	1,  // 22: banger.v1.KillVMResponse.vm:type_name -> banger.v1.VM
-	1,  // 23: banger.v1.GetVMResponse.vm:type_name -> banger.v1.VM
-	1,  // 24: banger.v1.ListVMsResponse.vms:type_name -> banger.v1.VM
-	25, // 25: banger.v1.ResolveVMsResponse.results:type_name -> banger.v1.ResolvedVM
-	1,  // 26: banger.v1.ResolvedVM.vm:type_name -> banger.v1.VM
-	0,  // 27: banger.v1.ResolvedVM.fault:type_name -> banger.v1.Fault
-	4,  // 28: banger.v1.ListImagesResponse.images:type_name -> banger.v1.Image
-	5,  // 29: banger.v1.GetOperationResponse.operation:type_name -> banger.v1.Operation
-	5,  // 30: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
-	5,  // 31: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
-	5,  // 32: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	52, // 33: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	46, // 34: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
-	49, // 35: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
-	1,  // 36: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
-	5,  // 37: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
-	1,  // 38: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
-	5,  // 39: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
-	4,  // 40: banger.v1.Snapshot.images:type_name -> banger.v1.Image
-	7,  // 41: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	9,  // 42: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	11, // 43: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	13, // 44: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	15, // 45: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	17, // 46: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	19, // 47: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	21, // 48: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	23, // 49: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	26, // 50: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	28, // 51: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	30, // 52: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	32, // 53: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	34, // 54: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	36, // 55: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	38, // 56: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	40, // 57: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	42, // 58: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	44, // 59: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	47, // 60: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	8,  // 61: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	10, // 62: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	12, // 63: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	14, // 64: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	16, // 65: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	18, // 66: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	20, // 67: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	22, // 68: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	24, // 69: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	27, // 70: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	29, // 71: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	31, // 72: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	33, // 73: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	35, // 74: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	37, // 75: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	39, // 76: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	41, // 77: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	43, // 78: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	45, // 79: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	48, // 80: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	61, // [61:81] is the sub-list for method output_type
-	41, // [41:61] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	51, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	53, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	53, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	53, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	3,  // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
+	4,  // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
+	2,  // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
+	0,  // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
+	53, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	53, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	7,  // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
+	53, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	53, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	0,  // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
+	1,  // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
+	53, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	53, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	52, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	6,  // 18: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
+	6,  // 19: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
+	6,  // 20: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
+	6,  // 21: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
+	6,  // 22: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
+	1,  // 23: banger.v1.KillVMResponse.vm:type_name -> banger.v1.VM
+	1,  // 24: banger.v1.GetVMResponse.vm:type_name -> banger.v1.VM
+	1,  // 25: banger.v1.ListVMsResponse.vms:type_name -> banger.v1.VM
+	26, // 26: banger.v1.ResolveVMsResponse.results:type_name -> banger.v1.ResolvedVM
+	1,  // 27: banger.v1.ResolvedVM.vm:type_name -> banger.v1.VM
+	0,  // 28: banger.v1.ResolvedVM.fault:type_name -> banger.v1.Fault
+	5,  // 29: banger.v1.ListImagesResponse.images:type_name -> banger.v1.Image
+	6,  // 30: banger.v1.GetOperationResponse.operation:type_name -> banger.v1.Operation
+	6,  // 31: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
+	6,  // 32: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
+	6,  // 33: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
+	53, // 34: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	47, // 35: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
+	50, // 36: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
+	1,  // 37: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
+	6,  // 38: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
+	1,  // 39: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
+	6,  // 40: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
+	5,  // 41: banger.v1.Snapshot.images:type_name -> banger.v1.Image
+	8,  // 42: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10, // 43: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12, // 44: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14, // 45: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16, // 46: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18, // 47: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	20, // 48: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	22, // 49: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	24, // 50: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	27, // 51: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	29, // 52: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	31, // 53: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	33, // 54: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	35, // 55: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	37, // 56: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	39, // 57: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	41, // 58: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	43, // 59: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	45, // 60: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	48, // 61: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	9,  // 62: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11, // 63: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13, // 64: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15, // 65: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17, // 66: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19, // 67: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	21, // 68: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	23, // 69: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	25, // 70: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	28, // 71: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	30, // 72: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	32, // 73: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	34, // 74: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	36, // 75: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	38, // 76: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	40, // 77: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	42, // 78: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	44, // 79: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	46, // 80: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	49, // 81: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	62, // [62:82] is the sub-list for method output_type
+	42, // [42:62] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -3419,7 +3541,7 @@ func file_banger_v1_banger_proto_init() {
 	if File_banger_v1_banger_proto != nil {
 		return
 	}
-	file_banger_v1_banger_proto_msgTypes[48].OneofWrappers = []any{
+	file_banger_v1_banger_proto_msgTypes[49].OneofWrappers = []any{
 		(*WatchResponse_Snapshot)(nil),
 		(*WatchResponse_Vm)(nil),
 		(*WatchResponse_VmDeleted)(nil),
@@ -3431,7 +3553,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   52,
+			NumMessages:   53,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -214,24 +214,31 @@ func hostHandshake(conn net.Conn, mux bool, secret string, deadline time.Time) e
 	}
 }
 
+// Opened is how a session came to be, as the guest saw it.
+type Opened struct {
+	At     time.Time     // when both sides had proved themselves
+	Waited time.Duration // before that, for the host: its share of the time that it took
+}
+
 // GuestHandshake answers a session as the guest and returns when the host has proved that it knows
 // the secret. On a port (mux) it waits as long as it takes for a host to come, on a stream ten
 // seconds. A peer that does not know the secret is never told more than a nonce and its HMAC.
-func GuestHandshake(conn net.Conn, mux bool, secret string) error {
+func GuestHandshake(conn net.Conn, mux bool, secret string) (Opened, error) {
 	if secret == "" {
-		return errors.New("no secret was given to this guest")
+		return Opened{}, errors.New("no secret was given to this guest")
 	}
 	if !mux {
 		if err := conn.SetDeadline(time.Now().Add(handshakeTime)); err != nil {
-			return err
+			return Opened{}, err
 		}
 	}
 	r := &frameReader{r: conn}
 	var answered *frame
+	var since time.Time
 	for {
 		f, err := r.next()
 		if err != nil {
-			return err
+			return Opened{}, err
 		}
 		switch {
 		case f.isHello():
@@ -242,19 +249,22 @@ func GuestHandshake(conn net.Conn, mux bool, secret string) error {
 				answered = &prove
 			}
 			if err := writeBy(conn, answered.encode(), time.Now().Add(handshakeTime)); err != nil {
-				return err
+				return Opened{}, err
 			}
+			since = time.Now()
 		case f.kind == kindFinish && answered != nil && f.host == answered.host && f.guest == answered.guest:
 			if !f.signed(secret) {
-				return errors.New("the host did not prove that it knows this VM's secret")
+				return Opened{}, errors.New("the host did not prove that it knows this VM's secret")
 			}
 			r.take()
+			opened := Opened{At: time.Now()}
+			opened.Waited = opened.At.Sub(since)
 			if err := writeBy(conn, sign(secret, kindOpen, f.host, f.guest).encode(), time.Now().Add(handshakeTime)); err != nil {
-				return err
+				return Opened{}, err
 			}
-			return conn.SetDeadline(time.Time{})
+			return opened, conn.SetDeadline(time.Time{})
 		case !mux:
-			return errStray
+			return Opened{}, errStray
 		default:
 			r.skip()
 		}

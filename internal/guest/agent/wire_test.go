@@ -87,12 +87,41 @@ func TestFrameReaderFindsTheFrame(t *testing.T) {
 	}
 }
 
+// The guest tells its own time from the host's.
+func TestHandshakeTellsWhoWasWaitedFor(t *testing.T) {
+	const pause = 50 * time.Millisecond
+	host, guest := net.Pipe()
+	defer host.Close()
+	defer guest.Close()
+	got := make(chan Opened, 1)
+	go func() { o, _ := GuestHandshake(guest, true, testSecret); got <- o }()
+	if err := hostHandshake(&lateConn{Conn: host, pause: pause}, true, testSecret, time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	if o := <-got; o.Waited < pause || o.At.IsZero() {
+		t.Errorf("waited %v for a host that took %v, opened at %v", o.Waited, pause, o.At)
+	}
+}
+
+// lateConn takes its time after the first thing that it reads.
+type lateConn struct {
+	net.Conn
+	pause time.Duration
+}
+
+func (c *lateConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	time.Sleep(c.pause)
+	c.pause = 0
+	return n, err
+}
+
 func TestHandshakeSecrets(t *testing.T) {
 	for _, mux := range []bool{false, true} {
 		for _, secrets := range [][2]string{{testSecret, testSecret}, {testSecret, "ffffffffffffffff"}} {
 			host, guest := net.Pipe()
 			guestErr := make(chan error, 1)
-			go func() { guestErr <- GuestHandshake(guest, mux, secrets[1]) }()
+			go func() { _, err := GuestHandshake(guest, mux, secrets[1]); guestErr <- err }()
 			err := hostHandshake(host, mux, secrets[0], time.Now().Add(5*time.Second))
 			same := secrets[0] == secrets[1]
 			if same && err != nil || !same && !errors.Is(err, errSecret) {
@@ -115,7 +144,7 @@ func TestGuestRefusesHost(t *testing.T) {
 	host, guest := net.Pipe()
 	defer host.Close()
 	refused := make(chan error, 1)
-	go func() { refused <- GuestHandshake(guest, true, testSecret) }()
+	go func() { _, err := GuestHandshake(guest, true, testSecret); refused <- err }()
 	mine := newNonce()
 	if _, err := host.Write(frame{kind: kindHello, host: mine}.encode()); err != nil {
 		t.Fatal(err)
@@ -197,7 +226,7 @@ func FuzzGuestHandshake(f *testing.F) {
 	seedFrames(f)
 	f.Fuzz(func(t *testing.T, wire []byte) {
 		for _, mux := range []bool{false, true} {
-			if GuestHandshake(feed{r: bytes.NewReader(wire)}, mux, testSecret) == nil {
+			if _, err := GuestHandshake(feed{r: bytes.NewReader(wire)}, mux, testSecret); err == nil {
 				t.Error("a recorded or invented session was accepted")
 			}
 		}

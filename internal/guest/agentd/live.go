@@ -33,14 +33,14 @@ func Run(ctx context.Context, version string, restarts int) error {
 	// What is freed goes back soon: an idle agent is to cost the guest little, and it is never busy
 	// enough for the collector's time to matter.
 	debug.SetGCPercent(25)
-	live := &live{state: state, restarts: restarts, userspace: "starting", answering: make(chan struct{})}
+	live := &live{state: state, restarts: restarts, userspace: "starting", listening: make(chan struct{})}
 	live.bootID, err = bootID()
 	if err != nil {
 		return err
 	}
 	guest := &Guest{
 		Version: version, Stages: &live.stages,
-		Facts: live.facts, Shutdown: live.shutdown, Grow: live.grow, DialTCP: DialLoopback,
+		Answered: live.answered, Facts: live.facts, Shutdown: live.shutdown, Grow: live.grow, DialTCP: DialLoopback,
 		Sync: func(context.Context) error { unix.Sync(); return nil },
 	}
 	for _, s := range state.Stages {
@@ -69,8 +69,8 @@ type live struct {
 	bootID   string
 	stages   Stages
 
-	answers   sync.Once // the agent stage: the first transport is ready
-	answering chan struct{}
+	listens   sync.Once // the listening stage: the first transport is ready
+	listening chan struct{}
 
 	mu        sync.Mutex
 	userspace string
@@ -83,10 +83,17 @@ func bootID() (string, error) {
 }
 
 func (l *live) ready() {
-	l.answers.Do(func() {
-		l.stages.Reach(system.Now(boot.StageAgent, ""))
-		close(l.answering)
+	l.listens.Do(func() {
+		l.stages.Reach(system.Now(boot.StageListening, ""))
+		close(l.listening)
 	})
+}
+
+// answered takes the first time only: a stage that was reached stays as it was.
+func (l *live) answered(o agent.Opened) {
+	stage := system.Now(boot.StageAgent, fmt.Sprintf("waited %.1f ms for the host", o.Waited.Seconds()*1000))
+	stage.At -= time.Since(o.At)
+	l.stages.Reach(stage)
 }
 
 func (l *live) facts() Facts {

@@ -28,6 +28,8 @@ import (
 type Guest struct {
 	Version string
 	Stages  *Stages
+	// Answered is told of each handshake that a host passed.
+	Answered func(agent.Opened)
 	// Facts must answer at once.
 	Facts func() Facts
 	// Shutdown asks for an orderly power-off, or a reboot, and returns once it is asked.
@@ -109,8 +111,12 @@ func (s *Server) Serve(ctx context.Context, conn net.Conn, mux bool) error {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
-	if err := agent.GuestHandshake(conn, mux, s.secret); err != nil {
+	opened, err := agent.GuestHandshake(conn, mux, s.secret)
+	if err != nil {
 		return errors.Join(err, conn.Close())
+	}
+	if s.guest.Answered != nil {
+		s.guest.Answered(opened)
 	}
 	if !mux {
 		s.stream(ctx, conn, nil)

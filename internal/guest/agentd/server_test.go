@@ -251,12 +251,19 @@ func TestWatchBootPushesStages(t *testing.T) {
 }
 
 func TestWrongSecret(t *testing.T) {
-	links(t, &agentd.Guest{Stages: &agentd.Stages{}}, func(t *testing.T, link vmm.Link) {
+	answered := make(chan agent.Opened, 10)
+	links(t, &agentd.Guest{Stages: &agentd.Stages{}, Answered: func(o agent.Opened) { answered <- o }}, func(t *testing.T, link vmm.Link) {
 		if _, err := agent.Open(within(t), link, "another secret!!"); !fault.Is(err, fault.Permission) {
 			t.Errorf("got %v, want a permission fault", err)
 		}
+		if len(answered) != 0 {
+			t.Error("a host that does not know the secret counts as answered")
+		}
 		if s := open(t, link); s == nil {
 			t.Error("the right secret no longer works")
+		}
+		if o := <-answered; o.Waited < 0 || time.Since(o.At) < 0 || time.Since(o.At) > time.Minute {
+			t.Errorf("a session that opened at %v, after %v of waiting", o.At, o.Waited)
 		}
 	})
 }

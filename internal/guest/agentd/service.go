@@ -41,7 +41,7 @@ func (s service) WatchBoot(ctx context.Context, _ *agentv1.WatchBootRequest, str
 			return err
 		}
 		for _, stage := range stages {
-			if err := stream.Send(&agentv1.WatchBootResponse{Stage: message(stage)}); err != nil {
+			if err := stream.Send(&agentv1.WatchBootResponse{Stage: message(stage), UptimeMs: milliseconds(s.uptime())}); err != nil {
 				return err
 			}
 			userspace = userspace || stage.Name == boot.StageUserspace
@@ -52,6 +52,13 @@ func (s service) WatchBoot(ctx context.Context, _ *agentv1.WatchBootRequest, str
 		}
 		sent += len(stages)
 	}
+}
+
+func (s service) uptime() time.Duration {
+	if s.guest.Facts == nil {
+		return 0
+	}
+	return s.guest.Facts().Uptime
 }
 
 func (s service) Shutdown(ctx context.Context, r *agentv1.ShutdownRequest) (*agentv1.ShutdownResponse, error) {

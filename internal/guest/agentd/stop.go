@@ -30,7 +30,7 @@ func stopWithoutSystemd(reboot bool) {
 	}
 	waitGone(otherProcesses(), time.Second)
 	if err := system.UnmountDisks(); err != nil {
-		_ = os.WriteFile("/dev/console", []byte("banger: shutdown: "+err.Error()+"\n"), 0) // the last place left
+		system.Say("banger: shutdown: " + err.Error() + "\n") // the last place left
 	}
 	_ = system.Off(reboot)
 }

@@ -29,7 +29,7 @@ func (l *live) watchUserspace(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, userspaceTime)
 	defer cancel()
 	select {
-	case <-l.answering: // the stages stay in their order where there is nothing to wait for
+	case <-l.listening: // the stages stay in their order where there is nothing to wait for
 	case <-ctx.Done():
 		return
 	}

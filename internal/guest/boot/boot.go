@@ -57,7 +57,8 @@ const FatalMarker = "banger: fatal: "
 const (
 	StageInit      = "init"      // our /init runs
 	StageRoot      = "root"      // root joined, drives mounted and grown
-	StageAgent     = "agent"     // agent answers
+	StageListening = "listening" // agent waits for the host
+	StageAgent     = "agent"     // agent has answered the host's first handshake
 	StageUserspace = "userspace" // the distribution's init finished starting (systemd: running or degraded)
 	StageSSH       = "ssh"       // sshd accepts on port 22
 )

@@ -27,10 +27,13 @@ import (
 )
 
 // newRoot is where the root is put together before it becomes "/".
-const newRoot = "/sysroot"
+const newRoot = system.NewRoot
 
 // moduleDir holds the initrd's modules and their order.
 const moduleDir = "/banger/modules"
+
+// binaryDir is what stays of the initramfs.
+const binaryDir = "/banger/program"
 
 // Names of this binary's other lives, by argv[0].
 const (
@@ -445,14 +448,14 @@ func (b *booter) agent() error {
 			return err
 		}
 	}
-	if err := placeBinary(newRoot); err != nil {
+	if err := leaveBinary(newRoot); err != nil {
 		return err
 	}
 	if err := b.state.Write(newRoot); err != nil {
 		return err
 	}
 	if b.state.Systemd {
-		own := append(slices.Clone(b.own), system.SystemMount, system.BaseMount, system.ModuleMount)
+		own := append(slices.Clone(b.own), system.ShutdownDir, system.SystemMount, system.BaseMount, system.ModuleMount)
 		if err := leaveMounted(newRoot, own); err != nil {
 			return err
 		}
@@ -497,19 +500,27 @@ func loopbackUp() error {
 	return unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr)
 }
 
-// placeBinary puts this program into the new root's /run, for the agent and, as a small root of its
-// own, for systemd's last step. One copy: it stays in memory.
-func placeBinary(root string) error {
-	self := root + "/proc/self/exe"
-	if err := copyFile(self, root+system.Binary, 0o700); err != nil {
-		return err
-	}
-	for _, dir := range []string{"", "/proc", "/sys", "/dev", "/run", "/tmp", "/oldroot"} {
-		if err := os.MkdirAll(root+system.ShutdownDir+dir, 0o755); err != nil {
+// leaveBinary shows this program to the new root, in a small root of its own: for the agent, and for
+// systemd's last step. It is the very file that runs now, in the initramfs, and no copy: what a kernel
+// has read and an emulator has translated of it serves its other lives, too.
+func leaveBinary(root string) error {
+	for _, dir := range []string{"/proc", "/sys", "/dev", "/run", "/tmp", "/oldroot"} {
+		if err := os.MkdirAll(binaryDir+dir, 0o755); err != nil {
 			return err
 		}
 	}
-	return os.Link(root+system.Binary, root+system.ShutdownDir+"/shutdown")
+	self, err := os.Readlink(root + "/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	if err := os.Link(self, binaryDir+"/"+filepath.Base(system.Binary)); err != nil {
+		return err
+	}
+	at := root + system.ShutdownDir
+	if err := os.MkdirAll(at, 0o755); err != nil {
+		return err
+	}
+	return system.PathError("mount", at, unix.Mount(binaryDir, at, "", unix.MS_BIND, ""))
 }
 
 // leaveMounted keeps systemd from unmounting our mounts while it stops services: it does not know
@@ -567,8 +578,8 @@ func (b *booter) init() error {
 	return fmt.Errorf("%s cannot be executed: %w", b.initPath, unix.Exec(b.initPath, args, env))
 }
 
-// emptyInitramfs removes every file of the first root's own filesystem. What cannot be removed costs
-// memory and nothing else.
+// emptyInitramfs removes every file of the first root's own filesystem but this program. What cannot be
+// removed costs memory and nothing else.
 func emptyInitramfs() {
 	var rootStat unix.Stat_t
 	if unix.Lstat("/", &rootStat) != nil {
@@ -583,7 +594,7 @@ func emptyInitramfs() {
 		for _, e := range entries {
 			p := filepath.Join(dir, e.Name())
 			var st unix.Stat_t
-			if unix.Lstat(p, &st) != nil || st.Dev != rootStat.Dev {
+			if p == binaryDir || unix.Lstat(p, &st) != nil || st.Dev != rootStat.Dev {
 				continue
 			}
 			if e.IsDir() {

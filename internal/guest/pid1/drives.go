@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,8 +29,9 @@ var attachOrder = []vmm.Role{vmm.RoleBase, vmm.RoleSystem, vmm.RoleWork, vmm.Rol
 // drives maps the role of each drive that is there to its device.
 type drives map[vmm.Role]string
 
-// findDrives looks at the block devices that sysfs lists: by serial where any has one
-// (QEMU), else by order.
+// findDrives looks at the block devices that sysfs lists: by serial where any is a role
+// (QEMU), else by order. Firecracker gives each drive a serial of its own making, from the device and inode
+// number of its file (build_device_id in its src/vmm/src/devices/virtio/block/virtio/device.rs).
 func findDrives(sysBlock string) (drives, error) {
 	found := drives{}
 	entries, err := os.ReadDir(sysBlock)
@@ -47,8 +49,8 @@ func findDrives(sysBlock string) (drives, error) {
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
 		}
-		if name := strings.TrimSpace(string(serial)); name != "" {
-			found[vmm.Role(name)] = device
+		if role := vmm.Role(strings.TrimSpace(string(serial))); slices.Contains(attachOrder, role) {
+			found[role] = device
 		}
 		if i := int(letter[0] - 'a'); i < len(attachOrder) {
 			ordered[attachOrder[i]] = device

@@ -33,7 +33,7 @@ func TestFindDrives(t *testing.T) {
 		t.Errorf("by serial: %v\n%s", err, diff)
 	}
 	for _, name := range []string{"vda", "vdb", "vdc", "vdd", "vde", "vdf", "sr0"} {
-		put(t, filepath.Join(byOrder, name, "serial"), "")
+		put(t, filepath.Join(byOrder, name, "serial"), "6502412345"+name[2:]) // Firecracker: of its file's device and inode
 	}
 	got, err = findDrives(byOrder)
 	want = drives{vmm.RoleBase: "/dev/vda", vmm.RoleSystem: "/dev/vdb", vmm.RoleWork: "/dev/vdc",

@@ -17,8 +17,8 @@ func Shutdown(verb string) {
 		_ = unix.Mount("proc", "/proc", "proc", 0, "") // UnmountDisks says what is wrong if this fails
 	}
 	if err := system.UnmountDisks(); err != nil {
-		say(fmt.Sprintf("banger: shutdown: %v\n", err))
+		system.Say(fmt.Sprintf("banger: shutdown: %v\n", err))
 	}
 	reset := verb == "reboot" || verb == "kexec"
-	say(fmt.Sprintf("banger: shutdown: %v\n", system.Off(reset)))
+	system.Say(fmt.Sprintf("banger: shutdown: %v\n", system.Off(reset)))
 }

@@ -11,20 +11,20 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 )
 
-// PowerOffByReboot on the kernel command line says that this machine ends by a reset: Firecracker
-// has no power switch, a power-off would hang there, and its VMM exits when the guest resets.
-const PowerOffByReboot = "banger.poweroff=reboot"
-
-// Off ends the machine now, by power-off or by reset. Everything must be unmounted and flushed.
-// Returns only if the kernel refuses.
+// Off ends the machine now, by power-off or by reset, after saying on the console which: where a reset
+// is all there is, nothing else tells them apart. Everything must be unmounted and flushed. Returns
+// only if the kernel refuses.
 func Off(reset bool) error {
 	command := unix.LINUX_REBOOT_CMD_POWER_OFF
 	cmdline, err := os.ReadFile("/proc/cmdline")
-	if reset || err == nil && slices.Contains(strings.Fields(string(cmdline)), PowerOffByReboot) {
+	if reset || err == nil && slices.Contains(strings.Fields(string(cmdline)), boot.PowerOffByReboot) {
 		command = unix.LINUX_REBOOT_CMD_RESTART
 	}
+	Say(boot.EndLine(reset))
 	return fmt.Errorf("reboot: %w", unix.Reboot(command))
 }
 

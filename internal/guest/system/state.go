@@ -1,6 +1,6 @@
 // Package system owns what the lives of the guest program (init, agent, shutdown) share of the
 // running kernel: the state that init leaves for the others, mounts and their end, growing
-// filesystems, device events, and the power switch.
+// filesystems, device events, the console, and the power switch.
 //
 // It runs inside guests only and decides nothing: when a guest stops or grows is its callers'.
 package system
@@ -18,11 +18,12 @@ import (
 const (
 	RunDir      = "/run/banger"
 	StatePath   = RunDir + "/state.json"
-	Binary      = RunDir + "/banger-vsock-agent"
 	SystemMount = RunDir + "/system" // the system disk's own filesystem
 	BaseMount   = RunDir + "/base"   // the base, below the overlay
 	ModuleMount = RunDir + "/modules"
 	ShutdownDir = "/run/initramfs" // systemd's place for a shutdown program (bootup(7))
+	NewRoot     = "/sysroot"       // in the initrd: where the root is put together
+	Binary      = ShutdownDir + "/shutdown"
 )
 
 // Stage is one step of this boot that was reached, At by CLOCK_BOOTTIME.

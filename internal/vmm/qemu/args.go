@@ -17,11 +17,18 @@ const (
 	pidfile       = "vmm.pid"
 )
 
-// The descriptors that QEMU is given, see listen.go.
+// The descriptors that QEMU is given, see internal/vmm/rundir.
 const (
 	monitorFD = 3
 	agentFD   = 4
 )
+
+// nodefaults is an argument by which a process with the machine's marker is known to be a QEMU.
+const nodefaults = "-nodefaults"
+
+// translated is how much memory QEMU's emulation keeps translated code in, in MiB. What it notes about that
+// code can take as much again.
+const translated = 512
 
 // machine is what the command line depends on besides the spec.
 type platform struct {
@@ -37,7 +44,7 @@ var uuidForm = regexp.MustCompile(`^[0-9a-f]{32}$`)
 func arguments(s vmm.Spec, p platform) ([]string, error) {
 	a := []string{
 		"-name", s.Marker(), // alone in its argument: process.Find looks for it
-		"-nodefaults", "-no-user-config", "-display", "none",
+		nodefaults, "-no-user-config", "-display", "none",
 		// The guest waits for the monitor's first client: one that ends at once is seen to end.
 		"-S",
 		// A guest's reboot ends QEMU: the daemon decides what comes next.
@@ -55,7 +62,7 @@ func arguments(s vmm.Spec, p platform) ([]string, error) {
 		if p.parallel {
 			threads = "multi"
 		}
-		a = append(a, "-accel", "tcg,thread="+threads+",tb-size=512", "-cpu", "max,-cx16")
+		a = append(a, "-accel", "tcg,thread="+threads+",tb-size="+strconv.Itoa(translated), "-cpu", "max,-cx16")
 		// Costly where each indirect branch is emulated, and no use: there is no speculation.
 		cmdline = append(cmdline, "mitigations=off")
 		// The kernel's test whether timer interrupts arrive panics ("IO-APIC + timer doesn't work") if

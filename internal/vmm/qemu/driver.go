@@ -9,11 +9,9 @@
 package qemu
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -23,9 +21,11 @@ import (
 	"sync"
 	"time"
 
+	"git.thaloco.com/thaloco/banger/internal/console"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
 const (
@@ -35,8 +35,6 @@ const (
 	monitorTime = 10 * time.Second
 	// killTime bounds a clean-up's wait for a killed process.
 	killTime = 10 * time.Second
-	// logTail is how much of the log an error quotes, in bytes.
-	logTail = 2048
 )
 
 // oldest is the first QEMU that has every option of args.go. Older ones are refused.
@@ -86,11 +84,11 @@ func (d *Driver) Name() string { return "qemu" }
 
 // Features of this driver on this host.
 func (d *Driver) Features() vmm.Features {
-	accel := "tcg"
+	f := vmm.Features{Accel: "tcg", Vsock: d.platform.vsock, OverheadMiB: 2 * translated}
 	if d.platform.kvm {
-		accel = "kvm"
+		f.Accel, f.OverheadMiB = "kvm", 0
 	}
-	return vmm.Features{Accel: accel, Vsock: d.platform.vsock}
+	return f
 }
 
 // find returns the program: Debian's name in PATH, or where Red Hat's family keeps it.
@@ -174,7 +172,7 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 	if err != nil {
 		return nil, asStart(err)
 	}
-	defer dir.close()
+	defer dir.Close()
 	// Open, not Find: looking through /proc would make a create cost more with each VM. A QEMU whose
 	// pidfile was lost holds locks on its disks, so that a second one is refused.
 	m, err := d.adopt(ctx, dir, spec, process.Open)
@@ -201,20 +199,25 @@ func asStart(err error) error {
 	return fault.Wrap(err, fault.CodeOf(err), "", "QEMU cannot be started").WithOp("vmm start")
 }
 
-func lockRunDir(ctx context.Context, spec vmm.Spec) (*runDir, error) {
-	dir, err := openRunDir(spec.RunDir)
+func lockRunDir(ctx context.Context, spec vmm.Spec) (*rundir.Dir, error) {
+	dir, err := rundir.Open(spec.RunDir)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its run directory cannot be opened")
 	}
-	if err := dir.lock(ctx); err != nil {
-		dir.close()
+	if err := dir.Lock(ctx); err != nil {
+		dir.Close()
 		return nil, fault.Wrap(err, fault.CodeOf(err), spec.Name, "another start or stop of it holds its run directory")
 	}
 	return dir, nil
 }
 
+// clean removes what a QEMU that is gone left behind. Fine if there is nothing.
+func clean(dir *rundir.Dir) error {
+	return dir.Remove(monitorSocket, agentSocket, pidfile, pidfile+".tmp")
+}
+
 // launch starts QEMU. Called with the run directory locked and clean; leaves it clean on error.
-func (d *Driver) launch(ctx context.Context, dir *runDir, spec vmm.Spec) (_ *machine, err error) {
+func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ *machine, err error) {
 	if err := d.Check(ctx); err != nil {
 		return nil, err
 	}
@@ -230,7 +233,7 @@ func (d *Driver) launch(ctx context.Context, dir *runDir, spec vmm.Spec) (_ *mac
 	defer cancel()
 	defer func() {
 		if err != nil {
-			if dirty := dir.clean(); dirty != nil { // joined only then: a join hides the hint
+			if dirty := clean(dir); dirty != nil { // joined only then: a join hides the hint
 				err = errors.Join(err, dirty)
 			}
 		}
@@ -247,18 +250,19 @@ func (d *Driver) launch(ctx context.Context, dir *runDir, spec vmm.Spec) (_ *mac
 		names = append(names, agentSocket)
 	}
 	for _, name := range names {
-		f, err := dir.listen(name)
+		f, err := dir.Listen(name)
 		if err != nil {
 			return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "the socket %s cannot be made", name)
 		}
 		files = append(files, f)
 	}
-	logged := size(spec.Log)
+	logged := console.Size(spec.Log)
 	p, err := process.Start(ctx, process.Command{
 		Path: path, Args: append([]string{path}, args...), Dir: spec.RunDir,
 		// English messages, which tell() below reads. Nothing of the daemon's environment is QEMU's business.
 		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"},
-		Log: spec.Log, Pidfile: dir.f.Name() + "/" + pidfile, Marker: spec.Marker(), Files: files,
+		Log: spec.Log, Pidfile: dir.Name() + "/" + pidfile, Marker: spec.Marker(), Files: files,
+		Cgroup: spec.Cgroup,
 	})
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "QEMU cannot be started")
@@ -291,20 +295,20 @@ func (d *Driver) launch(ctx context.Context, dir *runDir, spec vmm.Spec) (_ *mac
 		}
 	}
 	killErr := p.Kill(kill)
-	tail := tail(spec.Log, logged)
+	said := console.Quote(spec.Log, logged)
 	switch {
 	case killErr != nil:
 		return nil, errors.Join(err, killErr)
 	case ended:
-		return nil, tell(spec, p, tail)
+		return nil, tell(spec, p, said)
 	case context.Cause(ctx) != nil:
-		return nil, fault.Wrap(context.Cause(ctx), fault.CodeOf(ctx.Err()), spec.Name, "QEMU was started and ended again, its monitor had not answered%s", quote(tail))
+		return nil, fault.Wrap(context.Cause(ctx), fault.CodeOf(ctx.Err()), spec.Name, "QEMU was started and ended again, its monitor had not answered%s", said)
 	}
-	return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "QEMU's monitor fails%s", quote(tail))
+	return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "QEMU's monitor fails%s", said)
 }
 
 // tell makes a fault of a QEMU that ended by itself at start.
-func tell(spec vmm.Spec, p *process.Process, tail string) error {
+func tell(spec vmm.Spec, p *process.Process, said string) error {
 	how := "ended"
 	if ws, ok := p.Status(); ok && ws.Signaled() {
 		how = fmt.Sprintf("was ended by signal %d (%v)", ws.Signal(), ws.Signal())
@@ -312,51 +316,15 @@ func tell(spec vmm.Spec, p *process.Process, tail string) error {
 		how = fmt.Sprintf("ended with status %d", ws.ExitStatus())
 	}
 	switch {
-	case strings.Contains(tail, "guest cid") && strings.Contains(tail, "in use"):
-		return fault.New(fault.Busy, spec.Name, "another VM of this host uses the vsock context id %d%s", spec.CID, quote(tail))
-	case strings.Contains(tail, "lock") && strings.Contains(tail, "Is another process using the image"):
-		return fault.New(fault.Busy, spec.Name, "another program uses one of its disks%s", quote(tail))
-	case strings.Contains(tail, "annot allocate memory") || strings.Contains(tail, "cannot set up guest memory"):
-		return fault.New(fault.Exhausted, spec.Name, "the host cannot give it %d MiB of memory%s", spec.MemoryMiB, quote(tail)).
+	case strings.Contains(said, "guest cid") && strings.Contains(said, "in use"):
+		return fault.New(fault.Busy, spec.Name, "another VM of this host uses the vsock context id %d%s", spec.CID, said)
+	case strings.Contains(said, "lock") && strings.Contains(said, "Is another process using the image"):
+		return fault.New(fault.Busy, spec.Name, "another program uses one of its disks%s", said)
+	case strings.Contains(said, "annot allocate memory") || strings.Contains(said, "cannot set up guest memory"):
+		return fault.New(fault.Exhausted, spec.Name, "the host cannot give it %d MiB of memory%s", spec.MemoryMiB, said).
 			WithHint("stop another VM, or create this one with less --memory")
 	}
-	return fault.New(fault.Unavailable, spec.Name, "QEMU %s before the machine was ready%s", how, quote(tail))
-}
-
-// quote appends what the log says, if it says anything.
-func quote(tail string) string {
-	if tail == "" {
-		return ", and said nothing"
-	}
-	return ": " + tail
-}
-
-// size of a file, 0 if there is none.
-func size(path string) int64 {
-	st, err := os.Stat(path)
-	if err != nil {
-		return 0
-	}
-	return st.Size()
-}
-
-// tail returns the last lines that were written to the log since it had that size.
-func tail(path string, from int64) string {
-	f, err := os.Open(path)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return ""
-	}
-	from = max(from, st.Size()-logTail)
-	b, err := io.ReadAll(io.NewSectionReader(f, from, logTail))
-	if err != nil {
-		return ""
-	}
-	return strings.ToValidUTF8(string(bytes.TrimSpace(b)), "?")
+	return fault.New(fault.Unavailable, spec.Name, "QEMU %s before the machine was ready%s", how, said)
 }
 
 // Adopt is vmm.Driver's. fault.Unavailable if the machine runs and its monitor does not answer,
@@ -365,18 +333,18 @@ func (d *Driver) Adopt(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 	if err := spec.ValidateIdentity(); err != nil {
 		return nil, err
 	}
-	dir, err := openRunDir(spec.RunDir)
+	dir, err := rundir.Open(spec.RunDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, notRunning(err, spec)
 	}
 	if err == nil {
-		dir.close()
+		dir.Close()
 		dir, err = lockRunDir(ctx, spec)
 	}
 	if err != nil {
 		return nil, err
 	}
-	defer dir.close()
+	defer dir.Close()
 	m, err := d.adopt(ctx, dir, spec, process.Find)
 	if err != nil {
 		return nil, err
@@ -392,16 +360,22 @@ func notRunning(cause error, spec vmm.Spec) error {
 type finder func(ctx context.Context, pidfile, marker string) (*process.Process, error)
 
 // adopt finds the machine's process. Called with the run directory locked.
-func (d *Driver) adopt(ctx context.Context, dir *runDir, spec vmm.Spec, find finder) (*machine, error) {
-	p, err := find(ctx, dir.f.Name()+"/"+pidfile, spec.Marker())
+func (d *Driver) adopt(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, find finder) (*machine, error) {
+	p, err := find(ctx, dir.Name()+"/"+pidfile, spec.Marker())
 	if fault.Is(err, fault.NotFound) {
-		if err := dir.clean(); err != nil {
+		if err := clean(dir); err != nil {
 			return nil, fault.Wrap(err, fault.Internal, spec.Name, "the run directory cannot be cleaned").WithOp("vmm adopt")
 		}
 		return nil, notRunning(err, spec)
 	}
 	if err != nil {
 		return nil, fault.Wrap(err, fault.CodeOf(err), spec.Name, "its QEMU cannot be looked for").WithOp("vmm adopt")
+	}
+	if !p.Carries(nodefaults) { // another VMM runs the machine, or it has just ended
+		if err := errors.Join(p.Close(), clean(dir)); err != nil {
+			return nil, fault.Wrap(err, fault.Internal, spec.Name, "the run directory cannot be cleaned").WithOp("vmm adopt")
+		}
+		return nil, notRunning(errors.New("the process with its marker is no QEMU"), spec)
 	}
 	ctx, cancel := context.WithTimeout(ctx, monitorTime)
 	defer cancel()
@@ -418,7 +392,7 @@ func (d *Driver) adopt(ctx context.Context, dir *runDir, spec vmm.Spec, find fin
 	}
 	select {
 	case <-p.Done():
-		if err := dir.clean(); err != nil {
+		if err := clean(dir); err != nil {
 			return nil, fault.Wrap(err, fault.Internal, spec.Name, "the run directory cannot be cleaned").WithOp("vmm adopt")
 		}
 		return nil, notRunning(err, spec)
@@ -434,7 +408,7 @@ func (d *Driver) adopt(ctx context.Context, dir *runDir, spec vmm.Spec, find fin
 
 // attach opens the monitor of a running process, and lets a guest go that has not begun: its daemon
 // may have been killed just before that. An error leaves the process as it is and open.
-func (d *Driver) attach(ctx context.Context, dir *runDir, spec vmm.Spec, p *process.Process) (*machine, error) {
+func (d *Driver) attach(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, p *process.Process) (*machine, error) {
 	m := newMachine(spec, d.platform, p)
 	if _, err := m.monitor.connect(ctx, dir); err != nil {
 		m.monitor.leave(m)
@@ -458,25 +432,25 @@ func (d *Driver) attach(ctx context.Context, dir *runDir, spec vmm.Spec, p *proc
 // remove cleans the run directory after the process ended, unless another machine has been started
 // in it since.
 func remove(ctx context.Context, spec vmm.Spec) error {
-	dir, err := openRunDir(spec.RunDir)
+	dir, err := rundir.Open(spec.RunDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	defer dir.close()
-	if err := dir.lock(ctx); err != nil {
+	defer dir.Close()
+	if err := dir.Lock(ctx); err != nil {
 		return err
 	}
-	p, err := process.Open(ctx, dir.f.Name()+"/"+pidfile, spec.Marker())
+	p, err := process.Open(ctx, dir.Name()+"/"+pidfile, spec.Marker())
 	if err == nil {
 		return p.Close()
 	}
 	if !fault.Is(err, fault.NotFound) {
 		return err
 	}
-	return dir.clean()
+	return clean(dir)
 }
 
 // Sweep is vmm.Sweeper's.

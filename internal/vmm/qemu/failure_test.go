@@ -14,6 +14,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
 // program puts a shell script in QEMU's place, first in PATH.
@@ -154,12 +155,12 @@ func TestBusyMonitor(t *testing.T) {
 	if err := m.Close(); err != nil {
 		t.Fatal(err)
 	}
-	dir, err := openRunDir(s.RunDir)
+	dir, err := rundir.Open(s.RunDir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer dir.close()
-	other, err := dir.dial(t.Context(), monitorSocket)
+	defer dir.Close()
+	other, err := dir.Dial(t.Context(), monitorSocket)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -251,12 +252,12 @@ func crash(when, dir string) {
 		select {}
 	}
 	ctx := context.Background()
-	run, err := openRunDir(s.RunDir)
+	run, err := rundir.Open(s.RunDir)
 	if err == nil {
 		path, _ := find()
 		args, _ := arguments(s, platform{})
-		mon, _ := run.listen(monitorSocket)
-		agent, _ := run.listen(agentSocket)
+		mon, _ := run.Listen(monitorSocket)
+		agent, _ := run.Listen(agentSocket)
 		c := process.Command{Path: path, Args: append([]string{path}, args...), Dir: s.RunDir, Log: s.Log, Env: []string{"PATH=/usr/bin:/bin"},
 			Pidfile: filepath.Join(s.RunDir, pidfile), Marker: s.Marker(), Files: []*os.File{mon, agent}}
 		intent := fmt.Appendf(nil, `{"pid":0,"boot_id":%q,"marker":%q}`, boot(), s.Marker())

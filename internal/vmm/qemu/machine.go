@@ -14,6 +14,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
 // machine is a QEMU process and the connection to its monitor. Its goroutine, watch, sees changes
@@ -99,7 +100,11 @@ func (m *machine) watch() {
 				m.report(change)
 			}
 		case <-m.process.Done():
-			m.finish()
+			select {
+			case <-m.closed: // as well: whoever comes next cleans up, and may have begun
+			default:
+				m.finish()
+			}
 			return
 		}
 	}
@@ -226,11 +231,11 @@ func (m *machine) command(ctx context.Context, name string, result any) error {
 	err := func() error {
 		q := m.monitor.current()
 		if q == nil {
-			dir, err := openRunDir(m.spec.RunDir)
+			dir, err := rundir.Open(m.spec.RunDir)
 			if err != nil {
 				return err
 			}
-			defer dir.close()
+			defer dir.Close()
 			if q, err = m.monitor.connect(ctx, dir); err != nil {
 				return err
 			}
@@ -303,11 +308,11 @@ func (m *machine) Link() vmm.Link {
 // dialSerial connects to the virtio-serial port. While another connection is open, QEMU lets this
 // one wait: a Mux link carries one at a time.
 func (m *machine) dialSerial(ctx context.Context) (net.Conn, error) {
-	dir, err := openRunDir(m.spec.RunDir)
+	dir, err := rundir.Open(m.spec.RunDir)
 	if err == nil {
-		defer dir.close()
+		defer dir.Close()
 		var conn net.Conn
-		if conn, err = dir.dial(ctx, agentSocket); err == nil {
+		if conn, err = dir.Dial(ctx, agentSocket); err == nil {
 			return conn, nil
 		}
 	}

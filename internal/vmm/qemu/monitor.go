@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"sync"
+
+	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
 // monitor is the one connection that this program has to the monitor of one QEMU. A monitor serves
@@ -74,7 +76,7 @@ func (o *monitor) current() *qmp {
 }
 
 // connect returns the connection, after dialling if there is none that works.
-func (o *monitor) connect(ctx context.Context, dir *runDir) (*qmp, error) {
+func (o *monitor) connect(ctx context.Context, dir *rundir.Dir) (*qmp, error) {
 	if q := o.current(); q != nil {
 		return q, nil
 	}
@@ -83,7 +85,7 @@ func (o *monitor) connect(ctx context.Context, dir *runDir) (*qmp, error) {
 	if q := o.current(); q != nil {
 		return q, nil
 	}
-	conn, err := dir.dial(ctx, monitorSocket)
+	conn, err := dir.Dial(ctx, monitorSocket)
 	if err != nil {
 		return nil, err
 	}

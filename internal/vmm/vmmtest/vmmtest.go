@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -776,13 +777,32 @@ func (s *suite) link(t *testing.T) {
 	s.echo(t, s.own(t, s.adopted(t, s.New(t), spec)))
 }
 
+// dial repeats: a guest that is still booting refuses on a vsock.
+func (s *suite) dial(t *testing.T, m vmm.Machine) net.Conn {
+	t.Helper()
+	ctx := s.context(t)
+	for {
+		conn, err := m.Link().Dial(ctx)
+		if err == nil {
+			return conn
+		}
+		if fault.CodeOf(err) != fault.Unavailable {
+			t.Fatal(err)
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatal(err)
+		case <-m.Done():
+			t.Fatalf("the machine ended (%s): %v", m.Exit().Reason, err)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
 // echo sends a block there and back. On a Mux link stale bytes may come first.
 func (s *suite) echo(t *testing.T, m vmm.Machine) {
 	t.Helper()
-	conn, err := m.Link().Dial(s.context(t))
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := s.dial(t, m)
 	defer conn.Close()
 	if err := conn.SetDeadline(time.Now().Add(s.Patience)); err != nil {
 		t.Fatal(err)
@@ -813,10 +833,7 @@ func (s *suite) linkGone(t *testing.T) {
 	}
 	var open io.ReadCloser
 	if s.Echo {
-		c, err := m.Link().Dial(s.context(t))
-		if err != nil {
-			t.Fatal(err)
-		}
+		c := s.dial(t, m)
 		c.SetDeadline(time.Now().Add(s.Patience))
 		open = c
 	}

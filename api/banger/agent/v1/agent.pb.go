@@ -260,6 +260,7 @@ func (*WatchBootRequest) Descriptor() ([]byte, []int) {
 type WatchBootResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Stage         *Stage                 `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`
+	UptimeMs      float64                `protobuf:"fixed64,2,opt,name=uptime_ms,json=uptimeMs,proto3" json:"uptime_ms,omitempty"` // CLOCK_BOOTTIME when this was sent
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -299,6 +300,13 @@ func (x *WatchBootResponse) GetStage() *Stage {
 		return x.Stage
 	}
 	return nil
+}
+
+func (x *WatchBootResponse) GetUptimeMs() float64 {
+	if x != nil {
+		return x.UptimeMs
+	}
+	return 0
 }
 
 type ShutdownRequest struct {
@@ -612,9 +620,10 @@ const file_banger_agent_v1_agent_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x13\n" +
 	"\x05at_ms\x18\x02 \x01(\x01R\x04atMs\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x12\n" +
-	"\x10WatchBootRequest\"A\n" +
+	"\x10WatchBootRequest\"^\n" +
 	"\x11WatchBootResponse\x12,\n" +
-	"\x05stage\x18\x01 \x01(\v2\x16.banger.agent.v1.StageR\x05stage\")\n" +
+	"\x05stage\x18\x01 \x01(\v2\x16.banger.agent.v1.StageR\x05stage\x12\x1b\n" +
+	"\tuptime_ms\x18\x02 \x01(\x01R\buptimeMs\")\n" +
 	"\x0fShutdownRequest\x12\x16\n" +
 	"\x06reboot\x18\x01 \x01(\bR\x06reboot\"\x12\n" +
 	"\x10ShutdownResponse\"\r\n" +
