@@ -8,11 +8,15 @@ SHELL := /bin/bash
 PREFIX ?= $(HOME)/.local
 RUNTIME_MANIFEST ?= runtime-bundle.toml
 ARGS ?=
+# Programs to take into the runtime bundle, instead of what is in PATH or fetched.
+FIRECRACKER ?=
+JAILER ?=
 
 # Outside of git (a release archive) the version is "devel".
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X git.thaloco.com/thaloco/banger/internal/version.release=$(VERSION)'
 MKRUNTIME := ./dist/mkruntime -version '$(VERSION)'
+MAKE_BUNDLE = $(MKRUNTIME) -manifest '$(RUNTIME_MANIFEST)' -firecracker '$(FIRECRACKER)' -jailer '$(JAILER)'
 
 .PHONY: help
 help: ## this list
@@ -35,12 +39,12 @@ dist/mkruntime:
 # ---- runtime bundle (docs/runtime-bundle.md)
 
 .PHONY: runtime
-runtime: dist/mkruntime ## build or repair the runtime bundle in ./runtime
-	@exec $(MKRUNTIME) all
+runtime: dist/mkruntime ## build or repair the runtime bundle in ./runtime; FIRECRACKER=path JAILER=path: with these
+	@exec $(MAKE_BUNDLE) all
 
 .PHONY: rootfs
 rootfs: dist/mkruntime ## build the default image afresh, from today's packages
-	@exec $(MKRUNTIME) rootfs
+	@exec $(MAKE_BUNDLE) rootfs
 
 .PHONY: runtime-package
 runtime-package: dist/mkruntime ## pack ./runtime into dist/banger-runtime.tar.gz and print its SHA256
@@ -83,11 +87,26 @@ test-full: ## that, and the slow ones
 test-boots: ## N=20 boots in a row while all CPUs are busy; none may fail
 	@exec scripts/test.sh boots $(N)
 
+# ---- the lab: an emulated host with KVM (docs/lab.md)
+
+.PHONY: lab lab-shell
+lab: dist/mkruntime ## build the emulated host that Firecracker is tested on
+	@exec $(MKRUNTIME) -to dist/lab/host lab
+lab-shell: lab runtime ## enter it, with this checkout in it; ARGS='-user root make test' runs a command
+	@go build -o dist/lab/shell ./test/lab/shell
+	@exec dist/lab/shell $(ARGS)
+
 .PHONY: bench
 bench: build runtime ## measure what a VM costs its host (docs/benchmarks.md); BENCH_QUICK=1: in a minute
 	$(GO_BUILD) -o dist/bangerd-fake ./test/bangerd-fake
 	$(GO_BUILD) -o dist/bench ./tools/bench
 	@dist/bench $(ARGS)
+
+.PHONY: bench-floor
+bench-floor: build runtime lab ## hold a create on Firecracker against Firecracker alone, in the lab; BENCH_QUICK=1: fewer samples
+	@$(MKRUNTIME) -to dist/lab/stock stock
+	$(GO_BUILD) -o dist/bench ./tools/bench
+	@dist/bench -floor -json dist/bench-floor.json $(ARGS)
 
 # ---- housekeeping
 

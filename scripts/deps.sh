@@ -37,6 +37,7 @@ tests() {
     need libc6-dev /usr/include/stdlib.h "compiles the race detector's runtime into the tests"
     need iproute2 ip "looks at the host's network in tests"
     need jq jq "reads JSON output in tests"
+    need python3-pip pip3 "fetches Firecracker where its release page is out of reach"
     need procps ps "looks at processes in tests"
     need strace strace "counts the programs that a create executes (make bench)"
     need shellcheck shellcheck "checks the shell scripts"

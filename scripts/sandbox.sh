@@ -25,7 +25,7 @@ source_key() {
     } | sha256sum
 }
 bundle_key() {
-    find packages.apt go.mod tools/mkruntime internal/bundle internal/ext4 internal/kernel -type f ! -name '*_test.go' -print0 |
+    find packages.apt runtime-bundle.toml go.mod tools/mkruntime internal/bundle internal/ext4 internal/kernel -type f ! -name '*_test.go' -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
 }
 # fresh <stamp> <key>

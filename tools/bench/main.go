@@ -12,12 +12,14 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -32,12 +34,13 @@ type plan struct {
 	Lists   int   // samples of a list at each level
 	Starts  int   // samples of the programs' own start
 	Warm    int   // real creates after the first
+	Boots   int   // samples of each machine of bench-floor
 	quick   bool
 }
 
 var (
-	fullPlan  = plan{Levels: []int{1, 100, 1000}, Creates: 60, Lists: 60, Starts: 100, Warm: 3}
-	quickPlan = plan{Levels: []int{1, 100, 1000}, Creates: 20, Lists: 20, Starts: 25, Warm: 1, quick: true}
+	fullPlan  = plan{Levels: []int{1, 100, 1000}, Creates: 60, Lists: 60, Starts: 100, Warm: 3, Boots: 5}
+	quickPlan = plan{Levels: []int{1, 100, 1000}, Creates: 20, Lists: 20, Starts: 25, Warm: 1, Boots: 3, quick: true}
 )
 
 type options struct {
@@ -45,6 +48,8 @@ type options struct {
 	runtime               string // bundle of the real creates
 	json, docs            string
 	only                  string
+	floor, bare           bool
+	stock                 string
 }
 
 func main() {
@@ -56,6 +61,9 @@ func main() {
 	flag.StringVar(&o.json, "json", "dist/bench.json", "where the figures go")
 	flag.StringVar(&o.docs, "docs", "docs/benchmarks.md", "the page whose table is refreshed")
 	flag.StringVar(&o.only, "only", "", "measure only `fake` or `real`: for looking, the rest is missing then")
+	flag.BoolVar(&o.floor, "floor", false, "make bench-floor: hold a create on Firecracker against Firecracker alone, in the lab")
+	flag.BoolVar(&o.bare, "bare", false, "measure that on this machine, which needs KVM, and print the figures as JSON")
+	flag.StringVar(&o.stock, "stock", "dist/lab/stock", "the untrimmed guest's `directory`, for -bare")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	err := run(ctx, o)
@@ -74,7 +82,16 @@ func run(ctx context.Context, o options) (err error) {
 	if os.Getenv("BENCH_QUICK") == "1" {
 		p = quickPlan
 	}
-	for _, path := range []*string{&o.banger, &o.bangerd, &o.fake, &o.runtime} {
+	if o.floor {
+		return floor(ctx, p, o)
+	}
+	needed := []*string{&o.banger, &o.bangerd, &o.runtime}
+	if o.bare {
+		needed = append(needed, &o.stock)
+	} else {
+		needed = append(needed, &o.fake)
+	}
+	for _, path := range needed {
 		if *path, err = filepath.Abs(*path); err != nil {
 			return err
 		}
@@ -97,13 +114,20 @@ func run(ctx context.Context, o options) (err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 
 	r := newReport(p, dir)
-	bundle := filepath.Join(dir, "bundle")
-	if err := fakebundle.Make(bundle); err != nil {
-		return err
-	}
 	began := time.Now()
 	say := func(format string, args ...any) {
 		fmt.Fprintf(os.Stderr, "%5.0fs  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
+	}
+	if o.bare {
+		if err := measureBare(ctx, r, o, dir, say); err != nil {
+			return err
+		}
+		r.derive()
+		return json.NewEncoder(os.Stdout).Encode(r)
+	}
+	bundle := filepath.Join(dir, "bundle")
+	if err := fakebundle.Make(bundle); err != nil {
+		return err
 	}
 	if o.only != "real" {
 		say("starting programs")
@@ -126,10 +150,35 @@ func run(ctx context.Context, o options) (err error) {
 	}
 	fmt.Print(r.table())
 	if !p.quick && o.only == "" {
-		if err := r.refresh(o.docs); err != nil {
+		if err := refresh(o.docs, "make bench", r.table()); err != nil {
 			return err
 		}
 	}
+	return verdict(r, failed)
+}
+
+// floor is `make bench-floor`.
+func floor(ctx context.Context, p plan, o options) error {
+	r, err := inLab(ctx, p)
+	if err != nil {
+		return err
+	}
+	r.Command = strings.Replace(r.Command, "make bench", "make bench-floor", 1)
+	failed := r.judgeFloor()
+	if err := r.writeJSON(o.json); err != nil {
+		return err
+	}
+	table := r.tableOfFloor()
+	fmt.Print(table)
+	if !p.quick {
+		if err := refresh(o.docs, "make bench-floor", table); err != nil {
+			return err
+		}
+	}
+	return verdict(r, failed)
+}
+
+func verdict(r *report, failed []string) error {
 	if len(failed) > 0 {
 		return fault.New(fault.Internal, "", "%d of %d thresholds are not met:%s", len(failed), len(r.Thresholds), bullets(failed))
 	}

@@ -9,11 +9,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 )
 
 // realStages are the parts of a real create, in order of time.
@@ -28,7 +30,9 @@ var realStages = []struct{ name, label string }{
 	{"firmware", "guest: firmware and early kernel, until its clock starts"},
 	{"init", "guest: kernel, until our init"},
 	{"root", "guest: init, until the root is together"},
-	{"agent", "guest: until the agent answers"},
+	{"listening", "guest: until its agent listens"},
+	{"agent", "guest: until its agent has answered, without its wait for the host"},
+	{"waited", "the guest's wait for the host"},
 	{"notice", "until the daemon has noticed"},
 	{"after", "until the program ends"},
 	{"host", "sum: all but the guest's boot"},
@@ -71,11 +75,22 @@ func (s *site) realCreate(ctx context.Context, r *report, kind, name string) (ar
 		return nil, err
 	}
 	ended := began.Add(u.Wall)
-	got, err := s.client.VMs.GetVM(ctx, &bangerv1.GetVMRequest{Id: name})
+	if kind == "warm" {
+		for range 5 { // GetVM asks the agent, and the guest is as busy as when it was asked first
+			err := r.sample("floor.agent", func() (time.Duration, error) {
+				began := time.Now()
+				_, err := s.client.VMs.GetVM(ctx, &bangerv1.GetVMRequest{Id: name})
+				return time.Since(began), err
+			})
+			if err != nil {
+				return nil, err
+			}
+		}
+	}
+	v, err := s.booted(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	v := got.GetVm()
 	r.Machine.Accel = v.GetAccel()
 	op, err := s.createOf(ctx, v.GetId())
 	if err != nil {
@@ -96,41 +111,32 @@ func (s *site) realCreate(ctx context.Context, r *report, kind, name string) (ar
 	}
 	start := op.GetStages()[0].GetStartedAt().AsTime()
 	part("before", start.Sub(began))
-	answer, err := s.agentAnswer(v.GetId())
+	guest, err := s.clock(v.GetId())
 	if err != nil {
 		return nil, err
 	}
-	// The guest's clock began when its kernel did: its reading at an instant of the host's tells when.
-	born := answer.at.Add(-answer.guest)
 	ran := agent.GetStartedAt().AsTime()
-	part("firmware", born.Sub(ran))
+	part("firmware", guest.born.Sub(ran))
 	last := time.Duration(0)
 	for _, b := range v.GetBoot() {
-		if n := b.GetName(); n == "init" || n == "root" || n == "agent" {
-			reached := time.Duration(b.GetAtMs() * float64(time.Millisecond))
+		reached := time.Duration(b.GetAtMs() * float64(time.Millisecond))
+		switch n := b.GetName(); n {
+		case "init", "root", "listening":
 			part(n, reached-last)
+			last = reached
+		case "agent":
+			part(n, reached-last-guest.waited)
 			last = reached
 		}
 	}
-	ready := born.Add(last)
+	part("waited", guest.waited)
+	ready := guest.born.Add(last)
 	part("notice", agent.GetFinishedAt().AsTime().Sub(ready))
 	part("after", ended.Sub(agent.GetFinishedAt().AsTime()))
-	part("host", ran.Sub(began)+ended.Sub(ready))
+	part("host", ran.Sub(began)+guest.waited+ended.Sub(ready))
 
 	if argv, err = commandLine(int(v.GetPid())); err != nil {
 		return nil, err
-	}
-	if kind == "warm" {
-		for range 5 { // GetVM asks the agent, and the guest is as busy as when it was asked first
-			err := r.sample("floor.agent", func() (time.Duration, error) {
-				began := time.Now()
-				_, err := s.client.VMs.GetVM(ctx, &bangerv1.GetVMRequest{Id: name})
-				return time.Since(began), err
-			})
-			if err != nil {
-				return nil, err
-			}
-		}
 	}
 	if err := s.stopGuest(ctx, v.GetId()); err != nil {
 		return nil, err
@@ -142,6 +148,35 @@ func (s *site) realCreate(ctx context.Context, r *report, kind, name string) (ar
 		}
 	}
 	return argv, s.delete(ctx, name)
+}
+
+// booted waits until the guest has told the daemon of its boot as far as its SSH server.
+func (s *site) booted(ctx context.Context, name string) (*bangerv1.VM, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, fault.New(fault.Timeout, name, "its guest did not report its boot within a minute"))
+	defer cancel()
+	return s.reported(ctx, name, boot.StageSSH)
+}
+
+// reported waits until the guest has told the daemon of all these stages.
+func (s *site) reported(ctx context.Context, name string, stages ...string) (*bangerv1.VM, error) {
+	watch, err := s.client.Daemon.Watch(ctx, &bangerv1.WatchRequest{})
+	if err != nil {
+		return nil, err
+	}
+	defer watch.Close()
+	reported := func(v *bangerv1.VM) bool {
+		return v.GetName() == name && !slices.ContainsFunc(stages, func(stage string) bool { return !slices.ContainsFunc(v.GetBoot(), named(stage)) })
+	}
+	for watch.Receive() {
+		vms := watch.Msg().GetSnapshot().GetVms()
+		if v := watch.Msg().GetVm(); v != nil {
+			vms = append(vms, v)
+		}
+		if i := slices.IndexFunc(vms, reported); i >= 0 {
+			return vms[i], nil
+		}
+	}
+	return nil, errors.Join(watch.Err(), context.Cause(ctx))
 }
 
 // bareStarts samples the VMM's own share of a create.
@@ -199,30 +234,48 @@ func (s *site) createOf(ctx context.Context, id string) (*bangerv1.Operation, er
 	return nil, fault.New(fault.Internal, id, "the daemon knows no create of it")
 }
 
-// answered is the guest's clock at an instant of the host's.
-type answered struct {
-	at    time.Time
-	guest time.Duration
+// clock is what a guest's reports tell of its time.
+type clock struct {
+	born   time.Time     // its beginning, by the host's clock
+	waited time.Duration // for the host, in the first handshake
 }
 
-// agentAnswer reads from the daemon's log when a VM's agent answered first.
-func (s *site) agentAnswer(id string) (answered, error) {
+// clock lays a guest's clock over the host's. Each stage that the guest reported gives its clock's
+// reading when it sent the report; the daemon's log has when that arrived. The one that was shortest on
+// its way is the best.
+func (s *site) clock(id string) (clock, error) {
 	b, err := os.ReadFile(filepath.Join(s.state(), "bangerd.log"))
 	if err != nil {
-		return answered{}, err
+		return clock{}, err
 	}
+	c := clock{waited: -1}
 	for line := range bytes.Lines(b) {
 		var entry struct {
 			Time    time.Time `json:"time"`
 			Message string    `json:"msg"`
 			VM      string    `json:"vm"`
+			Stage   string    `json:"stage"`
+			Detail  string    `json:"detail"`
 			Guest   float64   `json:"guest_ms"`
 		}
-		if json.Unmarshal(line, &entry) == nil && entry.Message == "agent answers" && entry.VM == id && entry.Guest > 0 {
-			return answered{entry.Time, time.Duration(entry.Guest * float64(time.Millisecond))}, nil
+		if json.Unmarshal(line, &entry) != nil || entry.Message != "the guest reached a stage of its boot" || entry.VM != id || entry.Guest <= 0 {
+			continue
+		}
+		if t := entry.Time.Add(-time.Duration(entry.Guest * float64(time.Millisecond))); c.born.IsZero() || t.Before(c.born) {
+			c.born = t
+		}
+		if entry.Stage == "agent" {
+			var ms float64
+			if _, err := fmt.Sscanf(entry.Detail, "waited %f ms for the host", &ms); err != nil {
+				return c, fault.Wrap(err, fault.Internal, id, "its agent did not say how long it waited for the host: %q", entry.Detail)
+			}
+			c.waited = time.Duration(ms * float64(time.Millisecond))
 		}
 	}
-	return answered{}, fault.New(fault.Internal, id, "the daemon's log does not say when its agent answered")
+	if c.waited < 0 {
+		return c, fault.New(fault.Internal, id, "the daemon's log does not say what its guest reported")
+	}
+	return c, nil
 }
 
 func commandLine(pid int) ([]string, error) {

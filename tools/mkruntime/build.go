@@ -54,7 +54,7 @@ func imageKey(packages []string) (string, error) {
 	for _, r := range repl {
 		own = append(own, r.name, r.link, string(r.content), strconv.FormatInt(r.mode, 8))
 	}
-	return contentKey("image", recipeVersion, suite, runtime.GOARCH, debootstrapArgs("", "minbase", packages), own, dropped,
+	return contentKey("image", recipeVersion, suite, runtime.GOARCH, debootstrapArgs("", "minbase", suite, packages), own, dropped,
 		ext4.MkfsArgs(ext4.Base), ext4.MkfsArgs(ext4.Growing), kernelPackages), nil
 }
 
@@ -63,7 +63,7 @@ func imageKey(packages []string) (string, error) {
 func buildKernel(ctx context.Context, p *progress, mode, dir string) ([]string, error) {
 	p.begin("fetching the kernel and the image tools")
 	root := filepath.Join(dir, dirTools)
-	err := debootstrap(ctx, p, mode, "extract", kernelPackages, func(r io.Reader) error { return extractTools(r, root) })
+	err := debootstrap(ctx, p, debootstrapArgs(mode, "extract", suite, kernelPackages), func(r io.Reader) error { return extract(r, root, isKernelTool) })
 	if err != nil {
 		return nil, err
 	}
@@ -164,24 +164,30 @@ func buildModulesImage(ctx context.Context, tools toolchain, tree, file string) 
 	return makeImage(ctx, tools, ext4.ReadOnly, "modules", tarFile, file, size, 0)
 }
 
-// extractTools unpacks what buildKernel needs of the packages: the kernel, its modules, the programs
-// with their libraries. Nothing is written through a link: links are made last.
-func extractTools(r io.Reader, root string) error {
-	wanted := func(name string) bool {
-		switch dir := path.Dir(name); {
-		case dir == "boot":
-			return strings.HasPrefix(name, "boot/vmlinuz-")
-		case strings.HasPrefix(name, "usr/lib/modules/"):
-			return true
-		case dir == "usr/lib/x86_64-linux-gnu":
-			return strings.Contains(path.Base(name), ".so")
-		}
-		switch name {
-		case "usr/sbin/mke2fs", "usr/sbin/debugfs", "usr/bin/kmod", "usr/sbin/depmod":
-			return true
-		}
-		return false
+// isKernelTool says whether buildKernel needs a file of the packages: the kernel, its modules, the programs
+// with their libraries.
+func isKernelTool(name string) bool {
+	switch {
+	case path.Dir(name) == "boot":
+		return strings.HasPrefix(name, "boot/vmlinuz-")
+	case strings.HasPrefix(name, "usr/lib/modules/"):
+		return true
 	}
+	switch name {
+	case "usr/sbin/mke2fs", "usr/sbin/debugfs", "usr/bin/kmod", "usr/sbin/depmod":
+		return true
+	}
+	return isLibrary(name)
+}
+
+// isLibrary says whether a file of a package is one that toolchain links programs with.
+func isLibrary(name string) bool {
+	return path.Dir(name) == "usr/lib/x86_64-linux-gnu" && strings.Contains(path.Base(name), ".so")
+}
+
+// extract unpacks the files and links of a tar that are wanted. Nothing is written through a link: links
+// are made last.
+func extract(r io.Reader, root string, wanted func(name string) bool) error {
 	links := map[string]string{}
 	tr := tar.NewReader(r)
 	for {
@@ -234,7 +240,7 @@ func buildImage(ctx context.Context, p *progress, mode, dir string, packages []s
 	p.begin("building the root filesystem from %d packages", len(packages))
 	imageTar, seedTar := filepath.Join(dir, "rootfs.tar"), filepath.Join(dir, "seed.tar")
 	var imgSize, seedSize imageSize
-	err := debootstrap(ctx, p, mode, "minbase", packages, func(r io.Reader) (err error) {
+	err := debootstrap(ctx, p, debootstrapArgs(mode, "minbase", suite, packages), func(r io.Reader) (err error) {
 		image, err := os.Create(imageTar)
 		if err != nil {
 			return err
@@ -362,7 +368,6 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 		return err
 	}
 
-	p.begin("putting the bundle together in %s", o.runtime)
 	if err := os.MkdirAll(o.runtime, 0o755); err != nil {
 		return fault.Wrap(err, fault.Permission, o.runtime, "cannot be made")
 	}
@@ -371,6 +376,11 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 		return err
 	}
 	defer s.discard()
+	b := &bundle.Bundle{CreatedBy: o.version, Arch: runtime.GOARCH}
+	if err := s.addFirecracker(ctx, p, o, c, b); err != nil {
+		return err
+	}
+	p.begin("putting the bundle together in %s", o.runtime)
 	version, err := os.ReadFile(filepath.Join(kernelDir, fileVersion))
 	if err != nil {
 		return fault.Wrap(err, fault.Corrupt, kernelDir, "is damaged").WithHint("remove it and try again")
@@ -404,10 +414,11 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 			return err
 		}
 	}
-	if err := s.commit(&bundle.Bundle{CreatedBy: o.version, Arch: runtime.GOARCH, KernelVersion: string(version)}); err != nil {
+	b.KernelVersion = string(version)
+	if err := s.commit(b); err != nil {
 		return err
 	}
-	return errors.Join(c.prune("kernel"), c.prune("image"))
+	return errors.Join(c.prune("kernel"), c.prune("image"), c.prune(cacheKind))
 }
 
 // refreshAgent builds the guest program into a bundle that is there, and the initrd with it.

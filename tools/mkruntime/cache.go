@@ -94,6 +94,13 @@ func contentKey(parts ...any) string {
 // manifestName lists an entry's files with their checksums: a damaged cache is noticed when it is used.
 const manifestName = "manifest.json"
 
+// peek returns the entry kind-key if it is there, and errNotCached if not.
+func (c *cache) peek(ctx context.Context, kind, key string) (string, map[string]bundle.Artifact, error) {
+	return c.get(ctx, kind, key, false, func(string) ([]string, error) { return nil, errNotCached })
+}
+
+var errNotCached = errors.New("not in the cache")
+
 // get returns the entry kind-key, made by build in a scratch directory if it is not there or, with
 // fresh, in any case. build returns the names of the files that are artifacts.
 func (c *cache) get(ctx context.Context, kind, key string, fresh bool, build func(dir string) ([]string, error)) (string, map[string]bundle.Artifact, error) {

@@ -53,8 +53,8 @@ func readPackages(file string) ([]string, error) {
 }
 
 // debootstrapArgs gives mmdebstrap's arguments for a tar on its standard output. No mirror is named:
-// mmdebstrap knows the suite's.
-func debootstrapArgs(mode, variant string, packages []string) []string {
+// mmdebstrap knows the release's.
+func debootstrapArgs(mode, variant, release string, packages []string, more ...string) []string {
 	args := []string{"--mode=" + mode, "--variant=" + variant, "--format=tar"}
 	if variant != "extract" {
 		for _, o := range dpkgExcludes {
@@ -64,7 +64,8 @@ func debootstrapArgs(mode, variant string, packages []string) []string {
 	if len(packages) > 0 {
 		args = append(args, "--include="+strings.Join(packages, ","))
 	}
-	return append(args, suite, "-")
+	args = append(args, more...)
+	return append(args, release, "-")
 }
 
 // debootstrapMode decides how mmdebstrap gets a root of its own and says exactly what is missing.
@@ -131,7 +132,8 @@ func subordinate(file, name, uid string) (ok bool, free int64) {
 }
 
 // debootstrap runs mmdebstrap and gives its tar to consume, which must read all of it.
-func debootstrap(ctx context.Context, p *progress, mode, variant string, packages []string, consume func(io.Reader) error) error {
+func debootstrap(ctx context.Context, p *progress, args []string, consume func(io.Reader) error) error {
+	release := args[len(args)-2]
 	tmp, err := scratchDir()
 	if err != nil {
 		return err
@@ -140,7 +142,7 @@ func debootstrap(ctx context.Context, p *progress, mode, variant string, package
 	// scratch directory, which only it can remove, is gone as well.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "mmdebstrap", debootstrapArgs(mode, variant, packages)...)
+	cmd := exec.CommandContext(ctx, "mmdebstrap", args...)
 	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "LC_ALL=C.UTF-8", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C reaches it through us, once
 	// Its workers go on without it, so the whole group is told; mmdebstrap then removes its directory.
@@ -191,8 +193,8 @@ func debootstrap(ctx context.Context, p *progress, mode, variant string, package
 	case waited != nil && consumed != nil && errors.Is(waited, context.Canceled):
 		return consumed
 	case waited != nil:
-		return fault.Wrap(waited, fault.Unavailable, "mmdebstrap", "could not build from Debian %s:\n%s", suite, last.String()).
-			WithHint("check the network, and that every package in packages.apt exists in Debian %s", suite)
+		return fault.Wrap(waited, fault.Unavailable, "mmdebstrap", "could not build from Debian %s:\n%s", release, last.String()).
+			WithHint("check the network, and that every package in packages.apt exists in Debian %s", release)
 	}
 	return consumed
 }

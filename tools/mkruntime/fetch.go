@@ -8,8 +8,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"io"
-	"net/http"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,23 +18,40 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
-// manifest is runtime-bundle.toml: where an archive made by pack is, and what it must hash to.
+// manifest is runtime-bundle.toml: where an archive made by pack is, and what it must hash to; likewise
+// where a release archive of Firecracker is, if it is not to be the project's own release page.
 type manifest struct {
-	URL    string `toml:"url"`
-	SHA256 string `toml:"sha256"`
+	URL         string `toml:"url"` // or a path, relative to the manifest
+	SHA256      string `toml:"sha256"`
+	Firecracker struct {
+		URL    string `toml:"url"` // likewise
+		SHA256 string `toml:"sha256"`
+	} `toml:"firecracker"`
+}
+
+func readRuntimeManifest(file string) (manifest, error) {
+	var m manifest
+	f, err := os.Open(file)
+	if err != nil {
+		return m, fault.Wrap(err, fault.NotFound, file, "cannot be read").WithHint("name a copy of runtime-bundle.toml: RUNTIME_MANIFEST=<file>")
+	}
+	defer f.Close()
+	if err := toml.NewDecoder(f).DisallowUnknownFields().Decode(&m); err != nil {
+		return m, fault.Wrap(err, fault.Invalid, file, "is no runtime manifest")
+	}
+	if (m.Firecracker.URL == "") != (m.Firecracker.SHA256 == "") {
+		return m, fault.New(fault.Invalid, file, "[firecracker] has only one of url and sha256").
+			WithHint("fill in both, or neither: then Firecracker comes from its project's release page")
+	}
+	return m, nil
 }
 
 // fetch puts the bundle of an archive into place of the one that is there, but for its SSH key. Nothing is
 // changed before the whole archive has the manifest's checksum, and every artifact that of its bundle.json.
 func fetch(ctx context.Context, p *progress, o options) error {
-	f, err := os.Open(o.manifest)
+	m, err := readRuntimeManifest(o.manifest)
 	if err != nil {
-		return fault.Wrap(err, fault.NotFound, o.manifest, "cannot be read").WithHint("make runtime-bundle RUNTIME_MANIFEST=<copy of runtime-bundle.toml>")
-	}
-	defer f.Close()
-	var m manifest
-	if err := toml.NewDecoder(f).DisallowUnknownFields().Decode(&m); err != nil {
-		return fault.Wrap(err, fault.Invalid, o.manifest, "is no runtime manifest")
+		return err
 	}
 	if m.URL == "" || m.SHA256 == "" {
 		return fault.New(fault.Invalid, o.manifest, "has no url or no sha256").
@@ -51,7 +66,7 @@ func fetch(ctx context.Context, p *progress, o options) error {
 	}
 	defer s.discard()
 	p.begin("fetching %s", m.URL)
-	src, err := openURL(ctx, m.URL, filepath.Dir(o.manifest))
+	src, err := openURL(ctx, o.patience, m.URL, filepath.Dir(o.manifest))
 	if err != nil {
 		return err
 	}
@@ -103,40 +118,6 @@ func fetch(ctx context.Context, p *progress, o options) error {
 	return s.commit(b)
 }
 
-// openURL opens a path, relative to dir, or a URL.
-func openURL(ctx context.Context, where, dir string) (io.ReadCloser, error) {
-	u, err := url.Parse(where)
-	if err != nil {
-		return nil, fault.Wrap(err, fault.Invalid, where, "is no URL")
-	}
-	switch u.Scheme {
-	case "", "file":
-		path := u.Path
-		if !filepath.IsAbs(path) {
-			path = filepath.Join(dir, path)
-		}
-		f, err := os.Open(path)
-		if err != nil {
-			return nil, fault.Wrap(err, fault.NotFound, where, "cannot be read")
-		}
-		return f, nil
-	case "http", "https":
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, where, nil)
-		if err != nil {
-			return nil, fault.Wrap(err, fault.Invalid, where, "is no URL")
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return nil, fault.Wrap(err, fault.Unavailable, where, "cannot be fetched")
-		}
-		if resp.StatusCode != http.StatusOK {
-			return nil, errors.Join(fault.New(fault.Unavailable, where, "cannot be fetched: %s", resp.Status), resp.Body.Close())
-		}
-		return resp.Body, nil
-	}
-	return nil, fault.New(fault.Invalid, where, "is neither a path nor a file, http or https URL")
-}
-
 // unpack extracts the files of a bundle, and only those, into dir; zeros become holes.
 func unpack(ctx context.Context, r io.Reader, dir string) error {
 	gz, err := gzip.NewReader(r)
@@ -144,7 +125,7 @@ func unpack(ctx context.Context, r io.Reader, dir string) error {
 		return err
 	}
 	known := []string{bundle.ManifestName}
-	for _, role := range append(bundle.Required(), bundle.BaseRootFS) {
+	for _, role := range append(bundle.Required(), bundle.Optional()...) {
 		if role != bundle.SSHKey {
 			known = append(known, bundle.FileName(role))
 		}
@@ -169,24 +150,4 @@ func unpack(ctx context.Context, r io.Reader, dir string) error {
 			return err
 		}
 	}
-}
-
-// counted shows how much has come, and ends with its context.
-type counted struct {
-	ctx context.Context
-	r   io.Reader
-	p   *progress
-	n   int64
-}
-
-func (c *counted) Read(b []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	n, err := c.r.Read(b)
-	if before := c.n >> 24; (c.n+int64(n))>>24 != before {
-		c.p.note(gib(c.n + int64(n)))
-	}
-	c.n += int64(n)
-	return n, err
 }

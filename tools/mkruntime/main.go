@@ -1,9 +1,12 @@
 // Command mkruntime builds the runtime bundle (`make runtime`): kernel, initrd, modules image, the
-// default root filesystem with its work seed, the guest program, and bundle.json.
+// default root filesystem with its work seed, the guest program, Firecracker with its jailer, and
+// bundle.json. It builds the emulated host of test/lab as well (`make lab`), which is made of Debian
+// packages in the same way.
 //
-// Everything comes from Debian packages by mmdebstrap, as root or as an ordinary user, without a
-// mount of its own or a loop device. What is slow is kept under $XDG_CACHE_HOME/banger/build by content
-// key, never by date. It owns how artifacts are made; internal/bundle owns what a bundle is.
+// Firecracker comes as a program (firecracker.go says from where); all else comes from Debian packages
+// by mmdebstrap, as root or as an ordinary user, without a mount of its own or a loop device. What is
+// slow is kept under $XDG_CACHE_HOME/banger/build by content key, never by date. It owns how artifacts
+// are made; internal/bundle owns what a bundle is.
 package main
 
 import (
@@ -28,6 +31,8 @@ Commands:
   pack     write the bundle to dist/banger-runtime.tar.gz and print its SHA256
   fetch    unpack the archive that -manifest names into the bundle's directory
   install  copy the bundle to -to, with a key of its own
+  lab      build the emulated host that tests run on, and make -to a link to it
+  stock    build the untrimmed guest that bench-floor compares with, and make -to a link to it
 
 Flags:
 `
@@ -39,18 +44,24 @@ type options struct {
 	manifest string
 	to       string
 	version  string
+
+	firecracker, jailer string // programs that the user names, "" for none
+	origin              origin
+	patience            patience
 }
 
 func main() {
 	// The files made here are read by other users' programs (mmdebstrap's mapped user, the VMM).
 	syscall.Umask(0o022)
 
-	var o options
+	o := options{origin: published, patience: usualPatience}
 	flag.StringVar(&o.runtime, "runtime", "runtime", "the bundle's `directory`")
 	flag.StringVar(&o.packages, "packages", "packages.apt", "the `file` that lists the packages of the default image")
 	flag.StringVar(&o.agent, "agent", "", "take this guest program instead of building ./cmd/banger-vsock-agent")
-	flag.StringVar(&o.manifest, "manifest", "runtime-bundle.toml", "the `file` that says where fetch gets its archive")
-	flag.StringVar(&o.to, "to", "", "where pack and install put their result")
+	flag.StringVar(&o.manifest, "manifest", "runtime-bundle.toml", "the `file` that says where fetch gets its archive, and where all gets Firecracker's")
+	flag.StringVar(&o.firecracker, "firecracker", "", "take this Firecracker, and the jailer beside it, into the bundle")
+	flag.StringVar(&o.jailer, "jailer", "", "with -firecracker: take this jailer")
+	flag.StringVar(&o.to, "to", "", "where pack, install, lab and stock put their result")
 	flag.StringVar(&o.version, "version", "devel", "the version to write into bundle.json")
 	flag.Usage = func() {
 		fmt.Fprint(os.Stderr, usage)
@@ -64,6 +75,8 @@ func main() {
 		"pack":    pack,
 		"fetch":   fetch,
 		"install": install,
+		"lab":     makeLab,
+		"stock":   makeStock,
 	}
 	run := commands[flag.Arg(0)]
 	if run == nil || flag.NArg() != 1 {

@@ -81,6 +81,34 @@ func TestOneMorePackageIsInTheImage(t *testing.T) {
 	}
 }
 
+// The Python package as it is published: fetched by the real pip, with the checksums of the programs that were
+// run, and the programs say their version here.
+func TestFirecrackerFromTheRealPackage(t *testing.T) {
+	path := os.Getenv("PATH")
+	o := warmCache(t, "git\n")
+	t.Setenv("PATH", path)
+	for _, name := range []string{"firecracker", "jailer"} {
+		if file, err := exec.LookPath(name); err == nil {
+			t.Fatalf("%s would be taken instead", file)
+		}
+	}
+	o.origin = published
+	o.origin.releases = "http://127.0.0.1:1" // the release page is not what this is about
+	b, said := made(t, o)
+	if b.FirecrackerVersion != published.version || b.FirecrackerFrom != "the Python package "+published.pkg {
+		t.Fatalf("%+v, said:\n%s", b, said)
+	}
+	for r, want := range published.sums {
+		if got := b.Artifacts[r].SHA256; got != want {
+			t.Errorf("%s has SHA256 %s", r, got)
+		}
+		out, err := exec.Command(b.Path(r), "--version").Output()
+		if err != nil || !strings.Contains(string(out), " v"+published.version) {
+			t.Errorf("%s --version: %q, %v", r, out, err)
+		}
+	}
+}
+
 // An interrupted build leaves neither a process nor mmdebstrap's directory.
 func TestInterruptedBuildLeavesNothing(t *testing.T) {
 	t.Setenv("TMPDIR", "")

@@ -61,7 +61,7 @@ func TestPackagesDecideTheImage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return key, debootstrapArgs("root", "minbase", packages)
+		return key, debootstrapArgs("root", "minbase", suite, packages)
 	}
 	key, args := keyAndArgs("git\n")
 	moreKey, moreArgs := keyAndArgs("git\nsl\n")
@@ -301,7 +301,9 @@ func warmCache(t *testing.T, packages string) options {
 	}
 	put("kernel", kernelKey(), map[string]string{fileVmlinux: "vmlinux", fileModules: "modules", fileInitrd: string(initrd), fileVersion: "6.12.9"})
 	o := options{runtime: filepath.Join(dir, "runtime"), packages: write(t, filepath.Join(dir, "packages.apt"), packages),
-		agent: write(t, filepath.Join(dir, "agent"), "agent"), version: "test"}
+		agent: write(t, filepath.Join(dir, "agent"), "agent"), version: "test",
+		manifest: write(t, filepath.Join(dir, "runtime-bundle.toml"), "url = \"\"\nsha256 = \"\"\n[firecracker]\nurl = \"\"\nsha256 = \"\"\n"),
+		patience: usualPatience, origin: origin{version: "1.12.1", releases: "http://127.0.0.1:1", pkg: published.pkg}}
 	list, err := readPackages(o.packages)
 	if err != nil {
 		t.Fatal(err)

@@ -92,6 +92,12 @@ func (p *progress) end() {
 	}
 }
 
+// say ends the running stage and writes a line that stays.
+func (p *progress) say(format string, args ...any) {
+	p.end()
+	fmt.Fprintf(p.w, "  "+format+"\n", args...)
+}
+
 // show writes the running stage's line. The caller holds mu.
 func (p *progress) show() {
 	if p.stage == "" {

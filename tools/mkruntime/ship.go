@@ -50,7 +50,7 @@ func pack(ctx context.Context, p *progress, o options) (err error) {
 	}
 	tw := tar.NewWriter(gz)
 	names := []string{bundle.ManifestName}
-	for _, r := range append(bundle.Required(), bundle.BaseRootFS) {
+	for _, r := range append(bundle.Required(), bundle.Optional()...) {
 		if a, ok := b.Artifacts[r]; ok && r != bundle.SSHKey {
 			names = append(names, a.Path)
 		}
@@ -129,7 +129,7 @@ func install(ctx context.Context, p *progress, o options) error {
 			return err
 		}
 	}
-	for _, r := range append(bundle.Required(), bundle.BaseRootFS) {
+	for _, r := range append(bundle.Required(), bundle.Optional()...) {
 		a, ok := b.Artifacts[r]
 		if !ok || r == bundle.SSHKey {
 			continue

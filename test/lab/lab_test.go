@@ -1,0 +1,320 @@
+//go:build e2e
+
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// place is what all tests share: the built host, the checkout, a directory that goes away, and one for
+// results that stay.
+var place struct {
+	host, checkout, scratch, results string
+}
+
+func TestMain(m *testing.M) { os.Exit(testMain(m)) }
+
+func testMain(m *testing.M) (code int) {
+	fail := func(err error) int {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	checkout, err := filepath.Abs("../..")
+	if err != nil {
+		return fail(err)
+	}
+	place.checkout = checkout
+	if place.host, err = filepath.EvalSymlinks(filepath.Join(checkout, HostDir)); err != nil {
+		return fail(fmt.Errorf("no lab (make lab): %w", err))
+	}
+	dist := filepath.Join(checkout, "dist/lab")
+	if place.scratch, err = Scratch(dist); err != nil {
+		return fail(err)
+	}
+	defer func() {
+		if err := os.RemoveAll(place.scratch); err != nil {
+			code = fail(err)
+		}
+	}()
+	place.results = filepath.Join(dist, "results")
+	if err := errors.Join(os.RemoveAll(place.results), os.MkdirAll(place.results, 0o755)); err != nil {
+		return fail(err)
+	}
+	// A machine dies with this process; the directory does not.
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	go func() {
+		<-interrupted
+		_ = os.RemoveAll(place.scratch)
+		os.Exit(130)
+	}()
+	code = m.Run()
+	if err := mergeCoverage(); err != nil {
+		return fail(err)
+	}
+	return code
+}
+
+// slow leaves a test to `make test-full`.
+func slow(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("slow: make test-full runs it")
+	}
+}
+
+// payload is the disk with the programs, their tests, the bundle and Go.
+var payload = sync.OnceValues(func() (string, error) {
+	return MakePayload(context.Background(), place.checkout, place.scratch, Content{Cover: true, Suites: true, Go: true})
+})
+
+// boot starts a host that ends with the test. Its console is kept under the test's name.
+func boot(t *testing.T, o Options) *Machine {
+	t.Helper()
+	o.Host = place.host
+	if o.Memory == 0 {
+		o.Memory = 6144
+	}
+	if o.Payload == "" {
+		began := time.Now()
+		image, err := payload()
+		if err != nil {
+			t.Fatal(err)
+		}
+		o.Payload = image
+		t.Logf("%5.1fs  packing programs, tests and bundle", time.Since(began).Seconds())
+	}
+	log, err := os.OpenFile(filepath.Join(place.results, strings.ReplaceAll(t.Name(), "/", "_")+".console.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Console = log
+	began := time.Now()
+	m, err := Boot(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		m.Kill()
+		_ = log.Close()
+	})
+	t.Logf("%5.1fs  the lab boots", time.Since(began).Seconds())
+	return m
+}
+
+// suite is a test program as it is run in the lab.
+type suite struct {
+	Suite
+	user    string
+	run     string // -test.run in a landing; test-full runs all
+	notHere string // -test.skip of test-full: what another test of the lab shows
+	skipped bool   // not in a landing
+	least   int    // tests that must pass, subtests included; by -short and without
+	most    int
+}
+
+// inTheLab are the runs of TestFirecracker. The numbers are what ran when they were written down: fewer
+// means that something is not run any more.
+var inTheLab = []suite{
+	{Suite: Suites[0], user: "user", run: "^TestLinuxConformance$", least: 34, most: 34},
+	{Suite: Suites[0], user: "root", run: "^TestLinuxConformance$", skipped: true, most: 34},
+	{Suite: Suites[1], user: "user", notHere: "^TestReadme$", skipped: true, most: 10},
+	{Suite: Suites[1], user: "root", notHere: "^TestReadme$", skipped: true, most: 10},
+}
+
+// TestFirecracker runs the project's own tests with real Firecracker in the lab, as root and as an
+// ordinary user in group kvm.
+func TestFirecracker(t *testing.T) {
+	m := boot(t, Options{})
+	for _, s := range inTheLab {
+		t.Run(s.user+"/"+s.Package, func(t *testing.T) {
+			if s.skipped {
+				slow(t)
+			}
+			runSuite(t, m, s)
+		})
+	}
+}
+
+// suiteTime bounds one test program's run. A landing's takes a minute.
+func suiteTime() time.Duration {
+	if testing.Short() {
+		return 8 * time.Minute
+	}
+	return 40 * time.Minute
+}
+
+// runSuite runs a test program in the lab, mirrors its tests here, and brings back logs and coverage.
+func runSuite(t *testing.T, m *Machine, s suite) {
+	out := "/tmp/lab-" + strings.TrimSuffix(s.Binary, ".test")
+	args := "-test.v=test2json -test.paniconexit0 -test.timeout=" + (suiteTime() - time.Minute).String() + " -test.gocoverdir=" + out + "/cover"
+	if testing.Short() {
+		args += " -test.short"
+		args += " -test.run='" + s.run + "'"
+	} else if s.notHere != "" {
+		args += " -test.skip='" + s.notHere + "'"
+	}
+	command := fmt.Sprintf("rm -rf %[1]s && mkdir -p %[1]s/cover %[1]s/logs && cd ~/banger/%[2]s && "+
+		"GOCOVERDIR=%[1]s/cover BANGER_TEST_LOGS=%[1]s/logs BANGER_RUNTIME_DIR=$HOME/banger/runtime BANGER_E2E_VMM=firecracker exec /payload/bin/%[3]s %[4]s",
+		out, s.Package, s.Binary, args)
+
+	ctx, cancel := context.WithTimeoutCause(t.Context(), suiteTime(), fmt.Errorf("%s did not end within %v", s.Binary, suiteTime()))
+	defer cancel()
+	convert := exec.CommandContext(ctx, "go", "tool", "test2json", "-p", s.Package)
+	convert.Dir, convert.Stderr = place.checkout, os.Stderr
+	raw, err := convert.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	events, err := convert.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := convert.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	began := time.Now()
+	go func() {
+		err := m.Run(ctx, s.user, command, nil, raw, raw)
+		ended <- errors.Join(err, raw.Close())
+	}()
+	tests := &mirror{events: json.NewDecoder(events)}
+	tests.run(t, "")
+	_, _ = io.Copy(io.Discard, events) // after a line that is no event
+	err = <-ended
+	if werr := convert.Wait(); werr != nil {
+		t.Errorf("test2json: %v", werr)
+	}
+	if err != nil && !t.Failed() {
+		t.Errorf("%s ended with %v, and no test failed", s.Binary, err)
+	}
+	least := s.most
+	if testing.Short() {
+		least = s.least
+	}
+	t.Logf("%5.1fs  %d tests passed as %s", time.Since(began).Seconds(), len(tests.passed), s.user)
+	if len(tests.passed) < least {
+		t.Errorf("only %d tests passed, %d did when this was written", len(tests.passed), least)
+	}
+	wantSkips(t, s, tests.skipped)
+	fetch(t, m, s.user, out, filepath.Join(place.results, s.user+"-"+strings.TrimSuffix(s.Binary, ".test")))
+	nothingLeft(t, m, s.user)
+}
+
+// wantSkips compares what was skipped, with its reasons, with what is known to be: a new skip fails.
+func wantSkips(t *testing.T, s suite, skipped []string) {
+	t.Helper()
+	mode := "full"
+	if testing.Short() {
+		mode = "short"
+	}
+	golden := filepath.Join("testdata", strings.Join([]string{"skips", mode, s.user, strings.TrimSuffix(s.Binary, ".test")}, "-"))
+	want, err := os.ReadFile(golden)
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // none is like an empty one
+		t.Fatal(err)
+	}
+	got := ""
+	for _, line := range skipped {
+		got += line + "\n"
+	}
+	if diff := cmp.Diff(string(want), got); diff != "" {
+		t.Errorf("other tests are skipped than those in test/lab/%s (-want +got):\n%s", golden, diff)
+	}
+}
+
+// fetch brings a directory of the lab back.
+func fetch(t *testing.T, m *Machine, user, from, to string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	if err := os.MkdirAll(to, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	unpack := exec.CommandContext(ctx, "tar", "-x", "-C", to)
+	in, err := unpack.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unpack.Start(); err != nil {
+		t.Fatal(err)
+	}
+	err = m.Run(ctx, user, "tar -C "+from+" -c .", nil, in, os.Stderr)
+	if err := errors.Join(err, in.Close(), unpack.Wait()); err != nil {
+		t.Errorf("bringing back %s: %v", from, err)
+	}
+}
+
+// leftovers prints what banger may leave behind on a machine. It is read from the standard input, so that
+// its own process has none of these names.
+const leftovers = `
+ps -u "$USER" -o pid=,args= | grep -E '[f]irecracker|[q]emu-system|[b]angerd' | sed 's/^/process /'
+find /tmp /var/tmp "${XDG_RUNTIME_DIR:-/nonexistent}" -user "$USER" \( -path '*banger*' -o -path '*firecracker*' \) ! -type d 2>/dev/null | grep -v '^/tmp/lab-' | sed 's/^/file /'
+find "$HOME/.local/state/banger/run" "$HOME/.local/state/banger/vms" -mindepth 1 2>/dev/null | sed 's/^/file /'
+/usr/sbin/losetup -a | sed 's/^/loop device /'
+findmnt -rno TARGET | grep banger | grep -v '^/root/banger$\|^/home/user/banger$' | sed 's/^/mount /'
+ip -br link | grep -v '^lo \|^eth0 ' | sed 's/^/link /'
+true
+`
+
+// nothingLeft looks for what banger may leave behind on a machine when the last VM is deleted and the
+// daemon stopped.
+func nothingLeft(t *testing.T, m *Machine, user string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
+	defer cancel()
+	var out lockedBuffer
+	if err := m.Run(ctx, user, "sh -s", strings.NewReader(leftovers), &out, &out); err != nil {
+		t.Errorf("looking for what is left: %v\n%s", err, out.String())
+	} else if left := strings.TrimSpace(out.String()); left != "" {
+		t.Errorf("left behind in the lab by %s:\n%s", user, left)
+	}
+}
+
+// mergeCoverage makes one profile of what all programs ran of the source in the lab.
+func mergeCoverage() error {
+	dirs, err := filepath.Glob(filepath.Join(place.results, "*/cover"))
+	if err != nil {
+		return err
+	}
+	var with []string
+	for _, dir := range dirs {
+		if files, err := os.ReadDir(dir); err != nil || len(files) > 0 {
+			with = append(with, dir)
+		}
+	}
+	if len(with) == 0 {
+		return nil
+	}
+	profile := filepath.Join(place.results, "coverage.out")
+	for _, args := range [][]string{
+		{"tool", "covdata", "textfmt", "-i=" + strings.Join(with, ","), "-o=" + profile},
+		{"tool", "cover", "-func=" + profile},
+	} {
+		cmd := exec.Command("go", args...)
+		cmd.Dir = place.checkout
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+		}
+		if lines := strings.Fields(string(out)); args[1] == "cover" && len(lines) > 0 {
+			fmt.Printf("coverage in the lab: %s of all statements (%s)\n", lines[len(lines)-1], profile)
+		}
+	}
+	return nil
+}

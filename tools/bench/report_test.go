@@ -1,0 +1,71 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// floorReport has every figure of bench-floor; change alters one.
+func floorReport(change map[string]float64) *report {
+	r := newReport(quickPlan, ".")
+	r.Host = &machine{}
+	for _, s := range floorStages {
+		r.Figures[s.name] = figure{P50: 1000, P95: 1100, Samples: 3, Unit: "ms"}
+	}
+	for name, v := range map[string]float64{"stock.ssh": 4000, "banger.create": 1050, "bare.ssh": 2000} {
+		r.Figures[name] = figure{P50: v, P95: v, Samples: 3, Unit: "ms"}
+	}
+	for name, v := range change {
+		r.Figures[name] = figure{P50: v, P95: v, Samples: 3, Unit: "ms"}
+	}
+	return r
+}
+
+func TestFloorIsJudged(t *testing.T) {
+	if wrong := floorReport(nil).judgeFloor(); len(wrong) != 0 {
+		t.Errorf("good figures fail: %v", wrong)
+	}
+	for what, test := range map[string]struct {
+		change map[string]float64
+		want   string
+	}{
+		"slow create":   {map[string]float64{"banger.create": 1101.0 + 5}, "create: 1.11"},
+		"much memory":   {map[string]float64{"banger.pss": 1060}, "memory at rest: 1.06"},
+		"agent late":    {map[string]float64{"bare.agent": 1500, "banger.create": 1500}, "agent answers: 0.38"},
+		"sshd late":     {map[string]float64{"bare.ssh": 2500}, "sshd answers: 0.63"},
+		"untrimmed one": {map[string]float64{"stock.ssh": 2000}, "agent answers: 0.50"},
+	} {
+		if wrong := strings.Join(floorReport(test.change).judgeFloor(), "\n"); !strings.Contains(wrong, test.want) {
+			t.Errorf("%s: %q, want %q in it", what, wrong, test.want)
+		}
+	}
+	for _, s := range floorStages {
+		r := floorReport(nil)
+		delete(r.Figures, s.name)
+		if wrong := strings.Join(r.judgeFloor(), "\n"); !strings.Contains(wrong, "no figure: "+s.name) {
+			t.Errorf("%s is missing, and that is said: %q", s.name, wrong)
+		}
+	}
+}
+
+func TestRefreshKeepsTheOtherTable(t *testing.T) {
+	page := filepath.Join(t.TempDir(), "page.md")
+	text := "a\n<!-- made by make bench: begin -->\nold\n<!-- made by make bench: end -->\nb\n" +
+		"<!-- made by make bench-floor: begin -->\n<!-- made by make bench-floor: end -->\n"
+	if err := os.WriteFile(page, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := refresh(page, "make bench-floor", "new"); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(page)
+	want := strings.Replace(text, "floor: begin -->\n", "floor: begin -->\n\nnew\n", 1)
+	if err != nil || string(got) != want {
+		t.Errorf("%v\n%s", err, got)
+	}
+	if err := refresh(page, "make nothing", "new"); err == nil {
+		t.Error("a page without a place for the table is accepted")
+	}
+}
