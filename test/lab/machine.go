@@ -35,6 +35,12 @@ const StockDir = "dist/lab/stock"
 const (
 	BootTime = 5 * time.Minute
 	dialTime = time.Minute
+
+	probePause = 5 * time.Second // between two looks at whether the host still lives
+	probeTime  = 30 * time.Second
+	// silenceTime is how long its SSH server may say nothing: a host with eight guests on its two emulated
+	// CPUs has taken twenty seconds for a banner.
+	silenceTime = 2 * time.Minute
 )
 
 // ready is what the host prints on its console when it has booted; customize.sh has the other end.
@@ -57,6 +63,8 @@ type Machine struct {
 	cmd     *exec.Cmd
 	exited  chan struct{} // closed when QEMU has ended
 	err     error         // why, after exited
+	lost    chan struct{} // closed when the host itself is of no use any more
+	lostWhy error         // after lost
 	console *console
 
 	mu      sync.Mutex
@@ -67,7 +75,7 @@ type Machine struct {
 func Boot(ctx context.Context, o Options) (*Machine, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, BootTime, fmt.Errorf("the lab was not ready within %v", BootTime))
 	defer cancel()
-	m := &Machine{opt: o, console: newConsole(o.Console), clients: map[string]*ssh.Client{}}
+	m := &Machine{opt: o, console: newConsole(o.Console), lost: make(chan struct{}), clients: map[string]*ssh.Client{}}
 	var err error
 	if m.config, err = clientConfig(o.Host); err != nil {
 		return nil, err
@@ -77,6 +85,7 @@ func Boot(ctx context.Context, o Options) (*Machine, error) {
 			return nil, err
 		}
 		if err = m.waitReady(ctx, 1); err == nil {
+			go m.watch()
 			return m, nil
 		}
 		m.Kill()
@@ -190,8 +199,53 @@ func (m *Machine) waitReady(ctx context.Context, n int) error {
 	}
 }
 
+// NoVerdict is in the error of everything that failed because the host itself did.
+const NoVerdict = "this is no verdict about banger"
+
 func (m *Machine) panicError() error {
-	return fmt.Errorf("the lab's own kernel panicked: this is no verdict about banger; its console:\n%s", m.console.tail())
+	return fmt.Errorf("the lab's own kernel panicked: %s; its console:\n%s", NoVerdict, m.console.tail())
+}
+
+// watch notices a host that panicked, or hangs, which the emulation makes it do now and then (docs/lab.md):
+// nothing else would end before its bound.
+func (m *Machine) watch() {
+	lose := func(why error) {
+		m.lostWhy = why
+		close(m.lost)
+	}
+	answered := time.Now()
+	look := time.NewTicker(probePause)
+	defer look.Stop()
+	for {
+		select {
+		case <-m.exited:
+			return
+		case <-m.console.panicked:
+			lose(m.panicError())
+			return
+		case <-look.C:
+		}
+		if m.answers() {
+			answered = time.Now()
+		} else if silent := time.Since(answered); silent > silenceTime {
+			lose(fmt.Errorf("the lab hangs: its SSH server has said nothing for %v: %s; its console:\n%s", silent.Round(time.Second), NoVerdict, m.console.tail()))
+			return
+		}
+	}
+}
+
+// answers tells whether the host's SSH server greets. That QEMU takes the connection means nothing.
+func (m *Machine) answers() bool {
+	conn, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", m.port), probeTime)
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(probeTime)); err != nil {
+		return false
+	}
+	_, err = conn.Read(make([]byte, 1))
+	return err == nil
 }
 
 // Kill is a power cut: what the host has not written to its disk is lost. Returns when QEMU has
@@ -275,8 +329,8 @@ func (m *Machine) Run(ctx context.Context, user, command string, stdin io.Reader
 		return err
 	case <-m.exited:
 		return errors.New("the lab's QEMU has ended")
-	case <-m.console.panicked:
-		return m.panicError()
+	case <-m.lost:
+		return m.lostWhy
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
@@ -318,8 +372,11 @@ func (m *Machine) SSH(user string, args ...string) []string {
 		user + "@127.0.0.1"}, args...)
 }
 
-// Panicked is closed when the host's kernel has given up.
-func (m *Machine) Panicked() <-chan struct{} { return m.console.panicked }
+// Lost is closed when the host itself has panicked or hangs; Err says which.
+func (m *Machine) Lost() <-chan struct{} { return m.lost }
+
+// Err is valid after Lost.
+func (m *Machine) Err() error { return m.lostWhy }
 
 // console passes on what the host prints, and counts how often it said that it is ready.
 type console struct {

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -337,4 +338,23 @@ cat [1-8].log; [ -z "$failed" ]`)
 		t.Errorf("the VMs have %d processes", len(pids))
 	}
 	p.leave()
+}
+
+// TestHangIsNoticed holds a host still: what waits for it ends, and says that banger is not to blame.
+func TestHangIsNoticed(t *testing.T) {
+	slow(t)
+	m, err := Boot(t.Context(), Options{Host: place.host, Memory: 1024})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Kill()
+	if err := m.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*silenceTime+probeTime)
+	defer cancel()
+	_, err = m.Output(ctx, "user", "true")
+	if err == nil || !strings.Contains(err.Error(), NoVerdict) {
+		t.Errorf("a command on a host that hangs ends with %v", err)
+	}
 }

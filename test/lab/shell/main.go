@@ -87,8 +87,8 @@ func enter(ctx context.Context, user string, memory int, disk string, content la
 	defer cancel(nil)
 	go func() {
 		select {
-		case <-m.Panicked():
-			cancel(errors.New("the lab's own kernel panicked"))
+		case <-m.Lost():
+			cancel(m.Err())
 		case <-ctx.Done():
 		}
 	}()
