@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"regexp"
 	"strconv"
+	"sync"
 
 	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
@@ -71,19 +72,52 @@ func (e *refusal) Error() string {
 type client struct {
 	http http.Client
 	kept *http.Transport
+
+	// The transport dials in goroutines of its own, which may outlive the request that wanted a connection.
+	over    context.Context // ends with close
+	end     context.CancelFunc
+	mu      sync.Mutex
+	closed  bool
+	dialing sync.WaitGroup
 }
 
-// newClient returns a client for the API socket in dir, which must stay open for as long.
+// newClient returns a client for the API socket in dir, which must stay open until it is closed.
 func newClient(dir *rundir.Dir) *client {
-	kept := &http.Transport{
-		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dir.Dial(ctx, apiSocket) },
+	c := &client{}
+	c.over, c.end = context.WithCancel(context.Background())
+	c.kept = &http.Transport{
+		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return c.dial(ctx, dir) },
 		DisableCompression:     true,
 		MaxResponseHeaderBytes: 16 << 10,
 	}
-	return &client{http: http.Client{Transport: kept}, kept: kept}
+	c.http.Transport = c.kept
+	return c
 }
 
-func (c *client) close() { c.kept.CloseIdleConnections() }
+func (c *client) dial(ctx context.Context, dir *rundir.Dir) (net.Conn, error) {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return nil, net.ErrClosed
+	}
+	c.dialing.Add(1)
+	c.mu.Unlock()
+	defer c.dialing.Done()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(c.over, cancel)()
+	return dir.Dial(ctx, apiSocket)
+}
+
+// close returns when nothing uses the directory any more.
+func (c *client) close() {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.end()
+	c.dialing.Wait()
+	c.kept.CloseIdleConnections()
+}
 
 // do makes one request and stores the answer in result unless that is nil. A *refusal is Firecracker's;
 // any other error means that nobody answered, or ctx's error.
