@@ -121,7 +121,7 @@ func boot(t *testing.T, o Options) *Machine {
 type suite struct {
 	Suite
 	user    string
-	run     string // -test.run in a landing; test-full runs all
+	run     string // -test.run, "" for all; the rest of the package runs on the machine itself
 	notHere string // -test.skip of test-full: what another test of the lab shows
 	skipped bool   // not in a landing
 	least   int    // tests that must pass, subtests included; by -short and without
@@ -163,9 +163,11 @@ func suiteTime() time.Duration {
 func runSuite(t *testing.T, m *Machine, s suite) {
 	out := "/tmp/lab-" + strings.TrimSuffix(s.Binary, ".test")
 	args := "-test.v=test2json -test.paniconexit0 -test.timeout=" + (suiteTime() - time.Minute).String() + " -test.gocoverdir=" + out + "/cover"
+	if s.run != "" {
+		args += " -test.run='" + s.run + "'"
+	}
 	if testing.Short() {
 		args += " -test.short"
-		args += " -test.run='" + s.run + "'"
 	} else if s.notHere != "" {
 		args += " -test.skip='" + s.notHere + "'"
 	}
