@@ -151,6 +151,15 @@ type Reporter interface {
 	Last(ctx context.Context) (Change, error)
 }
 
+// Resizer is an optional power of a Machine: a drive's file that was enlarged gets larger for the guest
+// while it runs. The guest's filesystem on it is not its business.
+type Resizer interface {
+	// Resize tells the machine, and by it the guest, how many bytes the file of a drive has now. It may
+	// be repeated. fault.Precondition if the machine has no such drive or refuses, as a Paused one may;
+	// fault.Unavailable if the process is gone.
+	Resize(ctx context.Context, drive Drive, bytes int64) error
+}
+
 // Sweeper is an optional power of a Driver: it ends machines that nobody keeps a record of, which a
 // database that was restored from a backup leaves behind.
 type Sweeper interface {

@@ -258,6 +258,7 @@ var (
 	_ vmm.Sweeper  = (*Driver)(nil)
 	_ vmm.Machine  = (*machine)(nil)
 	_ vmm.Reporter = (*machine)(nil)
+	_ vmm.Resizer  = (*machine)(nil)
 )
 
 // look compares the handle with the world. Called after each change of the record.
@@ -370,6 +371,13 @@ func (m *machine) Resume(context.Context) error {
 	return nil
 }
 
+func (m *machine) Resize(_ context.Context, drive vmm.Drive, bytes int64) error {
+	if _, stiff := m.driver.world.fault(m.spec, "stiff"); stiff {
+		return fault.New(fault.Precondition, m.spec.Name, "the fake VMM refuses the new size of its %s drive", drive.Role)
+	}
+	return m.driver.world.resize(m.spec.Marker(), m.instance, drive.Role, bytes)
+}
+
 func (m *machine) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -451,6 +459,15 @@ func (g *Guest) StartedAt() time.Time {
 		return time.Time{}
 	}
 	return r.StartedAt
+}
+
+// Size is what the guest believes of a drive, in bytes; 0 if it has no such drive, or is gone.
+func (g *Guest) Size(role vmm.Role) int64 {
+	r, ok, err := g.m.driver.world.running(g.m.spec.Marker())
+	if err != nil || !ok || r.Instance != g.m.instance {
+		return 0
+	}
+	return r.Sizes[role]
 }
 
 // Console appends a line to the machine's log, as a guest that prints on its serial console.

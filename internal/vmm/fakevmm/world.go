@@ -30,6 +30,7 @@
 //	deaf               the guest ignores that it is asked to power off or to reset
 //	pause              the guest is paused (io-error) as soon as it has started; a Resume while
 //	                   the line is there leaves it paused
+//	stiff              the machine refuses to be told of a new size of a drive
 //	console <text>     the line appears in the machine's log when it starts
 package fakevmm
 
@@ -56,12 +57,14 @@ type World struct{ dir string }
 
 // Record is one running machine.
 type Record struct {
-	Spec      vmm.Spec  `json:"spec"`
-	Instance  int       `json:"instance"` // counts the starts in this world, from 1
-	State     vmm.State `json:"state"`
-	Reason    string    `json:"reason,omitempty"` // why it is Paused
-	StartedAt time.Time `json:"started_at"`
-	ChangedAt time.Time `json:"changed_at"`
+	Spec     vmm.Spec  `json:"spec"`
+	Instance int       `json:"instance"` // counts the starts in this world, from 1
+	State    vmm.State `json:"state"`
+	Reason   string    `json:"reason,omitempty"` // why it is Paused
+	// Sizes are what the guest believes of its drives, in bytes: as at the start, or as it was told since.
+	Sizes     map[vmm.Role]int64 `json:"sizes,omitempty"`
+	StartedAt time.Time          `json:"started_at"`
+	ChangedAt time.Time          `json:"changed_at"`
 }
 
 // exitRecord is how the machine with this instance number ended.
@@ -219,7 +222,14 @@ func (w *World) start(spec vmm.Spec) (r Record, started bool, err error) {
 			return err
 		}
 		now := time.Now()
-		r = Record{Spec: spec, Instance: n, State: vmm.Running, StartedAt: now, ChangedAt: now}
+		r = Record{Spec: spec, Instance: n, State: vmm.Running, StartedAt: now, ChangedAt: now, Sizes: map[vmm.Role]int64{}}
+		for _, d := range spec.Drives {
+			fi, err := os.Stat(d.Path)
+			if err != nil {
+				return err
+			}
+			r.Sizes[d.Role] = fi.Size()
+		}
 		if err := w.journal("start", spec.Marker(), spec.Name); err != nil {
 			return err
 		}
@@ -262,6 +272,27 @@ func (w *World) setState(marker string, instance int, state vmm.State, reason st
 			return nil
 		}
 		r.State, r.Reason, r.ChangedAt = state, reason, time.Now()
+		return writeJSON(w.machineFile(marker), r)
+	})
+}
+
+// resize tells the guest of a machine how large one of its drives is.
+func (w *World) resize(marker string, instance int, role vmm.Role, bytes int64) error {
+	return w.locked(func() error {
+		r, ok, err := w.running(marker)
+		if err != nil {
+			return err
+		}
+		if !ok || r.Instance != instance {
+			return fault.New(fault.Unavailable, marker, "the machine is gone")
+		}
+		if _, has := r.Sizes[role]; !has {
+			return fault.New(fault.Precondition, marker, "the machine has no drive %s", role)
+		}
+		if r.Sizes[role] == bytes {
+			return nil
+		}
+		r.Sizes[role] = bytes
 		return writeJSON(w.machineFile(marker), r)
 	})
 }

@@ -45,7 +45,12 @@ type (
 		Socket string `json:"uds_path"`
 	}
 	entropy struct{}
-	action  struct {
+	// drivePatch makes Firecracker open the file of a drive again and tell the guest its length.
+	drivePatch struct {
+		ID   string `json:"drive_id"`
+		Path string `json:"path_on_host"`
+	}
+	action struct {
 		Type string `json:"action_type"`
 	}
 )

@@ -33,6 +33,8 @@ const (
 	startTime = 30 * time.Second
 	// versionTime bounds --version.
 	versionTime = 10 * time.Second
+	// apiTime bounds a request to a machine that runs.
+	apiTime = 5 * time.Second
 	// lockTime bounds the wait for the run directory when a process has ended.
 	lockTime = 10 * time.Second
 	// killTime bounds a clean-up's wait for a killed process.

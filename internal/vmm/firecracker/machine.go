@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -49,6 +50,7 @@ type machine struct {
 var (
 	_ vmm.Machine  = (*machine)(nil)
 	_ vmm.Reporter = (*machine)(nil)
+	_ vmm.Resizer  = (*machine)(nil)
 )
 
 // watchOver makes a machine of a process whose guest runs, or is stopped.
@@ -325,6 +327,41 @@ func (m *machine) Resume(ctx context.Context) error {
 	default:
 	}
 	return nil
+}
+
+// Resize is Firecracker's PATCH of a drive with the path that it has: the file is opened again, and the
+// guest gets an interrupt for its device's new capacity. Firecracker's own page on it
+// (docs/api_requests/patch-block.md) wants the device not to be mounted, because the file could be another
+// one; here it is the same, with its beginning unchanged, and the synchronous engine, which has no request
+// under way while it answers its API.
+func (m *machine) Resize(ctx context.Context, drive vmm.Drive, _ int64) error {
+	last, err := m.Last(ctx)
+	switch {
+	case err != nil:
+		return err
+	case last.State == vmm.Paused:
+		return fault.New(fault.Precondition, m.spec.Name, "it is paused, and takes no new size meanwhile")
+	}
+	ctx, cancel := context.WithTimeout(ctx, apiTime)
+	defer cancel()
+	dir, err := rundir.Open(m.spec.RunDir)
+	if err != nil {
+		return fault.Wrap(err, fault.Unavailable, m.spec.Name, "its run directory cannot be opened")
+	}
+	defer dir.Close()
+	c := newClient(dir)
+	defer c.close()
+	err = c.do(ctx, http.MethodPatch, "/drives/"+string(drive.Role), drivePatch{ID: string(drive.Role), Path: drive.Path}, nil)
+	var r *refusal
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &r):
+		return fault.Wrap(err, fault.Precondition, m.spec.Name, "Firecracker refuses the new size of its %s drive", drive.Role)
+	case ctx.Err() != nil:
+		return fault.Wrap(err, fault.CodeOf(ctx.Err()), m.spec.Name, "Firecracker did not answer")
+	}
+	return fault.Wrap(err, fault.Unavailable, m.spec.Name, "Firecracker's API cannot be reached")
 }
 
 // Kill ends the process and returns when it is gone and its sockets are removed.

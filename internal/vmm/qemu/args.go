@@ -96,11 +96,14 @@ func arguments(s vmm.Spec, p platform) ([]string, error) {
 	return a, nil
 }
 
+// nodeName is how QEMU's monitor knows a drive.
+func nodeName(role vmm.Role) string { return "drive-" + string(role) }
+
 // drive renders a drive and its device. werror=stop and rerror=stop: a host that cannot take or give
 // data pauses the guest, which repeats the request when it is resumed; its filesystem sees no error.
 // QEMU locks the file: a second VMM on the same data drive is refused, readers share.
 func drive(d vmm.Drive) (node, device string, err error) {
-	name := "drive-" + string(d.Role)
+	name := nodeName(d.Role)
 	v := map[string]any{
 		"driver": "raw", "node-name": name, "read-only": d.ReadOnly,
 		// no-flush off: a guest's flush is an fdatasync of the host before it is acknowledged.
@@ -108,7 +111,8 @@ func drive(d vmm.Drive) (node, device string, err error) {
 		"file":  map[string]any{"driver": "file", "filename": d.Path},
 	}
 	if !d.ReadOnly {
-		v["discard"] = "unmap"
+		// What the guest discards, and what it fills with zeroes, takes no room of the host.
+		v["discard"], v["detect-zeroes"] = "unmap", "unmap"
 	}
 	b, err := json.Marshal(v)
 	if err != nil {

@@ -65,7 +65,7 @@ func conformance() vmmtest.Config {
 		},
 		// The monitor's own stop: TestHostFull has the real reason, which needs a guest that writes.
 		Pause: func(t *testing.T, s vmm.Spec, m vmm.Machine) {
-			if err := m.(*machine).command(t.Context(), "stop", nil); err != nil {
+			if err := m.(*machine).command(t.Context(), "stop", nil, nil); err != nil {
 				t.Fatal(err)
 			}
 		},

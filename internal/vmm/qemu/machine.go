@@ -41,6 +41,7 @@ type machine struct {
 var (
 	_ vmm.Machine  = (*machine)(nil)
 	_ vmm.Reporter = (*machine)(nil)
+	_ vmm.Resizer  = (*machine)(nil)
 )
 
 func newMachine(spec vmm.Spec, pf platform, p *process.Process) *machine {
@@ -186,7 +187,7 @@ func (m *machine) Last(ctx context.Context) (vmm.Change, error) {
 	var status struct {
 		Status string `json:"status"`
 	}
-	if err := m.command(ctx, "query-status", &status); err != nil {
+	if err := m.command(ctx, "query-status", nil, &status); err != nil {
 		return vmm.Change{}, err
 	}
 	c := vmm.Change{State: vmm.Paused, Reason: status.Status, At: time.Now()}
@@ -204,11 +205,17 @@ func (m *machine) Resume(ctx context.Context) error {
 		m.reported = "" // whatever comes next is news
 	}
 	m.mu.Unlock()
-	if err := m.command(ctx, "cont", nil); err != nil {
+	if err := m.command(ctx, "cont", nil, nil); err != nil {
 		return err
 	}
 	m.look()
 	return nil
+}
+
+// Resize is QEMU's block_resize (block-core of its QAPI schema). It sets the length of the file, too,
+// which has it already, and the guest gets an interrupt for its device's new capacity.
+func (m *machine) Resize(ctx context.Context, drive vmm.Drive, bytes int64) error {
+	return m.command(ctx, "block_resize", map[string]any{"node-name": nodeName(drive.Role), "size": bytes}, nil)
 }
 
 // look makes watch ask for the state.
@@ -220,7 +227,7 @@ func (m *machine) look() {
 }
 
 // command runs a monitor command within monitorTime.
-func (m *machine) command(ctx context.Context, name string, result any) error {
+func (m *machine) command(ctx context.Context, name string, args, result any) error {
 	ctx, cancel := context.WithTimeout(ctx, monitorTime)
 	defer cancel()
 	select {
@@ -240,7 +247,7 @@ func (m *machine) command(ctx context.Context, name string, result any) error {
 				return err
 			}
 		}
-		return q.do(ctx, name, result)
+		return q.do(ctx, name, args, result)
 	}()
 	var refused *qmpError
 	switch {

@@ -77,7 +77,7 @@ func newQMP(ctx context.Context, conn net.Conn, onEvent func(event)) (*qmp, erro
 		err = ctx.Err()
 	}
 	if err == nil {
-		err = q.do(ctx, "qmp_capabilities", nil)
+		err = q.do(ctx, "qmp_capabilities", nil, nil)
 	}
 	if err != nil {
 		q.close()
@@ -172,9 +172,9 @@ func (q *qmp) close() {
 	<-q.gone
 }
 
-// do runs a command and stores what it returns in result, unless that is nil. A *qmpError is
+// do runs a command, with arguments unless args is nil, and stores what it returns in result, unless that is nil. A *qmpError is
 // QEMU's refusal; anything else means that the connection is of no more use, or ctx's error.
-func (q *qmp) do(ctx context.Context, command string, result any) error {
+func (q *qmp) do(ctx context.Context, command string, args, result any) error {
 	c := make(chan reply, 1)
 	q.mu.Lock()
 	if q.err != nil {
@@ -184,7 +184,11 @@ func (q *qmp) do(ctx context.Context, command string, result any) error {
 	q.nextID++
 	id := q.nextID
 	q.pending[id] = c
-	line, err := json.Marshal(map[string]any{"execute": command, "id": id})
+	request := map[string]any{"execute": command, "id": id}
+	if args != nil {
+		request["arguments"] = args
+	}
+	line, err := json.Marshal(request)
 	if err == nil {
 		// Under the lock, so that lines do not mix. They are short: a write only waits for a
 		// QEMU that reads no more.

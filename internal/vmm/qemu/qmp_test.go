@@ -104,21 +104,21 @@ func TestQMPCommands(t *testing.T) {
 	}
 	defer q.close()
 	var status struct{ Status string }
-	if err := q.do(t.Context(), "query-status", &status); err != nil || status.Status != "running" {
+	if err := q.do(t.Context(), "query-status", nil, &status); err != nil || status.Status != "running" {
 		t.Errorf("query-status: %+v, %v", status, err)
 	}
 	var refused *qmpError
-	if err := q.do(t.Context(), "refuse", nil); !errors.As(err, &refused) || refused.Desc != "no" {
+	if err := q.do(t.Context(), "refuse", nil, nil); !errors.As(err, &refused) || refused.Desc != "no" {
 		t.Errorf("refuse: %v", err)
 	}
-	if err := q.do(shortly(t), "silence", nil); !errors.Is(err, context.DeadlineExceeded) {
+	if err := q.do(shortly(t), "silence", nil, nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("silence: %v", err)
 	}
-	if err := q.do(t.Context(), "query-status", &status); err != nil {
+	if err := q.do(t.Context(), "query-status", nil, &status); err != nil {
 		t.Errorf("query-status after an answer that nobody waited for: %v", err)
 	}
 	waiting := make(chan error, 1)
-	go func() { waiting <- q.do(t.Context(), "silence", nil) }()
+	go func() { waiting <- q.do(t.Context(), "silence", nil, nil) }()
 	for range 2 { // one of the event above, one that says that the second silence has begun
 		for e := range events {
 			if e.Name == "STOP" {
@@ -126,13 +126,13 @@ func TestQMPCommands(t *testing.T) {
 			}
 		}
 	}
-	if err := q.do(t.Context(), "die", nil); !errors.Is(err, errQMPClosed) {
+	if err := q.do(t.Context(), "die", nil, nil); !errors.Is(err, errQMPClosed) {
 		t.Errorf("die: %v", err)
 	}
 	if err := <-waiting; !errors.Is(err, errQMPClosed) {
 		t.Errorf("what waited when the monitor went away: %v", err)
 	}
-	if err := q.do(t.Context(), "query-status", nil); !errors.Is(err, errQMPClosed) {
+	if err := q.do(t.Context(), "query-status", nil, nil); !errors.Is(err, errQMPClosed) {
 		t.Errorf("query-status after the end: %v", err)
 	}
 }

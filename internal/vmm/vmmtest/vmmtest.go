@@ -101,6 +101,7 @@ func Run(t *testing.T, c Config) {
 		{"drives are not shared for writing", (*suite).shareWriting},
 		{"pause and resume", (*suite).pause},
 		{"paused machine is adopted as paused", (*suite).pauseAdopted},
+		{"a drive grows", (*suite).resize},
 		{"sweep ends what nobody knows", (*suite).sweep},
 		{"link carries bytes", (*suite).link},
 		{"link after the end", (*suite).linkGone},
@@ -762,6 +763,51 @@ func (s *suite) pauseAdopted(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.wantRunning(t, b)
+}
+
+// resize enlarges a drive's file and tells the machine, also one that was adopted by its identity alone.
+func (s *suite) resize(t *testing.T) {
+	spec := s.Spec(t)
+	a := s.begin(t, s.New(t), spec)
+	if _, ok := a.(vmm.Resizer); !ok {
+		s.skip(t, "it tells nobody of a new size")
+	}
+	at := slices.IndexFunc(spec.Drives, func(d vmm.Drive) bool { return d.Role == vmm.RoleSystem })
+	drive := spec.Drives[at]
+	fi, err := os.Stat(drive.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, m := range []vmm.Machine{a, nil} {
+		if m == nil {
+			if err := a.Close(); err != nil {
+				t.Fatal(err)
+			}
+			identity := spec
+			identity.Drives = nil
+			m = s.own(t, s.adopted(t, s.New(t), identity))
+		}
+		size := fi.Size() + int64(i+1)<<20
+		if err := os.Truncate(drive.Path, size); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if err := m.(vmm.Resizer).Resize(s.context(t), drive, size); err != nil {
+				t.Error(err)
+			}
+		}
+		if after, err := os.Stat(drive.Path); err != nil || after.Size() != size {
+			t.Errorf("the file has %v bytes afterwards, want %d: %v", after.Size(), size, err)
+		}
+		wantCode(t, "Resize of a drive that it has not", m.(vmm.Resizer).Resize(s.context(t), vmm.Drive{Role: vmm.RoleWork, Path: drive.Path}, size), fault.Precondition)
+		s.wantRunning(t, m)
+		if i == 1 {
+			if err := m.Kill(s.context(t)); err != nil {
+				t.Fatal(err)
+			}
+			wantCode(t, "Resize of a machine that is gone", m.(vmm.Resizer).Resize(s.context(t), drive, size), fault.Unavailable)
+		}
+	}
 }
 
 func (s *suite) link(t *testing.T) {
