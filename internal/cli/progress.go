@@ -93,6 +93,8 @@ var stageTexts = map[string]string{
 	"guest config":         "writing the guest's configuration",
 	"vmm":                  "starting the machine",
 	"agent":                "booting",
+	"enlarge disks":        "enlarging its disks",
+	"apply settings":       "applying the settings",
 	"shutdown":             "shutting down",
 	"vmm end":              "ending the machine",
 	"guest config removal": "removing the guest's configuration",

@@ -22,6 +22,7 @@ type vmView struct {
 	DiskBytes   int64             `json:"disk_bytes"`
 	SystemBytes int64             `json:"system_bytes"`
 	Labels      map[string]string `json:"labels"`
+	Autostart   bool              `json:"autostart"`
 	CreatedAt   *time.Time        `json:"created_at"`
 	StartedAt   *time.Time        `json:"started_at,omitempty"`
 	StoppedAt   *time.Time        `json:"stopped_at,omitempty"`
@@ -73,7 +74,7 @@ func viewVM(m *bangerv1.VM) *vmView {
 	v := &vmView{
 		ID: m.GetId(), Name: m.GetName(), State: m.GetState(), Desired: m.GetDesired(),
 		Image: m.GetImage(), ImageID: m.GetImageId(), VCPU: m.GetVcpu(), MemoryMiB: m.GetMemoryMib(),
-		DiskBytes: m.GetDiskBytes(), SystemBytes: m.GetSystemBytes(), Labels: m.GetLabels(),
+		DiskBytes: m.GetDiskBytes(), SystemBytes: m.GetSystemBytes(), Labels: m.GetLabels(), Autostart: m.GetAutostart(),
 		CreatedAt: timeOf(m.GetCreatedAt()), StartedAt: timeOf(m.GetStartedAt()), StoppedAt: timeOf(m.GetStoppedAt()),
 		VMM: m.GetVmm(), Accel: m.GetAccel(), PID: m.GetPid(), Note: m.GetNote(), Boot: []bootView{},
 		Kernel: m.GetKernel(), OperationID: m.GetOperationId(),

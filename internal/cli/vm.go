@@ -23,7 +23,7 @@ func (a *app) vmCommand() *cobra.Command {
 	})
 	cmd.AddCommand(
 		a.createCommand(), a.listCommand(), a.showCommand(), a.sshCommand(),
-		a.startCommand(), a.stopCommand(), a.restartCommand(), a.killCommand(), a.deleteCommand(),
+		a.startCommand(), a.stopCommand(), a.restartCommand(), a.setCommand(), a.statsCommand(), a.killCommand(), a.deleteCommand(),
 	)
 	return cmd
 }
@@ -231,6 +231,9 @@ func (a *app) printVM(v *bangerv1.VM) error {
 	}
 	slices.Sort(pairs)
 	add("labels", strings.Join(pairs, " "))
+	if v.GetAutostart() {
+		add("autostart", "after a reboot of the host")
+	}
 	if v.GetVmm() != "" {
 		add("vmm", strings.TrimSpace(v.GetVmm()+" "+v.GetAccel()))
 	}

@@ -113,20 +113,11 @@ func Grow(path string, size int64) error {
 		return wrap(err, path)
 	}
 	defer f.Close() // Sync has reported what matters
-	fi, err := f.Stat()
-	switch {
-	case err != nil:
-		return wrap(err, path)
-	case !fi.Mode().IsRegular():
-		return fault.New(fault.Precondition, path, "is not a regular file")
-	case size == fi.Size():
-		return nil
-	case size < fi.Size():
-		return fault.New(fault.Invalid, path, "is %s already; a disk cannot be made smaller, and %s is", vm.FormatSize(fi.Size()), vm.FormatSize(size)).
-			WithHint("choose a size above %s, or create a new VM", vm.FormatSize(fi.Size()))
+	if err := checkGrow(f, size); err != nil {
+		return err
 	}
-	if s, err := ext4.ReadSuperblock(f, path); err == nil && size > s.GrowLimit {
-		return tooLarge(path, size, s.GrowLimit)
+	if fi, err := f.Stat(); err != nil || fi.Size() == size {
+		return wrap(err, path)
 	}
 	if err := f.Truncate(size); err != nil {
 		return wrap(err, path)
@@ -137,6 +128,61 @@ func Grow(path string, size int64) error {
 func tooLarge(subject string, size, limit int64) error {
 	return fault.New(fault.Invalid, subject, "%s is more than %s, the largest its filesystem can become", vm.FormatSize(size), vm.FormatSize(limit)).
 		WithHint("choose a size up to %s", vm.FormatSize(limit))
+}
+
+// CheckGrow tells whether Grow would, and changes nothing. fault.Invalid if size is smaller than the disk
+// or more than its filesystem can become, fault.NotFound.
+func CheckGrow(path string, size int64) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return wrap(err, path)
+	}
+	defer f.Close()
+	return checkGrow(f, size)
+}
+
+func checkGrow(f *os.File, size int64) error {
+	path := f.Name()
+	fi, err := f.Stat()
+	switch {
+	case err != nil:
+		return wrap(err, path)
+	case !fi.Mode().IsRegular():
+		return fault.New(fault.Precondition, path, "is not a regular file")
+	case size < fi.Size():
+		return fault.New(fault.Invalid, path, "is %s already; a disk cannot be made smaller, and %s is", vm.FormatSize(fi.Size()), vm.FormatSize(size)).
+			WithHint("choose a size above %s, or create a new VM", vm.FormatSize(fi.Size()))
+	}
+	if s, err := ext4.ReadSuperblock(f, path); err == nil && size > s.GrowLimit && size != fi.Size() {
+		return tooLarge(path, size, s.GrowLimit)
+	}
+	return nil
+}
+
+// Growth is a disk and the size that it is to have, in bytes.
+type Growth struct {
+	Path string
+	Size int64
+}
+
+// GrowAll enlarges several disks, or none: if one cannot be enlarged, those before it get back the length
+// that they had. So no VMM may be told of a new length before this returns. Errors are Grow's.
+func GrowAll(disks ...Growth) error {
+	var was []int64
+	for _, d := range disks {
+		fi, err := os.Lstat(d.Path)
+		if err != nil {
+			err = wrap(err, d.Path)
+		} else if err = Grow(d.Path, d.Size); err == nil {
+			was = append(was, fi.Size())
+			continue
+		}
+		for i, size := range was {
+			err = errors.Join(err, os.Truncate(disks[i].Path, size))
+		}
+		return err
+	}
+	return nil
 }
 
 // Remove deletes a disk, for good: the removal is on the host's disk when it returns. Fine if it is

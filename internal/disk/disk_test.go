@@ -556,6 +556,44 @@ func TestGrow(t *testing.T) {
 	}
 }
 
+func TestGrowAll(t *testing.T) {
+	dir := t.TempDir()
+	one, two := filepath.Join(dir, "one"), filepath.Join(dir, "two")
+	for _, path := range []string{one, two} {
+		if _, err := NewFromTemplate(ctx, template(t, vm.GiB), path, 4*vm.GiB); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sizes := func(a, b int64) {
+		t.Helper()
+		for path, want := range map[string]int64{one: a, two: b} {
+			if fi, err := os.Stat(path); err != nil || fi.Size() != want {
+				t.Errorf("%s: %v, %v, want %d", path, fi, err, want)
+			}
+		}
+	}
+	for path, size := range map[string]int64{two: 3 * vm.TiB, filepath.Join(dir, "absent"): vm.GiB} {
+		if err := CheckGrow(path, size); err == nil {
+			t.Errorf("%s could grow to %d", path, size)
+		}
+		if err := GrowAll(Growth{one, 8 * vm.GiB}, Growth{path, size}); err == nil {
+			t.Errorf("%s grew to %d", path, size)
+		}
+		sizes(4*vm.GiB, 4*vm.GiB)
+	}
+	if err := GrowAll(Growth{one, 8 * vm.GiB}, Growth{two, 4 * vm.GiB}); err != nil {
+		t.Error(err)
+	}
+	sizes(8*vm.GiB, 4*vm.GiB)
+	if err := CheckGrow(one, 9*vm.GiB); err != nil {
+		t.Error(err)
+	}
+	sizes(8*vm.GiB, 4*vm.GiB)
+	if err := GrowAll(); err != nil {
+		t.Error(err)
+	}
+}
+
 // The states as a mount leaves them: debugfs sets what the kernel sets.
 func TestFilesystemState(t *testing.T) {
 	disk := filepath.Join(t.TempDir(), "disk")

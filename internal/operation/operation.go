@@ -5,6 +5,7 @@
 package operation
 
 import (
+	"encoding/json"
 	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
@@ -31,6 +32,7 @@ const (
 	Stop    Kind = "stop"
 	Restart Kind = "restart"
 	Delete  Kind = "delete"
+	Set     Kind = "set"
 )
 
 // Stage is one step of an operation as people see it. FinishedAt is zero while it runs.
@@ -53,4 +55,7 @@ type Operation struct {
 	FinishedAt time.Time    `json:"finished_at,omitzero"`
 	Fault      *fault.Error `json:"-"` // set when Failed or Cancelled
 	Notices    []string     `json:"notices,omitempty"`
+	// Request is what was asked beyond the kind, in its owner's form: it is on record before anything is
+	// done, so that the next daemon can finish it.
+	Request json.RawMessage `json:"request,omitempty"`
 }

@@ -28,6 +28,8 @@ func (r *rig) do(kind operation.Kind) (operation.Operation, error) {
 		return r.s.Stop(r.ctx(), id, false)
 	case operation.Restart:
 		return r.s.Restart(r.ctx(), id)
+	case operation.Set, setRestart:
+		return r.s.Set(r.ctx(), id, SetRequest{Change: crashChange(kind == setRestart), Restart: kind == setRestart})
 	default:
 		return r.s.Delete(r.ctx(), id)
 	}
@@ -95,6 +97,7 @@ func TestCancelAtEveryBoundary(t *testing.T) {
 		{nil, "create without start"},
 		{[]operation.Kind{operation.Create, operation.Stop}, operation.Start},
 		{[]operation.Kind{operation.Create}, operation.Restart},
+		{[]operation.Kind{operation.Create}, setRestart},
 	} {
 		t.Run(c.name(), func(t *testing.T) {
 			t.Parallel()
@@ -143,6 +146,9 @@ func TestSuspendAtEveryBoundary(t *testing.T) {
 		{boundaryCase{[]operation.Kind{operation.Create, operation.Stop}, operation.Start}, vm.Running},
 		{boundaryCase{[]operation.Kind{operation.Create}, operation.Stop}, vm.Stopped},
 		{boundaryCase{[]operation.Kind{operation.Create}, operation.Restart}, vm.Running},
+		{boundaryCase{[]operation.Kind{operation.Create}, operation.Set}, vm.Running},
+		{boundaryCase{[]operation.Kind{operation.Create, operation.Stop}, operation.Set}, vm.Stopped},
+		{boundaryCase{[]operation.Kind{operation.Create}, setRestart}, vm.Running},
 		{boundaryCase{[]operation.Kind{operation.Create}, operation.Delete}, ""},
 	} {
 		t.Run(c.name(), func(t *testing.T) {

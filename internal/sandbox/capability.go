@@ -39,6 +39,21 @@ type machineContributor interface {
 	Machine(ctx context.Context, v *vm.VM, spec *vmm.Spec) error
 }
 
+// changeable has a say in a change of a VM's settings.
+type changeable interface {
+	// CheckChange refuses settings that its resource of v cannot take, and changes nothing. Limits of the
+	// settings themselves, and that no disk shrinks, are the domain's and were checked.
+	CheckChange(ctx context.Context, v *vm.VM, to vm.Spec) error
+}
+
+// liveSetter makes a running VM as its settings say, without disturbing the guest.
+type liveSetter interface {
+	// ApplySettings is called, in the order of the list, when the settings of a running VM have changed
+	// and are on record, and when a paused one goes on. It measures, then acts: it is called again after
+	// a crash. An error takes nothing back: the user is told that it holds from the next start on.
+	ApplySettings(ctx context.Context, v *vm.VM) error
+}
+
 // capabilities is the list that a VM is made of, in order. A new host feature is a line here.
 func capabilities(s *Service) []capability {
 	config := &guestConfig{service: s}

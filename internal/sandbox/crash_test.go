@@ -24,6 +24,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/store"
 	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
 	"git.thaloco.com/thaloco/banger/internal/vmm/fakevmm"
 	"git.thaloco.com/thaloco/banger/test/fakebundle"
 	"git.thaloco.com/thaloco/banger/test/fakeguest"
@@ -66,6 +67,18 @@ func TestMain(m *testing.M) {
 	code := m.Run()
 	removeShared()
 	os.Exit(code)
+}
+
+// setRestart is a set that stops and starts its VM.
+const setRestart = operation.Kind("set with restart")
+
+func crashChange(restart bool) vm.Change {
+	disk, system, memory := 2*vm.MinDiskBytes, 3*vm.MinDiskBytes, int64(1024)
+	c := vm.Change{DiskSize: &disk, SystemSize: &system, Labels: map[string]string{"set": "yes"}}
+	if restart {
+		c.MemoryMiB = &memory
+	}
+	return c
 }
 
 func (c crashChild) paths() (config.Paths, error) {
@@ -134,6 +147,10 @@ func (c crashChild) run() error {
 			_, err = s.Restart(ctx, v.ID)
 		case operation.Delete:
 			_, err = s.Delete(ctx, v.ID)
+		case operation.Set: // the disks of a VM that runs grow, as do those of one that does not
+			_, err = s.Set(ctx, v.ID, SetRequest{Change: crashChange(false)})
+		case setRestart:
+			_, err = s.Set(ctx, v.ID, SetRequest{Change: crashChange(true), Restart: true})
 		case "start-if-there":
 			if v.ID != "" {
 				_, err = s.Start(ctx, v.ID)
@@ -145,7 +162,7 @@ func (c crashChild) run() error {
 	}
 	for _, op := range s.ops.List() {
 		err := s.WatchOperation(ctx, op.ID, func(o operation.Operation) error {
-			if o.State == operation.Failed && o.Kind != "" && c.Do == string(o.Kind) {
+			if o.State == operation.Failed && o.Kind != "" && (c.Do == string(o.Kind) || c.Do == string(setRestart) && o.Kind == operation.Set) {
 				return fmt.Errorf("%s failed: %w", o.Kind, o.Fault)
 			}
 			return nil
@@ -193,6 +210,9 @@ var crashCases = []struct {
 	{operation.Start, []operation.Kind{operation.Create, operation.Stop}, "running"},
 	{operation.Restart, []operation.Kind{operation.Create}, "running"},
 	{operation.Restart, []operation.Kind{operation.Create, operation.Stop}, "running"},
+	{operation.Set, []operation.Kind{operation.Create}, "running"},
+	{operation.Set, []operation.Kind{operation.Create, operation.Stop}, "stopped"},
+	{setRestart, []operation.Kind{operation.Create}, "running"},
 	{operation.Delete, []operation.Kind{operation.Create}, "gone"},
 	{operation.Delete, []operation.Kind{operation.Create, operation.Stop}, "gone"},
 }
@@ -261,6 +281,9 @@ func look(dir, cache string, marked bool) (state string, err error) {
 			return "", fmt.Errorf("%s is not captured: %v", id, bases)
 		}
 	}
+	if err := asSet(p, v, machines); err != nil {
+		return "", err
+	}
 	steps, err := st.Steps(ctx, v.ID)
 	if err != nil {
 		return "", err
@@ -318,6 +341,44 @@ func look(dir, cache string, marked bool) (state string, err error) {
 		}
 	}
 	return string(v.State), nil
+}
+
+// asSet checks that files, record and machine agree on the settings, and that a set was done as a whole or
+// not at all.
+func asSet(p config.Paths, v vm.VM, machines []fakevmm.Record) error {
+	was := vm.Spec{DiskSize: vm.MinDiskBytes, SystemSize: vm.MinDiskBytes, MemoryMiB: config.Defaults(config.Host()).DefaultMemoryMiB}
+	want := was
+	if v.Spec.Labels["set"] == "yes" {
+		c := crashChange(v.Spec.MemoryMiB != was.MemoryMiB)
+		want.DiskSize, want.SystemSize = *c.DiskSize, *c.SystemSize
+		if c.MemoryMiB != nil {
+			want.MemoryMiB = *c.MemoryMiB
+		}
+	}
+	if v.Spec.DiskSize != want.DiskSize || v.Spec.SystemSize != want.SystemSize || v.Spec.MemoryMiB != want.MemoryMiB {
+		return fmt.Errorf("settings are half set: %+v", v.Spec)
+	}
+	sizes := map[vmm.Role]int64{vmm.RoleWork: v.Spec.DiskSize, vmm.RoleSystem: v.Spec.SystemSize}
+	for role, size := range sizes {
+		fi, err := os.Stat(filepath.Join(p.VM(string(v.ID)), string(role)+".ext4"))
+		if err != nil {
+			return err
+		}
+		if fi.Size() != size {
+			return fmt.Errorf("the %s disk has %d bytes, the record says %d", role, fi.Size(), size)
+		}
+	}
+	for _, m := range machines {
+		for role, size := range sizes {
+			if m.Sizes[role] != size {
+				return fmt.Errorf("the guest believes its %s disk to have %d bytes, the record says %d", role, m.Sizes[role], size)
+			}
+		}
+		if m.Spec.MemoryMiB != v.Spec.MemoryMiB {
+			return fmt.Errorf("the machine has %d MiB, the record says %d", m.Spec.MemoryMiB, v.Spec.MemoryMiB)
+		}
+	}
+	return nil
 }
 
 // wreck looks at what a crash left before anyone repairs it. What exists must be on record, or a later
@@ -382,6 +443,21 @@ func running(dir string) (int, error) {
 	}
 	machines, err := world.Machines()
 	return len(machines), err
+}
+
+// wasSet says whether the VM has the settings of crashChange.
+func wasSet(dir, cache string) (bool, error) {
+	p, err := crashChild{Dir: dir, Cache: cache}.paths()
+	if err != nil {
+		return false, err
+	}
+	st, err := store.Open(context.Background(), p.Database())
+	if err != nil {
+		return false, err
+	}
+	defer st.Close()
+	v, ok := st.VMByName("calm-otter")
+	return ok && v.Spec.Labels["set"] == "yes", nil
 }
 
 // mark writes into the work disk, as a guest does.
@@ -599,6 +675,11 @@ func TestCrashAtEveryBoundary(t *testing.T) {
 			}
 			if !ok {
 				return 0, fmt.Errorf("the VM is %s in the end, want %s", state, c.want)
+			}
+			if (c.op == operation.Set || c.op == setRestart) && crashes[0] > 1 {
+				if ok, err := wasSet(dir, cache); err != nil || !ok {
+					return 0, fmt.Errorf("what was to be set is not: %w", err)
+				}
 			}
 			one, err := digest(dir, cache)
 			if err != nil {

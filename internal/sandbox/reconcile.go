@@ -86,8 +86,28 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 	if err != nil {
 		return err
 	}
+	// A set that was interrupted goes on whatever else is left to do, and after it.
+	var set func(context.Context, *operation.Handle, *vm.VM) error
+	if interrupted && op.Kind == operation.Set {
+		r, err := requestOf(op)
+		if err != nil {
+			s.log.Error("an interrupted operation cannot be finished", "op", op.ID, "err", err)
+		} else {
+			set = s.set(r, true)
+		}
+	}
 	resume := func(kind operation.Kind, fn func(context.Context, *operation.Handle, *vm.VM) error) error {
 		switch {
+		case set != nil && kind != operation.Delete:
+			op.Stages = nil
+			op.Notices = append(op.Notices, "the daemon was restarted meanwhile")
+			s.run(op, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+				if err := fn(ctx, h, v); err != nil {
+					return err
+				}
+				return set(ctx, h, v)
+			})
+			return nil
 		case interrupted && continues(op.Kind, kind):
 			op.Stages = nil
 			op.Notices = append(op.Notices, "the daemon was restarted meanwhile")
@@ -116,9 +136,13 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 			todo = lifecycle.Remove
 		case op.Kind == operation.Stop && (todo == lifecycle.GoUp || todo == lifecycle.Cycle):
 			todo = lifecycle.GoDown
-		case (op.Kind == operation.Start || op.Kind == operation.Restart) && v.State == vm.Stopping && todo == lifecycle.GoDown && !rebooted:
+		case (op.Kind == operation.Start || op.Kind == operation.Restart) && (v.State == vm.Stopping || v.State == vm.Running) && todo == lifecycle.GoDown && !rebooted:
 			todo = lifecycle.Cycle
 		}
+	}
+	if set != nil && (todo == lifecycle.GoUp || todo == lifecycle.Cycle) {
+		// It was at its restart, which it does again itself.
+		return resume(op.Kind, func(context.Context, *operation.Handle, *vm.VM) error { return nil })
 	}
 	switch todo {
 	case lifecycle.GoUp:
@@ -153,6 +177,23 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 			how, note = lifecycle.Orderly, "" // its guest may still run, and hold what is not written yet
 		}
 		failed := v.State == vm.Failed
+		if rebooted && v.Spec.Autostart && v.Desired == vm.WantRunning {
+			return resume(operation.Restart, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+				h.Notice(note)
+				v.Note = ""
+				if err := s.takeDown(ctx, h, v, how); err != nil {
+					return err
+				}
+				v.State = vm.Stopping // still wanted running: a crash from here on is finished upwards
+				if set != nil {
+					return nil
+				}
+				if err := s.roomToRun(); err != nil {
+					return s.endFailed(ctx, h, v, err, false)
+				}
+				return s.bringUp(ctx, h, v)
+			})
+		}
 		return resume(operation.Stop, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
 			failure := v.Failure
 			v.Desired, v.Note = vm.WantStopped, note
@@ -190,6 +231,11 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 			if v.State != vm.Running && !rebooted {
 				return resume(op.Kind, s.start)
 			}
+		case operation.Set:
+			if set != nil {
+				return resume(op.Kind, func(context.Context, *operation.Handle, *vm.VM) error { return nil })
+			}
+			return s.endInterrupted(ctx, op, nil, false)
 		case operation.Restart:
 			done := v.State == vm.Running && v.StartedAt != nil && v.StartedAt.After(op.CreatedAt)
 			if !done && !rebooted {

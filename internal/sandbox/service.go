@@ -221,7 +221,7 @@ func (s *Service) beginOver(ctx context.Context, ends []operation.Kind, kind ope
 
 // What a stop ends, and what a forced one or a delete ends besides.
 var (
-	startingKinds = []operation.Kind{operation.Create, operation.Start, operation.Restart}
+	startingKinds = []operation.Kind{operation.Create, operation.Start, operation.Restart, operation.Set}
 	anyButDelete  = append(slices.Clone(startingKinds), operation.Stop)
 )
 

@@ -217,7 +217,13 @@ func (s *Service) start(ctx context.Context, h *operation.Handle, v *vm.VM) erro
 		case resumed:
 			h.Notice("it was paused and goes on")
 			v.Note = ""
-			return s.store.Save(ctx, *v)
+			if err := s.store.Save(ctx, *v); err != nil {
+				return err
+			}
+			for _, err := range s.applySettings(ctx, v) { // that were set meanwhile
+				h.Notice(guestText(err.Error()))
+			}
+			return nil
 		}
 		h.Notice("already running")
 		return nil
@@ -333,17 +339,9 @@ func (s *Service) restart(ctx context.Context, h *operation.Handle, v *vm.VM) er
 		h.Notice(s.notice)
 	}
 	if v.State == vm.Running || v.State == vm.Stopping {
-		// Wanted running all along: a crash between down and up is finished upwards.
-		v.Desired, v.Note = vm.WantRunning, ""
-		down, stop := untilTakenOver(ctx)
-		defer stop()
-		if err := s.takeDown(down, h, v, lifecycle.Orderly); err != nil {
+		if err := s.downForRestart(ctx, h, v); err != nil {
 			return err
 		}
-		if v.Note != "" {
-			h.Notice(v.Note)
-		}
-		v.State = vm.Stopping // until the start is recorded, so that Settle finds a half-done restart
 	}
 	return s.bringUp(ctx, h, v)
 }
@@ -567,15 +565,8 @@ func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, 
 	if err != nil {
 		return nil, err
 	}
-	if s.machines.get(id) == nil {
-		return nil, notRunning(v)
-	}
-	if st, err := s.machines.state(ctx, id); err == nil && st == vmm.Paused {
-		why := v.Note // says that it is paused
-		if why == "" {
-			why = "paused"
-		}
-		return nil, fault.New(fault.Precondition, v.Name, "%s", why).WithHint("banger vm start %s", v.Name)
+	if err := s.machines.listens(ctx, &v); err != nil {
+		return nil, err
 	}
 	session, err := s.machines.session(ctx, id)
 	if err != nil {

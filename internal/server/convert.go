@@ -36,7 +36,7 @@ func vmMessage(v vm.VM) *bangerv1.VM {
 		Vcpu: int32(v.Spec.VCPU), MemoryMib: v.Spec.MemoryMiB,
 		DiskBytes: v.Spec.DiskSize, SystemBytes: v.Spec.SystemSize, Labels: v.Spec.Labels,
 		CreatedAt: stamp(v.CreatedAt), StartedAt: stampPtr(v.StartedAt), StoppedAt: stampPtr(v.StoppedAt),
-		Vmm: v.VMM, Accel: v.Accel, Pid: int32(v.PID), Note: v.Note,
+		Vmm: v.VMM, Accel: v.Accel, Pid: int32(v.PID), Note: v.Note, Autostart: v.Spec.Autostart,
 	}
 	for _, s := range v.Boot {
 		m.Boot = append(m.Boot, &bangerv1.Stage{Name: s.Name, AtMs: s.AtMS})

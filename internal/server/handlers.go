@@ -63,6 +63,22 @@ func (h *vmHandler) DeleteVM(ctx context.Context, r *bangerv1.DeleteVMRequest) (
 	return &bangerv1.DeleteVMResponse{Operation: operationMessage(op)}, nil
 }
 
+func (h *vmHandler) SetVM(ctx context.Context, r *bangerv1.SetVMRequest) (*bangerv1.SetVMResponse, error) {
+	change := vm.Change{
+		MemoryMiB: r.MemoryMib, DiskSize: r.DiskBytes, SystemSize: r.SystemBytes, Autostart: r.Autostart,
+		Labels: r.GetLabels(), DropLabels: r.GetDropLabels(),
+	}
+	if r.Vcpu != nil {
+		n := int(r.GetVcpu())
+		change.VCPU = &n
+	}
+	op, err := h.svc.Set(ctx, vm.ID(r.GetId()), sandbox.SetRequest{Change: change, Restart: r.GetRestart()})
+	if err != nil {
+		return nil, err
+	}
+	return &bangerv1.SetVMResponse{Operation: operationMessage(op)}, nil
+}
+
 func (h *vmHandler) KillVM(ctx context.Context, r *bangerv1.KillVMRequest) (*bangerv1.KillVMResponse, error) {
 	v, err := h.svc.Kill(ctx, vm.ID(r.GetId()), int(r.GetSignal()))
 	if err != nil {

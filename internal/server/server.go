@@ -29,6 +29,7 @@ type Machines interface {
 	Stop(ctx context.Context, id vm.ID, force bool) (operation.Operation, error)
 	Restart(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Delete(ctx context.Context, id vm.ID) (operation.Operation, error)
+	Set(ctx context.Context, id vm.ID, r sandbox.SetRequest) (operation.Operation, error)
 	Kill(ctx context.Context, id vm.ID, signal int) (vm.VM, error)
 	Resolve(ctx context.Context, ref string) (vm.VM, error)
 	Show(ctx context.Context, ref string) (sandbox.Detail, error)
@@ -36,6 +37,7 @@ type Machines interface {
 	Images(ctx context.Context) ([]image.Image, string, error)
 	Defaults(ctx context.Context) (sandbox.Defaults, error)
 	SSHTarget(ctx context.Context, id vm.ID) (sandbox.SSHTarget, error)
+	Stats(ctx context.Context, refs []string) []sandbox.Stats
 	RunningOperation(id vm.ID) string
 	KernelVersion(ctx context.Context, id string) string
 }

@@ -60,6 +60,7 @@ type Spec struct {
 	DiskSize   int64             `json:"disk_size"`   // work disk, mounted at /root
 	SystemSize int64             `json:"system_size"` // system overlay, everything else that is written
 	Labels     map[string]string `json:"labels,omitempty"`
+	Autostart  bool              `json:"autostart,omitempty"` // started again after a reboot of the host that it ran in
 }
 
 // Pins are the artifacts a VM was made from, by content id. They never change with the image's

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
@@ -52,8 +53,9 @@ func Agent(dial Dial, reports ...string) fakevmm.Agent {
 				}
 				return g.PowerOff()
 			},
-			Sync: func(context.Context) error { return nil },
-			Grow: func(context.Context) ([]agentd.Grown, error) { return nil, nil },
+			Sync:  func(context.Context) error { return nil },
+			Grow:  func(context.Context) ([]agentd.Grown, error) { return grow(g) },
+			Stats: func(context.Context) (*agentv1.StatsResponse, error) { return stats(g), nil },
 			DialTCP: func(ctx context.Context, port int) (net.Conn, error) {
 				if dial == nil {
 					return nil, syscall.ECONNREFUSED
@@ -63,6 +65,28 @@ func Agent(dial Dial, reports ...string) fakevmm.Agent {
 		}
 		_ = agentd.ServeConn(ctx, conn, false, config.Secret, guest) // ends with the connection; the host sees why
 	}
+}
+
+// grow says what a guest would that compares its filesystems with its drives; it touches no file.
+func grow(g *fakevmm.Guest) ([]agentd.Grown, error) {
+	var grown []agentd.Grown
+	for role, target := range map[vmm.Role]string{vmm.RoleSystem: "/", vmm.RoleWork: "/root"} {
+		grown = append(grown, agentd.Grown{Target: target, After: g.Size(role)})
+	}
+	return grown, nil
+}
+
+// stats is a guest that is half busy, with disks as large as it was told.
+func stats(g *fakevmm.Guest) *agentv1.StatsResponse {
+	up := time.Since(g.StartedAt()).Milliseconds()
+	return &agentv1.StatsResponse{UptimeMs: up, Cpus: int32(g.Spec().VCPU), CpuBusyMs: up / 2, CpuIdleMs: up - up/2,
+		Load1Milli: 500, Load5Milli: 250, Load15Milli: 125,
+		MemoryTotalBytes: g.Spec().MemoryMiB << 20, MemoryAvailableBytes: g.Spec().MemoryMiB << 19,
+		Disks: []*agentv1.DiskStats{
+			{Target: "/", TotalBytes: g.Size(vmm.RoleSystem), UsedBytes: 1 << 20},
+			{Target: "/root", TotalBytes: g.Size(vmm.RoleWork), UsedBytes: 2 << 20},
+		},
+		Interfaces: []*agentv1.InterfaceStats{{Name: "eth0", ReceivedBytes: up * 1024, SentBytes: up * 512}}}
 }
 
 func readConfig(spec vmm.Spec) (boot.Config, error) {

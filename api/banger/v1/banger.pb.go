@@ -138,6 +138,7 @@ type VM struct {
 	Boot        []*Stage               `protobuf:"bytes,20,rep,name=boot,proto3" json:"boot,omitempty"`
 	Kernel      string                 `protobuf:"bytes,21,opt,name=kernel,proto3" json:"kernel,omitempty"`                              // version
 	OperationId string                 `protobuf:"bytes,22,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"` // running operation, if any
+	Autostart   bool                   `protobuf:"varint,23,opt,name=autostart,proto3" json:"autostart,omitempty"`                       // started again after a reboot of the host that it ran in
 	// Only in GetVM: they cost system calls.
 	DiskAllocatedBytes   int64        `protobuf:"varint,40,opt,name=disk_allocated_bytes,json=diskAllocatedBytes,proto3" json:"disk_allocated_bytes,omitempty"`
 	SystemAllocatedBytes int64        `protobuf:"varint,41,opt,name=system_allocated_bytes,json=systemAllocatedBytes,proto3" json:"system_allocated_bytes,omitempty"`
@@ -332,6 +333,13 @@ func (x *VM) GetOperationId() string {
 		return x.OperationId
 	}
 	return ""
+}
+
+func (x *VM) GetAutostart() bool {
+	if x != nil {
+		return x.Autostart
+	}
+	return false
 }
 
 func (x *VM) GetDiskAllocatedBytes() int64 {
@@ -708,7 +716,7 @@ func (x *Image) GetCreatedAt() *timestamppb.Timestamp {
 type Operation struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // create start stop restart delete
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // create start stop restart delete set
 	VmId          string                 `protobuf:"bytes,3,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"`
 	VmName        string                 `protobuf:"bytes,4,opt,name=vm_name,json=vmName,proto3" json:"vm_name,omitempty"`
 	State         string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"` // running succeeded failed cancelled
@@ -1402,6 +1410,678 @@ func (x *DeleteVMResponse) GetOperation() *Operation {
 	return nil
 }
 
+type SetVMRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// What is not set stays as it is. Disks can become larger only.
+	Vcpu          *int32            `protobuf:"varint,2,opt,name=vcpu,proto3,oneof" json:"vcpu,omitempty"`
+	MemoryMib     *int64            `protobuf:"varint,3,opt,name=memory_mib,json=memoryMib,proto3,oneof" json:"memory_mib,omitempty"`
+	DiskBytes     *int64            `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3,oneof" json:"disk_bytes,omitempty"`
+	SystemBytes   *int64            `protobuf:"varint,5,opt,name=system_bytes,json=systemBytes,proto3,oneof" json:"system_bytes,omitempty"`
+	Autostart     *bool             `protobuf:"varint,6,opt,name=autostart,proto3,oneof" json:"autostart,omitempty"`
+	Labels        map[string]string `protobuf:"bytes,7,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // set, beside those that are there
+	DropLabels    []string          `protobuf:"bytes,8,rep,name=drop_labels,json=dropLabels,proto3" json:"drop_labels,omitempty"`                                                 // keys
+	Restart       bool              `protobuf:"varint,9,opt,name=restart,proto3" json:"restart,omitempty"`                                                                        // stop and start it if the change needs that
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetVMRequest) Reset() {
+	*x = SetVMRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetVMRequest) ProtoMessage() {}
+
+func (x *SetVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetVMRequest.ProtoReflect.Descriptor instead.
+func (*SetVMRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *SetVMRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SetVMRequest) GetVcpu() int32 {
+	if x != nil && x.Vcpu != nil {
+		return *x.Vcpu
+	}
+	return 0
+}
+
+func (x *SetVMRequest) GetMemoryMib() int64 {
+	if x != nil && x.MemoryMib != nil {
+		return *x.MemoryMib
+	}
+	return 0
+}
+
+func (x *SetVMRequest) GetDiskBytes() int64 {
+	if x != nil && x.DiskBytes != nil {
+		return *x.DiskBytes
+	}
+	return 0
+}
+
+func (x *SetVMRequest) GetSystemBytes() int64 {
+	if x != nil && x.SystemBytes != nil {
+		return *x.SystemBytes
+	}
+	return 0
+}
+
+func (x *SetVMRequest) GetAutostart() bool {
+	if x != nil && x.Autostart != nil {
+		return *x.Autostart
+	}
+	return false
+}
+
+func (x *SetVMRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *SetVMRequest) GetDropLabels() []string {
+	if x != nil {
+		return x.DropLabels
+	}
+	return nil
+}
+
+func (x *SetVMRequest) GetRestart() bool {
+	if x != nil {
+		return x.Restart
+	}
+	return false
+}
+
+type SetVMResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetVMResponse) Reset() {
+	*x = SetVMResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetVMResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetVMResponse) ProtoMessage() {}
+
+func (x *SetVMResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetVMResponse.ProtoReflect.Descriptor instead.
+func (*SetVMResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *SetVMResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+type GetStatsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Refs          []string               `protobuf:"bytes,1,rep,name=refs,proto3" json:"refs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetStatsRequest) Reset() {
+	*x = GetStatsRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetStatsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetStatsRequest) ProtoMessage() {}
+
+func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetStatsRequest.ProtoReflect.Descriptor instead.
+func (*GetStatsRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *GetStatsRequest) GetRefs() []string {
+	if x != nil {
+		return x.Refs
+	}
+	return nil
+}
+
+type GetStatsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*VMStats             `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetStatsResponse) Reset() {
+	*x = GetStatsResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetStatsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetStatsResponse) ProtoMessage() {}
+
+func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetStatsResponse.ProtoReflect.Descriptor instead.
+func (*GetStatsResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *GetStatsResponse) GetResults() []*VMStats {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type VMStats struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	Vm            *VM                    `protobuf:"bytes,2,opt,name=vm,proto3" json:"vm,omitempty"`
+	At            *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=at,proto3" json:"at,omitempty"`
+	Host          *HostStats             `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`                               // not set: no program of it runs
+	Guest         *GuestStats            `protobuf:"bytes,5,opt,name=guest,proto3" json:"guest,omitempty"`                             // not set: see guest_fault
+	GuestFault    *Fault                 `protobuf:"bytes,6,opt,name=guest_fault,json=guestFault,proto3" json:"guest_fault,omitempty"` // why the guest told nothing
+	Fault         *Fault                 `protobuf:"bytes,7,opt,name=fault,proto3" json:"fault,omitempty"`                             // why there is nothing at all, e.g. no such VM
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMStats) Reset() {
+	*x = VMStats{}
+	mi := &file_banger_v1_banger_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMStats) ProtoMessage() {}
+
+func (x *VMStats) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMStats.ProtoReflect.Descriptor instead.
+func (*VMStats) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *VMStats) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+func (x *VMStats) GetVm() *VM {
+	if x != nil {
+		return x.Vm
+	}
+	return nil
+}
+
+func (x *VMStats) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *VMStats) GetHost() *HostStats {
+	if x != nil {
+		return x.Host
+	}
+	return nil
+}
+
+func (x *VMStats) GetGuest() *GuestStats {
+	if x != nil {
+		return x.Guest
+	}
+	return nil
+}
+
+func (x *VMStats) GetGuestFault() *Fault {
+	if x != nil {
+		return x.GuestFault
+	}
+	return nil
+}
+
+func (x *VMStats) GetFault() *Fault {
+	if x != nil {
+		return x.Fault
+	}
+	return nil
+}
+
+// HostStats are what a VM costs the host.
+type HostStats struct {
+	state                protoimpl.MessageState `protogen:"open.v1"`
+	CpuMs                int64                  `protobuf:"varint,1,opt,name=cpu_ms,json=cpuMs,proto3" json:"cpu_ms,omitempty"`                   // of the VMM, since its start
+	MemoryBytes          int64                  `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"` // of the VMM: PSS, or its resident set where the kernel does not tell
+	DiskAllocatedBytes   int64                  `protobuf:"varint,3,opt,name=disk_allocated_bytes,json=diskAllocatedBytes,proto3" json:"disk_allocated_bytes,omitempty"`
+	SystemAllocatedBytes int64                  `protobuf:"varint,4,opt,name=system_allocated_bytes,json=systemAllocatedBytes,proto3" json:"system_allocated_bytes,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
+}
+
+func (x *HostStats) Reset() {
+	*x = HostStats{}
+	mi := &file_banger_v1_banger_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostStats) ProtoMessage() {}
+
+func (x *HostStats) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostStats.ProtoReflect.Descriptor instead.
+func (*HostStats) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *HostStats) GetCpuMs() int64 {
+	if x != nil {
+		return x.CpuMs
+	}
+	return 0
+}
+
+func (x *HostStats) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *HostStats) GetDiskAllocatedBytes() int64 {
+	if x != nil {
+		return x.DiskAllocatedBytes
+	}
+	return 0
+}
+
+func (x *HostStats) GetSystemAllocatedBytes() int64 {
+	if x != nil {
+		return x.SystemAllocatedBytes
+	}
+	return 0
+}
+
+// GuestStats are what the guest says of itself.
+type GuestStats struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	UptimeMs  int64                  `protobuf:"varint,1,opt,name=uptime_ms,json=uptimeMs,proto3" json:"uptime_ms,omitempty"` // since its kernel started
+	Cpus      int32                  `protobuf:"varint,2,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	CpuBusyMs int64                  `protobuf:"varint,3,opt,name=cpu_busy_ms,json=cpuBusyMs,proto3" json:"cpu_busy_ms,omitempty"` // of all CPUs together, since its kernel started
+	CpuIdleMs int64                  `protobuf:"varint,4,opt,name=cpu_idle_ms,json=cpuIdleMs,proto3" json:"cpu_idle_ms,omitempty"`
+	// Load averages of 1, 5 and 15 minutes, in thousandths.
+	Load1Milli           int64             `protobuf:"varint,5,opt,name=load1_milli,json=load1Milli,proto3" json:"load1_milli,omitempty"`
+	Load5Milli           int64             `protobuf:"varint,6,opt,name=load5_milli,json=load5Milli,proto3" json:"load5_milli,omitempty"`
+	Load15Milli          int64             `protobuf:"varint,7,opt,name=load15_milli,json=load15Milli,proto3" json:"load15_milli,omitempty"`
+	MemoryTotalBytes     int64             `protobuf:"varint,8,opt,name=memory_total_bytes,json=memoryTotalBytes,proto3" json:"memory_total_bytes,omitempty"`
+	MemoryAvailableBytes int64             `protobuf:"varint,9,opt,name=memory_available_bytes,json=memoryAvailableBytes,proto3" json:"memory_available_bytes,omitempty"`
+	SwapTotalBytes       int64             `protobuf:"varint,10,opt,name=swap_total_bytes,json=swapTotalBytes,proto3" json:"swap_total_bytes,omitempty"`
+	SwapFreeBytes        int64             `protobuf:"varint,11,opt,name=swap_free_bytes,json=swapFreeBytes,proto3" json:"swap_free_bytes,omitempty"`
+	Disks                []*GuestDisk      `protobuf:"bytes,12,rep,name=disks,proto3" json:"disks,omitempty"`
+	Interfaces           []*GuestInterface `protobuf:"bytes,13,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
+}
+
+func (x *GuestStats) Reset() {
+	*x = GuestStats{}
+	mi := &file_banger_v1_banger_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GuestStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GuestStats) ProtoMessage() {}
+
+func (x *GuestStats) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GuestStats.ProtoReflect.Descriptor instead.
+func (*GuestStats) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *GuestStats) GetUptimeMs() int64 {
+	if x != nil {
+		return x.UptimeMs
+	}
+	return 0
+}
+
+func (x *GuestStats) GetCpus() int32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+func (x *GuestStats) GetCpuBusyMs() int64 {
+	if x != nil {
+		return x.CpuBusyMs
+	}
+	return 0
+}
+
+func (x *GuestStats) GetCpuIdleMs() int64 {
+	if x != nil {
+		return x.CpuIdleMs
+	}
+	return 0
+}
+
+func (x *GuestStats) GetLoad1Milli() int64 {
+	if x != nil {
+		return x.Load1Milli
+	}
+	return 0
+}
+
+func (x *GuestStats) GetLoad5Milli() int64 {
+	if x != nil {
+		return x.Load5Milli
+	}
+	return 0
+}
+
+func (x *GuestStats) GetLoad15Milli() int64 {
+	if x != nil {
+		return x.Load15Milli
+	}
+	return 0
+}
+
+func (x *GuestStats) GetMemoryTotalBytes() int64 {
+	if x != nil {
+		return x.MemoryTotalBytes
+	}
+	return 0
+}
+
+func (x *GuestStats) GetMemoryAvailableBytes() int64 {
+	if x != nil {
+		return x.MemoryAvailableBytes
+	}
+	return 0
+}
+
+func (x *GuestStats) GetSwapTotalBytes() int64 {
+	if x != nil {
+		return x.SwapTotalBytes
+	}
+	return 0
+}
+
+func (x *GuestStats) GetSwapFreeBytes() int64 {
+	if x != nil {
+		return x.SwapFreeBytes
+	}
+	return 0
+}
+
+func (x *GuestStats) GetDisks() []*GuestDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+func (x *GuestStats) GetInterfaces() []*GuestInterface {
+	if x != nil {
+		return x.Interfaces
+	}
+	return nil
+}
+
+type GuestDisk struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Target         string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"` // where it is mounted
+	TotalBytes     int64                  `protobuf:"varint,2,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	UsedBytes      int64                  `protobuf:"varint,3,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
+	AvailableBytes int64                  `protobuf:"varint,4,opt,name=available_bytes,json=availableBytes,proto3" json:"available_bytes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *GuestDisk) Reset() {
+	*x = GuestDisk{}
+	mi := &file_banger_v1_banger_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GuestDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GuestDisk) ProtoMessage() {}
+
+func (x *GuestDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GuestDisk.ProtoReflect.Descriptor instead.
+func (*GuestDisk) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *GuestDisk) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *GuestDisk) GetTotalBytes() int64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *GuestDisk) GetUsedBytes() int64 {
+	if x != nil {
+		return x.UsedBytes
+	}
+	return 0
+}
+
+func (x *GuestDisk) GetAvailableBytes() int64 {
+	if x != nil {
+		return x.AvailableBytes
+	}
+	return 0
+}
+
+type GuestInterface struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	ReceivedBytes int64                  `protobuf:"varint,2,opt,name=received_bytes,json=receivedBytes,proto3" json:"received_bytes,omitempty"`
+	SentBytes     int64                  `protobuf:"varint,3,opt,name=sent_bytes,json=sentBytes,proto3" json:"sent_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GuestInterface) Reset() {
+	*x = GuestInterface{}
+	mi := &file_banger_v1_banger_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GuestInterface) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GuestInterface) ProtoMessage() {}
+
+func (x *GuestInterface) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GuestInterface.ProtoReflect.Descriptor instead.
+func (*GuestInterface) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *GuestInterface) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GuestInterface) GetReceivedBytes() int64 {
+	if x != nil {
+		return x.ReceivedBytes
+	}
+	return 0
+}
+
+func (x *GuestInterface) GetSentBytes() int64 {
+	if x != nil {
+		return x.SentBytes
+	}
+	return 0
+}
+
 type KillVMRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1412,7 +2092,7 @@ type KillVMRequest struct {
 
 func (x *KillVMRequest) Reset() {
 	*x = KillVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[18]
+	mi := &file_banger_v1_banger_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1424,7 +2104,7 @@ func (x *KillVMRequest) String() string {
 func (*KillVMRequest) ProtoMessage() {}
 
 func (x *KillVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[18]
+	mi := &file_banger_v1_banger_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1437,7 +2117,7 @@ func (x *KillVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillVMRequest.ProtoReflect.Descriptor instead.
 func (*KillVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{18}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *KillVMRequest) GetId() string {
@@ -1463,7 +2143,7 @@ type KillVMResponse struct {
 
 func (x *KillVMResponse) Reset() {
 	*x = KillVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[19]
+	mi := &file_banger_v1_banger_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +2155,7 @@ func (x *KillVMResponse) String() string {
 func (*KillVMResponse) ProtoMessage() {}
 
 func (x *KillVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[19]
+	mi := &file_banger_v1_banger_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +2168,7 @@ func (x *KillVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillVMResponse.ProtoReflect.Descriptor instead.
 func (*KillVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{19}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *KillVMResponse) GetVm() *VM {
@@ -1507,7 +2187,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[20]
+	mi := &file_banger_v1_banger_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1519,7 +2199,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[20]
+	mi := &file_banger_v1_banger_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1532,7 +2212,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{20}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetVMRequest) GetId() string {
@@ -1551,7 +2231,7 @@ type GetVMResponse struct {
 
 func (x *GetVMResponse) Reset() {
 	*x = GetVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[21]
+	mi := &file_banger_v1_banger_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1563,7 +2243,7 @@ func (x *GetVMResponse) String() string {
 func (*GetVMResponse) ProtoMessage() {}
 
 func (x *GetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[21]
+	mi := &file_banger_v1_banger_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1576,7 +2256,7 @@ func (x *GetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMResponse.ProtoReflect.Descriptor instead.
 func (*GetVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{21}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GetVMResponse) GetVm() *VM {
@@ -1594,7 +2274,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[22]
+	mi := &file_banger_v1_banger_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1606,7 +2286,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[22]
+	mi := &file_banger_v1_banger_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1619,7 +2299,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{22}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{31}
 }
 
 type ListVMsResponse struct {
@@ -1631,7 +2311,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[23]
+	mi := &file_banger_v1_banger_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1643,7 +2323,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[23]
+	mi := &file_banger_v1_banger_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1656,7 +2336,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{23}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -1675,7 +2355,7 @@ type ResolveVMsRequest struct {
 
 func (x *ResolveVMsRequest) Reset() {
 	*x = ResolveVMsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[24]
+	mi := &file_banger_v1_banger_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1687,7 +2367,7 @@ func (x *ResolveVMsRequest) String() string {
 func (*ResolveVMsRequest) ProtoMessage() {}
 
 func (x *ResolveVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[24]
+	mi := &file_banger_v1_banger_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1700,7 +2380,7 @@ func (x *ResolveVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveVMsRequest.ProtoReflect.Descriptor instead.
 func (*ResolveVMsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{24}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ResolveVMsRequest) GetRefs() []string {
@@ -1719,7 +2399,7 @@ type ResolveVMsResponse struct {
 
 func (x *ResolveVMsResponse) Reset() {
 	*x = ResolveVMsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[25]
+	mi := &file_banger_v1_banger_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1731,7 +2411,7 @@ func (x *ResolveVMsResponse) String() string {
 func (*ResolveVMsResponse) ProtoMessage() {}
 
 func (x *ResolveVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[25]
+	mi := &file_banger_v1_banger_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1744,7 +2424,7 @@ func (x *ResolveVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveVMsResponse.ProtoReflect.Descriptor instead.
 func (*ResolveVMsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{25}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ResolveVMsResponse) GetResults() []*ResolvedVM {
@@ -1765,7 +2445,7 @@ type ResolvedVM struct {
 
 func (x *ResolvedVM) Reset() {
 	*x = ResolvedVM{}
-	mi := &file_banger_v1_banger_proto_msgTypes[26]
+	mi := &file_banger_v1_banger_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1777,7 +2457,7 @@ func (x *ResolvedVM) String() string {
 func (*ResolvedVM) ProtoMessage() {}
 
 func (x *ResolvedVM) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[26]
+	mi := &file_banger_v1_banger_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1790,7 +2470,7 @@ func (x *ResolvedVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolvedVM.ProtoReflect.Descriptor instead.
 func (*ResolvedVM) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{26}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ResolvedVM) GetRef() string {
@@ -1822,7 +2502,7 @@ type GetDefaultsRequest struct {
 
 func (x *GetDefaultsRequest) Reset() {
 	*x = GetDefaultsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[27]
+	mi := &file_banger_v1_banger_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1834,7 +2514,7 @@ func (x *GetDefaultsRequest) String() string {
 func (*GetDefaultsRequest) ProtoMessage() {}
 
 func (x *GetDefaultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[27]
+	mi := &file_banger_v1_banger_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1847,7 +2527,7 @@ func (x *GetDefaultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDefaultsRequest.ProtoReflect.Descriptor instead.
 func (*GetDefaultsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{27}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{36}
 }
 
 type GetDefaultsResponse struct {
@@ -1863,7 +2543,7 @@ type GetDefaultsResponse struct {
 
 func (x *GetDefaultsResponse) Reset() {
 	*x = GetDefaultsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	mi := &file_banger_v1_banger_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1875,7 +2555,7 @@ func (x *GetDefaultsResponse) String() string {
 func (*GetDefaultsResponse) ProtoMessage() {}
 
 func (x *GetDefaultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	mi := &file_banger_v1_banger_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1888,7 +2568,7 @@ func (x *GetDefaultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDefaultsResponse.ProtoReflect.Descriptor instead.
 func (*GetDefaultsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{28}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *GetDefaultsResponse) GetImage() string {
@@ -1935,7 +2615,7 @@ type GetSSHTargetRequest struct {
 
 func (x *GetSSHTargetRequest) Reset() {
 	*x = GetSSHTargetRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	mi := &file_banger_v1_banger_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1947,7 +2627,7 @@ func (x *GetSSHTargetRequest) String() string {
 func (*GetSSHTargetRequest) ProtoMessage() {}
 
 func (x *GetSSHTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	mi := &file_banger_v1_banger_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1960,7 +2640,7 @@ func (x *GetSSHTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSSHTargetRequest.ProtoReflect.Descriptor instead.
 func (*GetSSHTargetRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{29}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetSSHTargetRequest) GetId() string {
@@ -1982,7 +2662,7 @@ type GetSSHTargetResponse struct {
 
 func (x *GetSSHTargetResponse) Reset() {
 	*x = GetSSHTargetResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	mi := &file_banger_v1_banger_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1994,7 +2674,7 @@ func (x *GetSSHTargetResponse) String() string {
 func (*GetSSHTargetResponse) ProtoMessage() {}
 
 func (x *GetSSHTargetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	mi := &file_banger_v1_banger_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2007,7 +2687,7 @@ func (x *GetSSHTargetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSSHTargetResponse.ProtoReflect.Descriptor instead.
 func (*GetSSHTargetResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{30}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetSSHTargetResponse) GetUser() string {
@@ -2046,7 +2726,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	mi := &file_banger_v1_banger_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2058,7 +2738,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	mi := &file_banger_v1_banger_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2071,7 +2751,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{31}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{40}
 }
 
 type ListImagesResponse struct {
@@ -2083,7 +2763,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	mi := &file_banger_v1_banger_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2095,7 +2775,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	mi := &file_banger_v1_banger_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2108,7 +2788,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{32}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -2127,7 +2807,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[33]
+	mi := &file_banger_v1_banger_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2139,7 +2819,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[33]
+	mi := &file_banger_v1_banger_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2152,7 +2832,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{33}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -2171,7 +2851,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[34]
+	mi := &file_banger_v1_banger_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2183,7 +2863,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[34]
+	mi := &file_banger_v1_banger_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2196,7 +2876,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{34}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -2214,7 +2894,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[35]
+	mi := &file_banger_v1_banger_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2226,7 +2906,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[35]
+	mi := &file_banger_v1_banger_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2239,7 +2919,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{35}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{44}
 }
 
 type ListOperationsResponse struct {
@@ -2251,7 +2931,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[36]
+	mi := &file_banger_v1_banger_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2263,7 +2943,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[36]
+	mi := &file_banger_v1_banger_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2276,7 +2956,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{36}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -2295,7 +2975,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[37]
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2307,7 +2987,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[37]
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2320,7 +3000,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{37}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -2339,7 +3019,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[38]
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2351,7 +3031,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[38]
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2364,7 +3044,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{38}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -2383,7 +3063,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[39]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2395,7 +3075,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[39]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2408,7 +3088,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{39}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -2427,7 +3107,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[40]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2439,7 +3119,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[40]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2452,7 +3132,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{40}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -2470,7 +3150,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[41]
+	mi := &file_banger_v1_banger_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2482,7 +3162,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[41]
+	mi := &file_banger_v1_banger_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2495,7 +3175,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{41}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{50}
 }
 
 type GetStatusResponse struct {
@@ -2523,7 +3203,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[42]
+	mi := &file_banger_v1_banger_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2535,7 +3215,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[42]
+	mi := &file_banger_v1_banger_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2548,7 +3228,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{42}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetStatusResponse) GetPid() int32 {
@@ -2678,7 +3358,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[43]
+	mi := &file_banger_v1_banger_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2690,7 +3370,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[43]
+	mi := &file_banger_v1_banger_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2703,7 +3383,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{43}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{52}
 }
 
 type ShutdownResponse struct {
@@ -2714,7 +3394,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[44]
+	mi := &file_banger_v1_banger_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2726,7 +3406,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[44]
+	mi := &file_banger_v1_banger_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2739,7 +3419,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{44}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{53}
 }
 
 type RunDoctorRequest struct {
@@ -2750,7 +3430,7 @@ type RunDoctorRequest struct {
 
 func (x *RunDoctorRequest) Reset() {
 	*x = RunDoctorRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[45]
+	mi := &file_banger_v1_banger_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2762,7 +3442,7 @@ func (x *RunDoctorRequest) String() string {
 func (*RunDoctorRequest) ProtoMessage() {}
 
 func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[45]
+	mi := &file_banger_v1_banger_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2775,7 +3455,7 @@ func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorRequest.ProtoReflect.Descriptor instead.
 func (*RunDoctorRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{45}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{54}
 }
 
 type RunDoctorResponse struct {
@@ -2787,7 +3467,7 @@ type RunDoctorResponse struct {
 
 func (x *RunDoctorResponse) Reset() {
 	*x = RunDoctorResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2799,7 +3479,7 @@ func (x *RunDoctorResponse) String() string {
 func (*RunDoctorResponse) ProtoMessage() {}
 
 func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2812,7 +3492,7 @@ func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorResponse.ProtoReflect.Descriptor instead.
 func (*RunDoctorResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RunDoctorResponse) GetFindings() []*Finding {
@@ -2835,7 +3515,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2847,7 +3527,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2860,7 +3540,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Finding) GetCode() string {
@@ -2906,7 +3586,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[48]
+	mi := &file_banger_v1_banger_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2918,7 +3598,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[48]
+	mi := &file_banger_v1_banger_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2931,7 +3611,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{57}
 }
 
 type WatchResponse struct {
@@ -2949,7 +3629,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[49]
+	mi := &file_banger_v1_banger_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2961,7 +3641,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[49]
+	mi := &file_banger_v1_banger_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2974,7 +3654,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -3059,7 +3739,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_banger_v1_banger_proto_msgTypes[50]
+	mi := &file_banger_v1_banger_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3071,7 +3751,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[50]
+	mi := &file_banger_v1_banger_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3084,7 +3764,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{50}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Snapshot) GetVms() []*VM {
@@ -3119,7 +3799,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\asubject\x18\x03 \x01(\tR\asubject\x12\x18\n" +
 	"\amessage\x18\x04 \x01(\tR\amessage\x12\x12\n" +
 	"\x04hint\x18\x05 \x01(\tR\x04hint\x12\x14\n" +
-	"\x05cause\x18\x06 \x01(\tR\x05cause\"\xff\a\n" +
+	"\x05cause\x18\x06 \x01(\tR\x05cause\"\x9d\b\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -3148,7 +3828,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x04note\x18\x13 \x01(\tR\x04note\x12$\n" +
 	"\x04boot\x18\x14 \x03(\v2\x10.banger.v1.StageR\x04boot\x12\x16\n" +
 	"\x06kernel\x18\x15 \x01(\tR\x06kernel\x12!\n" +
-	"\foperation_id\x18\x16 \x01(\tR\voperationId\x120\n" +
+	"\foperation_id\x18\x16 \x01(\tR\voperationId\x12\x1c\n" +
+	"\tautostart\x18\x17 \x01(\bR\tautostart\x120\n" +
 	"\x14disk_allocated_bytes\x18( \x01(\x03R\x12diskAllocatedBytes\x124\n" +
 	"\x16system_allocated_bytes\x18) \x01(\x03R\x14systemAllocatedBytes\x12\x1c\n" +
 	"\tdirectory\x18* \x01(\tR\tdirectory\x12\x10\n" +
@@ -3242,7 +3923,81 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"F\n" +
 	"\x10DeleteVMResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"7\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\xc3\x03\n" +
+	"\fSetVMRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
+	"\x04vcpu\x18\x02 \x01(\x05H\x00R\x04vcpu\x88\x01\x01\x12\"\n" +
+	"\n" +
+	"memory_mib\x18\x03 \x01(\x03H\x01R\tmemoryMib\x88\x01\x01\x12\"\n" +
+	"\n" +
+	"disk_bytes\x18\x04 \x01(\x03H\x02R\tdiskBytes\x88\x01\x01\x12&\n" +
+	"\fsystem_bytes\x18\x05 \x01(\x03H\x03R\vsystemBytes\x88\x01\x01\x12!\n" +
+	"\tautostart\x18\x06 \x01(\bH\x04R\tautostart\x88\x01\x01\x12;\n" +
+	"\x06labels\x18\a \x03(\v2#.banger.v1.SetVMRequest.LabelsEntryR\x06labels\x12\x1f\n" +
+	"\vdrop_labels\x18\b \x03(\tR\n" +
+	"dropLabels\x12\x18\n" +
+	"\arestart\x18\t \x01(\bR\arestart\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\a\n" +
+	"\x05_vcpuB\r\n" +
+	"\v_memory_mibB\r\n" +
+	"\v_disk_bytesB\x0f\n" +
+	"\r_system_bytesB\f\n" +
+	"\n" +
+	"_autostart\"C\n" +
+	"\rSetVMResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"%\n" +
+	"\x0fGetStatsRequest\x12\x12\n" +
+	"\x04refs\x18\x01 \x03(\tR\x04refs\"@\n" +
+	"\x10GetStatsResponse\x12,\n" +
+	"\aresults\x18\x01 \x03(\v2\x12.banger.v1.VMStatsR\aresults\"\x98\x02\n" +
+	"\aVMStats\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1d\n" +
+	"\x02vm\x18\x02 \x01(\v2\r.banger.v1.VMR\x02vm\x12*\n" +
+	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12(\n" +
+	"\x04host\x18\x04 \x01(\v2\x14.banger.v1.HostStatsR\x04host\x12+\n" +
+	"\x05guest\x18\x05 \x01(\v2\x15.banger.v1.GuestStatsR\x05guest\x121\n" +
+	"\vguest_fault\x18\x06 \x01(\v2\x10.banger.v1.FaultR\n" +
+	"guestFault\x12&\n" +
+	"\x05fault\x18\a \x01(\v2\x10.banger.v1.FaultR\x05fault\"\xad\x01\n" +
+	"\tHostStats\x12\x15\n" +
+	"\x06cpu_ms\x18\x01 \x01(\x03R\x05cpuMs\x12!\n" +
+	"\fmemory_bytes\x18\x02 \x01(\x03R\vmemoryBytes\x120\n" +
+	"\x14disk_allocated_bytes\x18\x03 \x01(\x03R\x12diskAllocatedBytes\x124\n" +
+	"\x16system_allocated_bytes\x18\x04 \x01(\x03R\x14systemAllocatedBytes\"\xff\x03\n" +
+	"\n" +
+	"GuestStats\x12\x1b\n" +
+	"\tuptime_ms\x18\x01 \x01(\x03R\buptimeMs\x12\x12\n" +
+	"\x04cpus\x18\x02 \x01(\x05R\x04cpus\x12\x1e\n" +
+	"\vcpu_busy_ms\x18\x03 \x01(\x03R\tcpuBusyMs\x12\x1e\n" +
+	"\vcpu_idle_ms\x18\x04 \x01(\x03R\tcpuIdleMs\x12\x1f\n" +
+	"\vload1_milli\x18\x05 \x01(\x03R\n" +
+	"load1Milli\x12\x1f\n" +
+	"\vload5_milli\x18\x06 \x01(\x03R\n" +
+	"load5Milli\x12!\n" +
+	"\fload15_milli\x18\a \x01(\x03R\vload15Milli\x12,\n" +
+	"\x12memory_total_bytes\x18\b \x01(\x03R\x10memoryTotalBytes\x124\n" +
+	"\x16memory_available_bytes\x18\t \x01(\x03R\x14memoryAvailableBytes\x12(\n" +
+	"\x10swap_total_bytes\x18\n" +
+	" \x01(\x03R\x0eswapTotalBytes\x12&\n" +
+	"\x0fswap_free_bytes\x18\v \x01(\x03R\rswapFreeBytes\x12*\n" +
+	"\x05disks\x18\f \x03(\v2\x14.banger.v1.GuestDiskR\x05disks\x129\n" +
+	"\n" +
+	"interfaces\x18\r \x03(\v2\x19.banger.v1.GuestInterfaceR\n" +
+	"interfaces\"\x8c\x01\n" +
+	"\tGuestDisk\x12\x16\n" +
+	"\x06target\x18\x01 \x01(\tR\x06target\x12\x1f\n" +
+	"\vtotal_bytes\x18\x02 \x01(\x03R\n" +
+	"totalBytes\x12\x1d\n" +
+	"\n" +
+	"used_bytes\x18\x03 \x01(\x03R\tusedBytes\x12'\n" +
+	"\x0favailable_bytes\x18\x04 \x01(\x03R\x0eavailableBytes\"j\n" +
+	"\x0eGuestInterface\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12%\n" +
+	"\x0ereceived_bytes\x18\x02 \x01(\x03R\rreceivedBytes\x12\x1d\n" +
+	"\n" +
+	"sent_bytes\x18\x03 \x01(\x03R\tsentBytes\"7\n" +
 	"\rKillVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06signal\x18\x02 \x01(\x05R\x06signal\"/\n" +
@@ -3349,19 +4104,21 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\n" +
 	"operations\x18\x02 \x03(\v2\x14.banger.v1.OperationR\n" +
 	"operations\x12(\n" +
-	"\x06images\x18\x03 \x03(\v2\x10.banger.v1.ImageR\x06images2\x85\x06\n" +
+	"\x06images\x18\x03 \x03(\v2\x10.banger.v1.ImageR\x06images2\x86\a\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
 	"\x06StopVM\x12\x18.banger.v1.StopVMRequest\x1a\x19.banger.v1.StopVMResponse\x12F\n" +
 	"\tRestartVM\x12\x1b.banger.v1.RestartVMRequest\x1a\x1c.banger.v1.RestartVMResponse\x12C\n" +
-	"\bDeleteVM\x12\x1a.banger.v1.DeleteVMRequest\x1a\x1b.banger.v1.DeleteVMResponse\x12=\n" +
+	"\bDeleteVM\x12\x1a.banger.v1.DeleteVMRequest\x1a\x1b.banger.v1.DeleteVMResponse\x12:\n" +
+	"\x05SetVM\x12\x17.banger.v1.SetVMRequest\x1a\x18.banger.v1.SetVMResponse\x12=\n" +
 	"\x06KillVM\x12\x18.banger.v1.KillVMRequest\x1a\x19.banger.v1.KillVMResponse\x12:\n" +
 	"\x05GetVM\x12\x17.banger.v1.GetVMRequest\x1a\x18.banger.v1.GetVMResponse\x12@\n" +
 	"\aListVMs\x12\x19.banger.v1.ListVMsRequest\x1a\x1a.banger.v1.ListVMsResponse\x12I\n" +
 	"\n" +
 	"ResolveVMs\x12\x1c.banger.v1.ResolveVMsRequest\x1a\x1d.banger.v1.ResolveVMsResponse\x12L\n" +
-	"\vGetDefaults\x12\x1d.banger.v1.GetDefaultsRequest\x1a\x1e.banger.v1.GetDefaultsResponse\x12O\n" +
+	"\vGetDefaults\x12\x1d.banger.v1.GetDefaultsRequest\x1a\x1e.banger.v1.GetDefaultsResponse\x12C\n" +
+	"\bGetStats\x12\x1a.banger.v1.GetStatsRequest\x1a\x1b.banger.v1.GetStatsResponse\x12O\n" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse2Y\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
@@ -3389,7 +4146,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                   // 0: banger.v1.Fault
 	(*VM)(nil),                      // 1: banger.v1.VM
@@ -3409,131 +4166,156 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*RestartVMResponse)(nil),       // 15: banger.v1.RestartVMResponse
 	(*DeleteVMRequest)(nil),         // 16: banger.v1.DeleteVMRequest
 	(*DeleteVMResponse)(nil),        // 17: banger.v1.DeleteVMResponse
-	(*KillVMRequest)(nil),           // 18: banger.v1.KillVMRequest
-	(*KillVMResponse)(nil),          // 19: banger.v1.KillVMResponse
-	(*GetVMRequest)(nil),            // 20: banger.v1.GetVMRequest
-	(*GetVMResponse)(nil),           // 21: banger.v1.GetVMResponse
-	(*ListVMsRequest)(nil),          // 22: banger.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),         // 23: banger.v1.ListVMsResponse
-	(*ResolveVMsRequest)(nil),       // 24: banger.v1.ResolveVMsRequest
-	(*ResolveVMsResponse)(nil),      // 25: banger.v1.ResolveVMsResponse
-	(*ResolvedVM)(nil),              // 26: banger.v1.ResolvedVM
-	(*GetDefaultsRequest)(nil),      // 27: banger.v1.GetDefaultsRequest
-	(*GetDefaultsResponse)(nil),     // 28: banger.v1.GetDefaultsResponse
-	(*GetSSHTargetRequest)(nil),     // 29: banger.v1.GetSSHTargetRequest
-	(*GetSSHTargetResponse)(nil),    // 30: banger.v1.GetSSHTargetResponse
-	(*ListImagesRequest)(nil),       // 31: banger.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),      // 32: banger.v1.ListImagesResponse
-	(*GetOperationRequest)(nil),     // 33: banger.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 34: banger.v1.GetOperationResponse
-	(*ListOperationsRequest)(nil),   // 35: banger.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 36: banger.v1.ListOperationsResponse
-	(*WatchOperationRequest)(nil),   // 37: banger.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 38: banger.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 39: banger.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 40: banger.v1.CancelOperationResponse
-	(*GetStatusRequest)(nil),        // 41: banger.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),       // 42: banger.v1.GetStatusResponse
-	(*ShutdownRequest)(nil),         // 43: banger.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 44: banger.v1.ShutdownResponse
-	(*RunDoctorRequest)(nil),        // 45: banger.v1.RunDoctorRequest
-	(*RunDoctorResponse)(nil),       // 46: banger.v1.RunDoctorResponse
-	(*Finding)(nil),                 // 47: banger.v1.Finding
-	(*WatchRequest)(nil),            // 48: banger.v1.WatchRequest
-	(*WatchResponse)(nil),           // 49: banger.v1.WatchResponse
-	(*Snapshot)(nil),                // 50: banger.v1.Snapshot
-	nil,                             // 51: banger.v1.VM.LabelsEntry
-	nil,                             // 52: banger.v1.CreateVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 53: google.protobuf.Timestamp
+	(*SetVMRequest)(nil),            // 18: banger.v1.SetVMRequest
+	(*SetVMResponse)(nil),           // 19: banger.v1.SetVMResponse
+	(*GetStatsRequest)(nil),         // 20: banger.v1.GetStatsRequest
+	(*GetStatsResponse)(nil),        // 21: banger.v1.GetStatsResponse
+	(*VMStats)(nil),                 // 22: banger.v1.VMStats
+	(*HostStats)(nil),               // 23: banger.v1.HostStats
+	(*GuestStats)(nil),              // 24: banger.v1.GuestStats
+	(*GuestDisk)(nil),               // 25: banger.v1.GuestDisk
+	(*GuestInterface)(nil),          // 26: banger.v1.GuestInterface
+	(*KillVMRequest)(nil),           // 27: banger.v1.KillVMRequest
+	(*KillVMResponse)(nil),          // 28: banger.v1.KillVMResponse
+	(*GetVMRequest)(nil),            // 29: banger.v1.GetVMRequest
+	(*GetVMResponse)(nil),           // 30: banger.v1.GetVMResponse
+	(*ListVMsRequest)(nil),          // 31: banger.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),         // 32: banger.v1.ListVMsResponse
+	(*ResolveVMsRequest)(nil),       // 33: banger.v1.ResolveVMsRequest
+	(*ResolveVMsResponse)(nil),      // 34: banger.v1.ResolveVMsResponse
+	(*ResolvedVM)(nil),              // 35: banger.v1.ResolvedVM
+	(*GetDefaultsRequest)(nil),      // 36: banger.v1.GetDefaultsRequest
+	(*GetDefaultsResponse)(nil),     // 37: banger.v1.GetDefaultsResponse
+	(*GetSSHTargetRequest)(nil),     // 38: banger.v1.GetSSHTargetRequest
+	(*GetSSHTargetResponse)(nil),    // 39: banger.v1.GetSSHTargetResponse
+	(*ListImagesRequest)(nil),       // 40: banger.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),      // 41: banger.v1.ListImagesResponse
+	(*GetOperationRequest)(nil),     // 42: banger.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),    // 43: banger.v1.GetOperationResponse
+	(*ListOperationsRequest)(nil),   // 44: banger.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),  // 45: banger.v1.ListOperationsResponse
+	(*WatchOperationRequest)(nil),   // 46: banger.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),  // 47: banger.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),  // 48: banger.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil), // 49: banger.v1.CancelOperationResponse
+	(*GetStatusRequest)(nil),        // 50: banger.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),       // 51: banger.v1.GetStatusResponse
+	(*ShutdownRequest)(nil),         // 52: banger.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 53: banger.v1.ShutdownResponse
+	(*RunDoctorRequest)(nil),        // 54: banger.v1.RunDoctorRequest
+	(*RunDoctorResponse)(nil),       // 55: banger.v1.RunDoctorResponse
+	(*Finding)(nil),                 // 56: banger.v1.Finding
+	(*WatchRequest)(nil),            // 57: banger.v1.WatchRequest
+	(*WatchResponse)(nil),           // 58: banger.v1.WatchResponse
+	(*Snapshot)(nil),                // 59: banger.v1.Snapshot
+	nil,                             // 60: banger.v1.VM.LabelsEntry
+	nil,                             // 61: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                             // 62: banger.v1.SetVMRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 63: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	51, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	53, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	53, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	53, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	60, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	63, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	63, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	63, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,  // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,  // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,  // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,  // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	53, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	53, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	63, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	63, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,  // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	53, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	53, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	63, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	63, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,  // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
-	53, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	53, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	52, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	63, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	63, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	61, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,  // 18: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 19: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 20: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 21: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 22: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	1,  // 23: banger.v1.KillVMResponse.vm:type_name -> banger.v1.VM
-	1,  // 24: banger.v1.GetVMResponse.vm:type_name -> banger.v1.VM
-	1,  // 25: banger.v1.ListVMsResponse.vms:type_name -> banger.v1.VM
-	26, // 26: banger.v1.ResolveVMsResponse.results:type_name -> banger.v1.ResolvedVM
-	1,  // 27: banger.v1.ResolvedVM.vm:type_name -> banger.v1.VM
-	0,  // 28: banger.v1.ResolvedVM.fault:type_name -> banger.v1.Fault
-	5,  // 29: banger.v1.ListImagesResponse.images:type_name -> banger.v1.Image
-	6,  // 30: banger.v1.GetOperationResponse.operation:type_name -> banger.v1.Operation
-	6,  // 31: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
-	6,  // 32: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
-	6,  // 33: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	53, // 34: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	47, // 35: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
-	50, // 36: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
-	1,  // 37: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
-	6,  // 38: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
-	1,  // 39: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
-	6,  // 40: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
-	5,  // 41: banger.v1.Snapshot.images:type_name -> banger.v1.Image
-	8,  // 42: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10, // 43: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12, // 44: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14, // 45: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16, // 46: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18, // 47: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	20, // 48: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	22, // 49: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	24, // 50: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	27, // 51: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	29, // 52: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	31, // 53: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	33, // 54: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	35, // 55: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	37, // 56: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	39, // 57: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	41, // 58: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	43, // 59: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	45, // 60: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	48, // 61: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	9,  // 62: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11, // 63: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13, // 64: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15, // 65: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17, // 66: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19, // 67: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	21, // 68: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	23, // 69: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	25, // 70: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	28, // 71: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	30, // 72: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	32, // 73: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	34, // 74: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	36, // 75: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	38, // 76: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	40, // 77: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	42, // 78: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	44, // 79: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	46, // 80: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	49, // 81: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	62, // [62:82] is the sub-list for method output_type
-	42, // [42:62] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	62, // 23: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	6,  // 24: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
+	22, // 25: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
+	1,  // 26: banger.v1.VMStats.vm:type_name -> banger.v1.VM
+	63, // 27: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	23, // 28: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
+	24, // 29: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
+	0,  // 30: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
+	0,  // 31: banger.v1.VMStats.fault:type_name -> banger.v1.Fault
+	25, // 32: banger.v1.GuestStats.disks:type_name -> banger.v1.GuestDisk
+	26, // 33: banger.v1.GuestStats.interfaces:type_name -> banger.v1.GuestInterface
+	1,  // 34: banger.v1.KillVMResponse.vm:type_name -> banger.v1.VM
+	1,  // 35: banger.v1.GetVMResponse.vm:type_name -> banger.v1.VM
+	1,  // 36: banger.v1.ListVMsResponse.vms:type_name -> banger.v1.VM
+	35, // 37: banger.v1.ResolveVMsResponse.results:type_name -> banger.v1.ResolvedVM
+	1,  // 38: banger.v1.ResolvedVM.vm:type_name -> banger.v1.VM
+	0,  // 39: banger.v1.ResolvedVM.fault:type_name -> banger.v1.Fault
+	5,  // 40: banger.v1.ListImagesResponse.images:type_name -> banger.v1.Image
+	6,  // 41: banger.v1.GetOperationResponse.operation:type_name -> banger.v1.Operation
+	6,  // 42: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
+	6,  // 43: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
+	6,  // 44: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
+	63, // 45: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	56, // 46: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
+	59, // 47: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
+	1,  // 48: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
+	6,  // 49: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
+	1,  // 50: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
+	6,  // 51: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
+	5,  // 52: banger.v1.Snapshot.images:type_name -> banger.v1.Image
+	8,  // 53: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10, // 54: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12, // 55: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14, // 56: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16, // 57: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18, // 58: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	27, // 59: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	29, // 60: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	31, // 61: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	33, // 62: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	36, // 63: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20, // 64: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	38, // 65: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	40, // 66: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	42, // 67: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	44, // 68: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	46, // 69: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	48, // 70: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	50, // 71: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	52, // 72: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	54, // 73: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	57, // 74: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	9,  // 75: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11, // 76: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13, // 77: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15, // 78: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17, // 79: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19, // 80: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	28, // 81: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	30, // 82: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	32, // 83: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	34, // 84: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	37, // 85: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21, // 86: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	39, // 87: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	41, // 88: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	43, // 89: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	45, // 90: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	47, // 91: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	49, // 92: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	51, // 93: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	53, // 94: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	55, // 95: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	58, // 96: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	75, // [75:97] is the sub-list for method output_type
+	53, // [53:75] is the sub-list for method input_type
+	53, // [53:53] is the sub-list for extension type_name
+	53, // [53:53] is the sub-list for extension extendee
+	0,  // [0:53] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -3541,7 +4323,8 @@ func file_banger_v1_banger_proto_init() {
 	if File_banger_v1_banger_proto != nil {
 		return
 	}
-	file_banger_v1_banger_proto_msgTypes[49].OneofWrappers = []any{
+	file_banger_v1_banger_proto_msgTypes[18].OneofWrappers = []any{}
+	file_banger_v1_banger_proto_msgTypes[58].OneofWrappers = []any{
 		(*WatchResponse_Snapshot)(nil),
 		(*WatchResponse_Vm)(nil),
 		(*WatchResponse_VmDeleted)(nil),
@@ -3553,7 +4336,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   53,
+			NumMessages:   63,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

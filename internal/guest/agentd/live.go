@@ -40,7 +40,7 @@ func Run(ctx context.Context, version string, restarts int) error {
 	}
 	guest := &Guest{
 		Version: version, Stages: &live.stages,
-		Answered: live.answered, Facts: live.facts, Shutdown: live.shutdown, Grow: live.grow, DialTCP: DialLoopback,
+		Answered: live.answered, Facts: live.facts, Shutdown: live.shutdown, Grow: live.grow, DialTCP: DialLoopback, Stats: live.stats,
 		Sync: func(context.Context) error { unix.Sync(); return nil },
 	}
 	for _, s := range state.Stages {

@@ -18,6 +18,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/hashicorp/yamux"
 
+	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	"git.thaloco.com/thaloco/banger/api/banger/agent/v1/agentv1connect"
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
@@ -36,6 +37,8 @@ type Guest struct {
 	Shutdown func(ctx context.Context, reboot bool) error
 	Sync     func(ctx context.Context) error
 	Grow     func(ctx context.Context) ([]Grown, error)
+	// Stats measures the guest.
+	Stats func(ctx context.Context) (*agentv1.StatsResponse, error)
 	// DialTCP connects to a port of the guest's loopback; a refused connection is ECONNREFUSED.
 	DialTCP func(ctx context.Context, port int) (net.Conn, error)
 }

@@ -601,6 +601,312 @@ func (x *GrownFilesystem) GetAfterBytes() int64 {
 	return 0
 }
 
+type StatsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsRequest) Reset() {
+	*x = StatsRequest{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsRequest) ProtoMessage() {}
+
+func (x *StatsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
+func (*StatsRequest) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+}
+
+type StatsResponse struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	UptimeMs int64                  `protobuf:"varint,1,opt,name=uptime_ms,json=uptimeMs,proto3" json:"uptime_ms,omitempty"` // CLOCK_BOOTTIME
+	Cpus     int32                  `protobuf:"varint,2,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	// Of all CPUs together, since the kernel started (proc_stat(5)).
+	CpuBusyMs int64 `protobuf:"varint,3,opt,name=cpu_busy_ms,json=cpuBusyMs,proto3" json:"cpu_busy_ms,omitempty"`
+	CpuIdleMs int64 `protobuf:"varint,4,opt,name=cpu_idle_ms,json=cpuIdleMs,proto3" json:"cpu_idle_ms,omitempty"`
+	// Load averages in thousandths (proc_loadavg(5)).
+	Load1Milli           int64             `protobuf:"varint,5,opt,name=load1_milli,json=load1Milli,proto3" json:"load1_milli,omitempty"`
+	Load5Milli           int64             `protobuf:"varint,6,opt,name=load5_milli,json=load5Milli,proto3" json:"load5_milli,omitempty"`
+	Load15Milli          int64             `protobuf:"varint,7,opt,name=load15_milli,json=load15Milli,proto3" json:"load15_milli,omitempty"`
+	MemoryTotalBytes     int64             `protobuf:"varint,8,opt,name=memory_total_bytes,json=memoryTotalBytes,proto3" json:"memory_total_bytes,omitempty"`
+	MemoryAvailableBytes int64             `protobuf:"varint,9,opt,name=memory_available_bytes,json=memoryAvailableBytes,proto3" json:"memory_available_bytes,omitempty"`
+	SwapTotalBytes       int64             `protobuf:"varint,10,opt,name=swap_total_bytes,json=swapTotalBytes,proto3" json:"swap_total_bytes,omitempty"`
+	SwapFreeBytes        int64             `protobuf:"varint,11,opt,name=swap_free_bytes,json=swapFreeBytes,proto3" json:"swap_free_bytes,omitempty"`
+	Disks                []*DiskStats      `protobuf:"bytes,12,rep,name=disks,proto3" json:"disks,omitempty"`
+	Interfaces           []*InterfaceStats `protobuf:"bytes,13,rep,name=interfaces,proto3" json:"interfaces,omitempty"` // all but the loopback
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
+}
+
+func (x *StatsResponse) Reset() {
+	*x = StatsResponse{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsResponse) ProtoMessage() {}
+
+func (x *StatsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
+func (*StatsResponse) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *StatsResponse) GetUptimeMs() int64 {
+	if x != nil {
+		return x.UptimeMs
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetCpus() int32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetCpuBusyMs() int64 {
+	if x != nil {
+		return x.CpuBusyMs
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetCpuIdleMs() int64 {
+	if x != nil {
+		return x.CpuIdleMs
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetLoad1Milli() int64 {
+	if x != nil {
+		return x.Load1Milli
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetLoad5Milli() int64 {
+	if x != nil {
+		return x.Load5Milli
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetLoad15Milli() int64 {
+	if x != nil {
+		return x.Load15Milli
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetMemoryTotalBytes() int64 {
+	if x != nil {
+		return x.MemoryTotalBytes
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetMemoryAvailableBytes() int64 {
+	if x != nil {
+		return x.MemoryAvailableBytes
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetSwapTotalBytes() int64 {
+	if x != nil {
+		return x.SwapTotalBytes
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetSwapFreeBytes() int64 {
+	if x != nil {
+		return x.SwapFreeBytes
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetDisks() []*DiskStats {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+func (x *StatsResponse) GetInterfaces() []*InterfaceStats {
+	if x != nil {
+		return x.Interfaces
+	}
+	return nil
+}
+
+type DiskStats struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Target         string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"`
+	TotalBytes     int64                  `protobuf:"varint,2,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	UsedBytes      int64                  `protobuf:"varint,3,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
+	AvailableBytes int64                  `protobuf:"varint,4,opt,name=available_bytes,json=availableBytes,proto3" json:"available_bytes,omitempty"` // to an ordinary user
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *DiskStats) Reset() {
+	*x = DiskStats{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskStats) ProtoMessage() {}
+
+func (x *DiskStats) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskStats.ProtoReflect.Descriptor instead.
+func (*DiskStats) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *DiskStats) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *DiskStats) GetTotalBytes() int64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *DiskStats) GetUsedBytes() int64 {
+	if x != nil {
+		return x.UsedBytes
+	}
+	return 0
+}
+
+func (x *DiskStats) GetAvailableBytes() int64 {
+	if x != nil {
+		return x.AvailableBytes
+	}
+	return 0
+}
+
+type InterfaceStats struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	ReceivedBytes int64                  `protobuf:"varint,2,opt,name=received_bytes,json=receivedBytes,proto3" json:"received_bytes,omitempty"`
+	SentBytes     int64                  `protobuf:"varint,3,opt,name=sent_bytes,json=sentBytes,proto3" json:"sent_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InterfaceStats) Reset() {
+	*x = InterfaceStats{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InterfaceStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InterfaceStats) ProtoMessage() {}
+
+func (x *InterfaceStats) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InterfaceStats.ProtoReflect.Descriptor instead.
+func (*InterfaceStats) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *InterfaceStats) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *InterfaceStats) GetReceivedBytes() int64 {
+	if x != nil {
+		return x.ReceivedBytes
+	}
+	return 0
+}
+
+func (x *InterfaceStats) GetSentBytes() int64 {
+	if x != nil {
+		return x.SentBytes
+	}
+	return 0
+}
+
 var File_banger_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_banger_agent_v1_agent_proto_rawDesc = "" +
@@ -636,13 +942,46 @@ const file_banger_agent_v1_agent_proto_rawDesc = "" +
 	"\x06target\x18\x01 \x01(\tR\x06target\x12!\n" +
 	"\fbefore_bytes\x18\x02 \x01(\x03R\vbeforeBytes\x12\x1f\n" +
 	"\vafter_bytes\x18\x03 \x01(\x03R\n" +
-	"afterBytes2\xab\x03\n" +
+	"afterBytes\"\x0e\n" +
+	"\fStatsRequest\"\x8e\x04\n" +
+	"\rStatsResponse\x12\x1b\n" +
+	"\tuptime_ms\x18\x01 \x01(\x03R\buptimeMs\x12\x12\n" +
+	"\x04cpus\x18\x02 \x01(\x05R\x04cpus\x12\x1e\n" +
+	"\vcpu_busy_ms\x18\x03 \x01(\x03R\tcpuBusyMs\x12\x1e\n" +
+	"\vcpu_idle_ms\x18\x04 \x01(\x03R\tcpuIdleMs\x12\x1f\n" +
+	"\vload1_milli\x18\x05 \x01(\x03R\n" +
+	"load1Milli\x12\x1f\n" +
+	"\vload5_milli\x18\x06 \x01(\x03R\n" +
+	"load5Milli\x12!\n" +
+	"\fload15_milli\x18\a \x01(\x03R\vload15Milli\x12,\n" +
+	"\x12memory_total_bytes\x18\b \x01(\x03R\x10memoryTotalBytes\x124\n" +
+	"\x16memory_available_bytes\x18\t \x01(\x03R\x14memoryAvailableBytes\x12(\n" +
+	"\x10swap_total_bytes\x18\n" +
+	" \x01(\x03R\x0eswapTotalBytes\x12&\n" +
+	"\x0fswap_free_bytes\x18\v \x01(\x03R\rswapFreeBytes\x120\n" +
+	"\x05disks\x18\f \x03(\v2\x1a.banger.agent.v1.DiskStatsR\x05disks\x12?\n" +
+	"\n" +
+	"interfaces\x18\r \x03(\v2\x1f.banger.agent.v1.InterfaceStatsR\n" +
+	"interfaces\"\x8c\x01\n" +
+	"\tDiskStats\x12\x16\n" +
+	"\x06target\x18\x01 \x01(\tR\x06target\x12\x1f\n" +
+	"\vtotal_bytes\x18\x02 \x01(\x03R\n" +
+	"totalBytes\x12\x1d\n" +
+	"\n" +
+	"used_bytes\x18\x03 \x01(\x03R\tusedBytes\x12'\n" +
+	"\x0favailable_bytes\x18\x04 \x01(\x03R\x0eavailableBytes\"j\n" +
+	"\x0eInterfaceStats\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12%\n" +
+	"\x0ereceived_bytes\x18\x02 \x01(\x03R\rreceivedBytes\x12\x1d\n" +
+	"\n" +
+	"sent_bytes\x18\x03 \x01(\x03R\tsentBytes2\xf3\x03\n" +
 	"\fAgentService\x12I\n" +
 	"\x06Health\x12\x1e.banger.agent.v1.HealthRequest\x1a\x1f.banger.agent.v1.HealthResponse\x12T\n" +
 	"\tWatchBoot\x12!.banger.agent.v1.WatchBootRequest\x1a\".banger.agent.v1.WatchBootResponse0\x01\x12O\n" +
 	"\bShutdown\x12 .banger.agent.v1.ShutdownRequest\x1a!.banger.agent.v1.ShutdownResponse\x12C\n" +
 	"\x04Sync\x12\x1c.banger.agent.v1.SyncRequest\x1a\x1d.banger.agent.v1.SyncResponse\x12d\n" +
-	"\x0fGrowFilesystems\x12'.banger.agent.v1.GrowFilesystemsRequest\x1a(.banger.agent.v1.GrowFilesystemsResponseB<Z:git.thaloco.com/thaloco/banger/api/banger/agent/v1;agentv1b\x06proto3"
+	"\x0fGrowFilesystems\x12'.banger.agent.v1.GrowFilesystemsRequest\x1a(.banger.agent.v1.GrowFilesystemsResponse\x12F\n" +
+	"\x05Stats\x12\x1d.banger.agent.v1.StatsRequest\x1a\x1e.banger.agent.v1.StatsResponseB<Z:git.thaloco.com/thaloco/banger/api/banger/agent/v1;agentv1b\x06proto3"
 
 var (
 	file_banger_agent_v1_agent_proto_rawDescOnce sync.Once
@@ -656,7 +995,7 @@ func file_banger_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_banger_agent_v1_agent_proto_rawDescData
 }
 
-var file_banger_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_banger_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_banger_agent_v1_agent_proto_goTypes = []any{
 	(*HealthRequest)(nil),           // 0: banger.agent.v1.HealthRequest
 	(*HealthResponse)(nil),          // 1: banger.agent.v1.HealthResponse
@@ -670,26 +1009,34 @@ var file_banger_agent_v1_agent_proto_goTypes = []any{
 	(*GrowFilesystemsRequest)(nil),  // 9: banger.agent.v1.GrowFilesystemsRequest
 	(*GrowFilesystemsResponse)(nil), // 10: banger.agent.v1.GrowFilesystemsResponse
 	(*GrownFilesystem)(nil),         // 11: banger.agent.v1.GrownFilesystem
+	(*StatsRequest)(nil),            // 12: banger.agent.v1.StatsRequest
+	(*StatsResponse)(nil),           // 13: banger.agent.v1.StatsResponse
+	(*DiskStats)(nil),               // 14: banger.agent.v1.DiskStats
+	(*InterfaceStats)(nil),          // 15: banger.agent.v1.InterfaceStats
 }
 var file_banger_agent_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: banger.agent.v1.HealthResponse.stages:type_name -> banger.agent.v1.Stage
 	2,  // 1: banger.agent.v1.WatchBootResponse.stage:type_name -> banger.agent.v1.Stage
 	11, // 2: banger.agent.v1.GrowFilesystemsResponse.grown:type_name -> banger.agent.v1.GrownFilesystem
-	0,  // 3: banger.agent.v1.AgentService.Health:input_type -> banger.agent.v1.HealthRequest
-	3,  // 4: banger.agent.v1.AgentService.WatchBoot:input_type -> banger.agent.v1.WatchBootRequest
-	5,  // 5: banger.agent.v1.AgentService.Shutdown:input_type -> banger.agent.v1.ShutdownRequest
-	7,  // 6: banger.agent.v1.AgentService.Sync:input_type -> banger.agent.v1.SyncRequest
-	9,  // 7: banger.agent.v1.AgentService.GrowFilesystems:input_type -> banger.agent.v1.GrowFilesystemsRequest
-	1,  // 8: banger.agent.v1.AgentService.Health:output_type -> banger.agent.v1.HealthResponse
-	4,  // 9: banger.agent.v1.AgentService.WatchBoot:output_type -> banger.agent.v1.WatchBootResponse
-	6,  // 10: banger.agent.v1.AgentService.Shutdown:output_type -> banger.agent.v1.ShutdownResponse
-	8,  // 11: banger.agent.v1.AgentService.Sync:output_type -> banger.agent.v1.SyncResponse
-	10, // 12: banger.agent.v1.AgentService.GrowFilesystems:output_type -> banger.agent.v1.GrowFilesystemsResponse
-	8,  // [8:13] is the sub-list for method output_type
-	3,  // [3:8] is the sub-list for method input_type
-	3,  // [3:3] is the sub-list for extension type_name
-	3,  // [3:3] is the sub-list for extension extendee
-	0,  // [0:3] is the sub-list for field type_name
+	14, // 3: banger.agent.v1.StatsResponse.disks:type_name -> banger.agent.v1.DiskStats
+	15, // 4: banger.agent.v1.StatsResponse.interfaces:type_name -> banger.agent.v1.InterfaceStats
+	0,  // 5: banger.agent.v1.AgentService.Health:input_type -> banger.agent.v1.HealthRequest
+	3,  // 6: banger.agent.v1.AgentService.WatchBoot:input_type -> banger.agent.v1.WatchBootRequest
+	5,  // 7: banger.agent.v1.AgentService.Shutdown:input_type -> banger.agent.v1.ShutdownRequest
+	7,  // 8: banger.agent.v1.AgentService.Sync:input_type -> banger.agent.v1.SyncRequest
+	9,  // 9: banger.agent.v1.AgentService.GrowFilesystems:input_type -> banger.agent.v1.GrowFilesystemsRequest
+	12, // 10: banger.agent.v1.AgentService.Stats:input_type -> banger.agent.v1.StatsRequest
+	1,  // 11: banger.agent.v1.AgentService.Health:output_type -> banger.agent.v1.HealthResponse
+	4,  // 12: banger.agent.v1.AgentService.WatchBoot:output_type -> banger.agent.v1.WatchBootResponse
+	6,  // 13: banger.agent.v1.AgentService.Shutdown:output_type -> banger.agent.v1.ShutdownResponse
+	8,  // 14: banger.agent.v1.AgentService.Sync:output_type -> banger.agent.v1.SyncResponse
+	10, // 15: banger.agent.v1.AgentService.GrowFilesystems:output_type -> banger.agent.v1.GrowFilesystemsResponse
+	13, // 16: banger.agent.v1.AgentService.Stats:output_type -> banger.agent.v1.StatsResponse
+	11, // [11:17] is the sub-list for method output_type
+	5,  // [5:11] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_banger_agent_v1_agent_proto_init() }
@@ -703,7 +1050,7 @@ func file_banger_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_agent_v1_agent_proto_rawDesc), len(file_banger_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -56,6 +56,8 @@ const (
 	VMServiceRestartVMProcedure = "/banger.v1.VMService/RestartVM"
 	// VMServiceDeleteVMProcedure is the fully-qualified name of the VMService's DeleteVM RPC.
 	VMServiceDeleteVMProcedure = "/banger.v1.VMService/DeleteVM"
+	// VMServiceSetVMProcedure is the fully-qualified name of the VMService's SetVM RPC.
+	VMServiceSetVMProcedure = "/banger.v1.VMService/SetVM"
 	// VMServiceKillVMProcedure is the fully-qualified name of the VMService's KillVM RPC.
 	VMServiceKillVMProcedure = "/banger.v1.VMService/KillVM"
 	// VMServiceGetVMProcedure is the fully-qualified name of the VMService's GetVM RPC.
@@ -66,6 +68,8 @@ const (
 	VMServiceResolveVMsProcedure = "/banger.v1.VMService/ResolveVMs"
 	// VMServiceGetDefaultsProcedure is the fully-qualified name of the VMService's GetDefaults RPC.
 	VMServiceGetDefaultsProcedure = "/banger.v1.VMService/GetDefaults"
+	// VMServiceGetStatsProcedure is the fully-qualified name of the VMService's GetStats RPC.
+	VMServiceGetStatsProcedure = "/banger.v1.VMService/GetStats"
 	// VMServiceGetSSHTargetProcedure is the fully-qualified name of the VMService's GetSSHTarget RPC.
 	VMServiceGetSSHTargetProcedure = "/banger.v1.VMService/GetSSHTarget"
 	// ImageServiceListImagesProcedure is the fully-qualified name of the ImageService's ListImages RPC.
@@ -100,6 +104,9 @@ type VMServiceClient interface {
 	StopVM(context.Context, *v1.StopVMRequest) (*v1.StopVMResponse, error)
 	RestartVM(context.Context, *v1.RestartVMRequest) (*v1.RestartVMResponse, error)
 	DeleteVM(context.Context, *v1.DeleteVMRequest) (*v1.DeleteVMResponse, error)
+	// SetVM changes settings: all that is asked or nothing. It refuses, with "precondition", what needs a
+	// stop of a VM that runs, unless restart is set.
+	SetVM(context.Context, *v1.SetVMRequest) (*v1.SetVMResponse, error)
 	// KillVM sends a signal to the VMM process.
 	KillVM(context.Context, *v1.KillVMRequest) (*v1.KillVMResponse, error)
 	GetVM(context.Context, *v1.GetVMRequest) (*v1.GetVMResponse, error)
@@ -108,6 +115,9 @@ type VMServiceClient interface {
 	ResolveVMs(context.Context, *v1.ResolveVMsRequest) (*v1.ResolveVMsResponse, error)
 	// GetDefaults tells what CreateVM would choose.
 	GetDefaults(context.Context, *v1.GetDefaultsRequest) (*v1.GetDefaultsResponse, error)
+	// GetStats measures VMs, one result per reference in the order given; without references all that run.
+	// Counters only grow while a VM runs: rates are the differences of two calls.
+	GetStats(context.Context, *v1.GetStatsRequest) (*v1.GetStatsResponse, error)
 	// GetSSHTarget tells how to enter a VM by SSH: whom to log in as, with which key, and which host
 	// key to expect. It neither connects nor waits.
 	GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error)
@@ -154,6 +164,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("DeleteVM")),
 			connect.WithClientOptions(opts...),
 		),
+		setVM: connect.NewClient[v1.SetVMRequest, v1.SetVMResponse](
+			httpClient,
+			baseURL+VMServiceSetVMProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("SetVM")),
+			connect.WithClientOptions(opts...),
+		),
 		killVM: connect.NewClient[v1.KillVMRequest, v1.KillVMResponse](
 			httpClient,
 			baseURL+VMServiceKillVMProcedure,
@@ -184,6 +200,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("GetDefaults")),
 			connect.WithClientOptions(opts...),
 		),
+		getStats: connect.NewClient[v1.GetStatsRequest, v1.GetStatsResponse](
+			httpClient,
+			baseURL+VMServiceGetStatsProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("GetStats")),
+			connect.WithClientOptions(opts...),
+		),
 		getSSHTarget: connect.NewClient[v1.GetSSHTargetRequest, v1.GetSSHTargetResponse](
 			httpClient,
 			baseURL+VMServiceGetSSHTargetProcedure,
@@ -200,11 +222,13 @@ type vMServiceClient struct {
 	stopVM       *connect.Client[v1.StopVMRequest, v1.StopVMResponse]
 	restartVM    *connect.Client[v1.RestartVMRequest, v1.RestartVMResponse]
 	deleteVM     *connect.Client[v1.DeleteVMRequest, v1.DeleteVMResponse]
+	setVM        *connect.Client[v1.SetVMRequest, v1.SetVMResponse]
 	killVM       *connect.Client[v1.KillVMRequest, v1.KillVMResponse]
 	getVM        *connect.Client[v1.GetVMRequest, v1.GetVMResponse]
 	listVMs      *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
 	resolveVMs   *connect.Client[v1.ResolveVMsRequest, v1.ResolveVMsResponse]
 	getDefaults  *connect.Client[v1.GetDefaultsRequest, v1.GetDefaultsResponse]
+	getStats     *connect.Client[v1.GetStatsRequest, v1.GetStatsResponse]
 	getSSHTarget *connect.Client[v1.GetSSHTargetRequest, v1.GetSSHTargetResponse]
 }
 
@@ -247,6 +271,15 @@ func (c *vMServiceClient) RestartVM(ctx context.Context, req *v1.RestartVMReques
 // DeleteVM calls banger.v1.VMService.DeleteVM.
 func (c *vMServiceClient) DeleteVM(ctx context.Context, req *v1.DeleteVMRequest) (*v1.DeleteVMResponse, error) {
 	response, err := c.deleteVM.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// SetVM calls banger.v1.VMService.SetVM.
+func (c *vMServiceClient) SetVM(ctx context.Context, req *v1.SetVMRequest) (*v1.SetVMResponse, error) {
+	response, err := c.setVM.CallUnary(ctx, connect.NewRequest(req))
 	if response != nil {
 		return response.Msg, err
 	}
@@ -298,6 +331,15 @@ func (c *vMServiceClient) GetDefaults(ctx context.Context, req *v1.GetDefaultsRe
 	return nil, err
 }
 
+// GetStats calls banger.v1.VMService.GetStats.
+func (c *vMServiceClient) GetStats(ctx context.Context, req *v1.GetStatsRequest) (*v1.GetStatsResponse, error) {
+	response, err := c.getStats.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // GetSSHTarget calls banger.v1.VMService.GetSSHTarget.
 func (c *vMServiceClient) GetSSHTarget(ctx context.Context, req *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error) {
 	response, err := c.getSSHTarget.CallUnary(ctx, connect.NewRequest(req))
@@ -315,6 +357,9 @@ type VMServiceHandler interface {
 	StopVM(context.Context, *v1.StopVMRequest) (*v1.StopVMResponse, error)
 	RestartVM(context.Context, *v1.RestartVMRequest) (*v1.RestartVMResponse, error)
 	DeleteVM(context.Context, *v1.DeleteVMRequest) (*v1.DeleteVMResponse, error)
+	// SetVM changes settings: all that is asked or nothing. It refuses, with "precondition", what needs a
+	// stop of a VM that runs, unless restart is set.
+	SetVM(context.Context, *v1.SetVMRequest) (*v1.SetVMResponse, error)
 	// KillVM sends a signal to the VMM process.
 	KillVM(context.Context, *v1.KillVMRequest) (*v1.KillVMResponse, error)
 	GetVM(context.Context, *v1.GetVMRequest) (*v1.GetVMResponse, error)
@@ -323,6 +368,9 @@ type VMServiceHandler interface {
 	ResolveVMs(context.Context, *v1.ResolveVMsRequest) (*v1.ResolveVMsResponse, error)
 	// GetDefaults tells what CreateVM would choose.
 	GetDefaults(context.Context, *v1.GetDefaultsRequest) (*v1.GetDefaultsResponse, error)
+	// GetStats measures VMs, one result per reference in the order given; without references all that run.
+	// Counters only grow while a VM runs: rates are the differences of two calls.
+	GetStats(context.Context, *v1.GetStatsRequest) (*v1.GetStatsResponse, error)
 	// GetSSHTarget tells how to enter a VM by SSH: whom to log in as, with which key, and which host
 	// key to expect. It neither connects nor waits.
 	GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error)
@@ -365,6 +413,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("DeleteVM")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceSetVMHandler := connect.NewUnaryHandlerSimple(
+		VMServiceSetVMProcedure,
+		svc.SetVM,
+		connect.WithSchema(vMServiceMethods.ByName("SetVM")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceKillVMHandler := connect.NewUnaryHandlerSimple(
 		VMServiceKillVMProcedure,
 		svc.KillVM,
@@ -395,6 +449,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("GetDefaults")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceGetStatsHandler := connect.NewUnaryHandlerSimple(
+		VMServiceGetStatsProcedure,
+		svc.GetStats,
+		connect.WithSchema(vMServiceMethods.ByName("GetStats")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceGetSSHTargetHandler := connect.NewUnaryHandlerSimple(
 		VMServiceGetSSHTargetProcedure,
 		svc.GetSSHTarget,
@@ -413,6 +473,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceRestartVMHandler.ServeHTTP(w, r)
 		case VMServiceDeleteVMProcedure:
 			vMServiceDeleteVMHandler.ServeHTTP(w, r)
+		case VMServiceSetVMProcedure:
+			vMServiceSetVMHandler.ServeHTTP(w, r)
 		case VMServiceKillVMProcedure:
 			vMServiceKillVMHandler.ServeHTTP(w, r)
 		case VMServiceGetVMProcedure:
@@ -423,6 +485,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceResolveVMsHandler.ServeHTTP(w, r)
 		case VMServiceGetDefaultsProcedure:
 			vMServiceGetDefaultsHandler.ServeHTTP(w, r)
+		case VMServiceGetStatsProcedure:
+			vMServiceGetStatsHandler.ServeHTTP(w, r)
 		case VMServiceGetSSHTargetProcedure:
 			vMServiceGetSSHTargetHandler.ServeHTTP(w, r)
 		default:
@@ -454,6 +518,10 @@ func (UnimplementedVMServiceHandler) DeleteVM(context.Context, *v1.DeleteVMReque
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.DeleteVM is not implemented"))
 }
 
+func (UnimplementedVMServiceHandler) SetVM(context.Context, *v1.SetVMRequest) (*v1.SetVMResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.SetVM is not implemented"))
+}
+
 func (UnimplementedVMServiceHandler) KillVM(context.Context, *v1.KillVMRequest) (*v1.KillVMResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.KillVM is not implemented"))
 }
@@ -472,6 +540,10 @@ func (UnimplementedVMServiceHandler) ResolveVMs(context.Context, *v1.ResolveVMsR
 
 func (UnimplementedVMServiceHandler) GetDefaults(context.Context, *v1.GetDefaultsRequest) (*v1.GetDefaultsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.GetDefaults is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) GetStats(context.Context, *v1.GetStatsRequest) (*v1.GetStatsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.GetStats is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error) {

@@ -47,6 +47,8 @@ const (
 	// AgentServiceGrowFilesystemsProcedure is the fully-qualified name of the AgentService's
 	// GrowFilesystems RPC.
 	AgentServiceGrowFilesystemsProcedure = "/banger.agent.v1.AgentService/GrowFilesystems"
+	// AgentServiceStatsProcedure is the fully-qualified name of the AgentService's Stats RPC.
+	AgentServiceStatsProcedure = "/banger.agent.v1.AgentService/Stats"
 )
 
 // AgentServiceClient is a client for the banger.agent.v1.AgentService service.
@@ -62,6 +64,8 @@ type AgentServiceClient interface {
 	Sync(context.Context, *v1.SyncRequest) (*v1.SyncResponse, error)
 	// GrowFilesystems enlarges each mounted banger filesystem to its drive.
 	GrowFilesystems(context.Context, *v1.GrowFilesystemsRequest) (*v1.GrowFilesystemsResponse, error)
+	// Stats measures the guest, at once.
+	Stats(context.Context, *v1.StatsRequest) (*v1.StatsResponse, error)
 }
 
 // NewAgentServiceClient constructs a client for the banger.agent.v1.AgentService service. By
@@ -105,6 +109,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("GrowFilesystems")),
 			connect.WithClientOptions(opts...),
 		),
+		stats: connect.NewClient[v1.StatsRequest, v1.StatsResponse](
+			httpClient,
+			baseURL+AgentServiceStatsProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Stats")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -115,6 +125,7 @@ type agentServiceClient struct {
 	shutdown        *connect.Client[v1.ShutdownRequest, v1.ShutdownResponse]
 	sync            *connect.Client[v1.SyncRequest, v1.SyncResponse]
 	growFilesystems *connect.Client[v1.GrowFilesystemsRequest, v1.GrowFilesystemsResponse]
+	stats           *connect.Client[v1.StatsRequest, v1.StatsResponse]
 }
 
 // Health calls banger.agent.v1.AgentService.Health.
@@ -158,6 +169,15 @@ func (c *agentServiceClient) GrowFilesystems(ctx context.Context, req *v1.GrowFi
 	return nil, err
 }
 
+// Stats calls banger.agent.v1.AgentService.Stats.
+func (c *agentServiceClient) Stats(ctx context.Context, req *v1.StatsRequest) (*v1.StatsResponse, error) {
+	response, err := c.stats.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // AgentServiceHandler is an implementation of the banger.agent.v1.AgentService service.
 type AgentServiceHandler interface {
 	// Health answers at once with what the agent knows.
@@ -171,6 +191,8 @@ type AgentServiceHandler interface {
 	Sync(context.Context, *v1.SyncRequest) (*v1.SyncResponse, error)
 	// GrowFilesystems enlarges each mounted banger filesystem to its drive.
 	GrowFilesystems(context.Context, *v1.GrowFilesystemsRequest) (*v1.GrowFilesystemsResponse, error)
+	// Stats measures the guest, at once.
+	Stats(context.Context, *v1.StatsRequest) (*v1.StatsResponse, error)
 }
 
 // NewAgentServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -210,6 +232,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("GrowFilesystems")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceStatsHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceStatsProcedure,
+		svc.Stats,
+		connect.WithSchema(agentServiceMethods.ByName("Stats")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/banger.agent.v1.AgentService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AgentServiceHealthProcedure:
@@ -222,6 +250,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceSyncHandler.ServeHTTP(w, r)
 		case AgentServiceGrowFilesystemsProcedure:
 			agentServiceGrowFilesystemsHandler.ServeHTTP(w, r)
+		case AgentServiceStatsProcedure:
+			agentServiceStatsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -249,4 +279,8 @@ func (UnimplementedAgentServiceHandler) Sync(context.Context, *v1.SyncRequest) (
 
 func (UnimplementedAgentServiceHandler) GrowFilesystems(context.Context, *v1.GrowFilesystemsRequest) (*v1.GrowFilesystemsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.agent.v1.AgentService.GrowFilesystems is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Stats(context.Context, *v1.StatsRequest) (*v1.StatsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.agent.v1.AgentService.Stats is not implemented"))
 }
