@@ -95,6 +95,7 @@ var stageTexts = map[string]string{
 	"agent":                "booting",
 	"enlarge disks":        "enlarging its disks",
 	"apply settings":       "applying the settings",
+	"trim":                 "giving back what is free on its disks",
 	"shutdown":             "shutting down",
 	"vmm end":              "ending the machine",
 	"guest config removal": "removing the guest's configuration",

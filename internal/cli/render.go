@@ -50,8 +50,18 @@ func (a *app) printJSON(v any) error {
 	return enc.Encode(v)
 }
 
-// cell is a table's cell; its colour takes no width.
-type cell struct{ text, color string }
+// cell is a table's cell; its colour, and the link that a terminal may open, take no width.
+type cell struct{ text, color, link string }
+
+// render paints a cell. A link is told by OSC 8 (ECMA-48 5.6 is its form; terminals that do not know it show
+// the text).
+func (c cell) render(color bool) string {
+	s := paint(color, c.color, c.text)
+	if color && c.link != "" {
+		s = "\x1b]8;;" + c.link + "\x1b\\" + s + "\x1b]8;;\x1b\\"
+	}
+	return s
+}
 
 // table prints aligned columns. Trailing space is left out, so that output can be compared.
 func table(w io.Writer, color bool, header []string, rows [][]cell) error {
@@ -75,7 +85,7 @@ func table(w io.Writer, color bool, header []string, rows [][]cell) error {
 	var b strings.Builder
 	for _, row := range all {
 		for i, c := range row {
-			b.WriteString(paint(color, c.color, c.text))
+			b.WriteString(c.render(color))
 			if i < len(row)-1 {
 				b.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text)+2))
 			}

@@ -74,7 +74,38 @@ func (a *app) ssh(ctx context.Context, ref string, command []string) error {
 	if err := a.waitForSSH(ctx, c, v); err != nil {
 		return err
 	}
-	return a.runSSH(program, v, target, command)
+	if err := a.runSSH(program, v, target, command); err != nil {
+		var code passed
+		if len(command) == 0 && errors.As(err, &code) && code != sshFailed {
+			a.remind(ctx, c, v, target) // a shell ends with the code of its last command
+		}
+		return err
+	}
+	if len(command) == 0 {
+		a.remind(ctx, c, v, target)
+	}
+	return nil
+}
+
+// sshFailed is ssh's own exit code.
+const sshFailed = 255
+
+// remindTime bounds what a session's end may wait for.
+const remindTime = 3 * time.Second
+
+// remind says after a session that the VM goes on, if it does: it still exists, and its guest answers.
+func (a *app) remind(ctx context.Context, c *client.Client, v *bangerv1.VM, target *bangerv1.GetSSHTargetResponse) {
+	if !target.GetRemind() || a.json {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), remindTime)
+	defer cancel()
+	resp, err := c.VMs.GetVM(ctx, &bangerv1.GetVMRequest{Id: v.GetId()})
+	if err != nil || resp.GetVm().GetState() != "running" || !strings.HasPrefix(resp.GetVm().GetAgent(), "answers") {
+		return
+	}
+	name := resp.GetVm().GetName()
+	fmt.Fprintf(a.stderr, "%s still runs; stop it with: banger vm stop %s\n", name, name)
 }
 
 // enterable says what to do first if the VM is in no state to be entered.
@@ -197,7 +228,7 @@ func (a *app) runSSH(program string, v *bangerv1.VM, target *bangerv1.GetSSHTarg
 	if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signaled() {
 		return passed(128 + int(status.Signal())) // as shells have it
 	}
-	if exit.ExitCode() == 255 {
+	if exit.ExitCode() == sshFailed {
 		fmt.Fprintf(a.stderr, "banger: ssh ended with 255: it lost or never got its connection to %s, or the command itself ended so\n  hint: banger vm show %s\n", v.GetName(), v.GetName())
 	}
 	return passed(exit.ExitCode())

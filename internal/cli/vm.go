@@ -23,7 +23,7 @@ func (a *app) vmCommand() *cobra.Command {
 	})
 	cmd.AddCommand(
 		a.createCommand(), a.listCommand(), a.showCommand(), a.sshCommand(),
-		a.startCommand(), a.stopCommand(), a.restartCommand(), a.setCommand(), a.statsCommand(), a.killCommand(), a.deleteCommand(),
+		a.startCommand(), a.stopCommand(), a.restartCommand(), a.setCommand(), a.statsCommand(), a.portsCommand(), a.trimCommand(), a.killCommand(), a.deleteCommand(),
 	)
 	return cmd
 }

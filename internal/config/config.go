@@ -54,6 +54,7 @@ type Config struct {
 	DefaultSystemSize int64 // bytes
 	BootTimeout       time.Duration
 	StopTimeout       time.Duration
+	SSHReminder       bool // say after an SSH session that its VM still runs
 }
 
 // Values of the key vmm.
@@ -118,6 +119,16 @@ var keys = []key{
 	diskKey("default_system_size", func(c *Config) *int64 { return &c.DefaultSystemSize }),
 	durationKey("boot_timeout", func(c *Config) *time.Duration { return &c.BootTimeout }),
 	durationKey("stop_timeout", func(c *Config) *time.Duration { return &c.StopTimeout }),
+	{"ssh_reminder",
+		func(c *Config, _ loader, v any) error {
+			on, ok := v.(bool)
+			if !ok {
+				return notA(v, "true or false")
+			}
+			c.SSHReminder = on
+			return nil
+		},
+		func(c Config) string { return fmt.Sprint(c.SSHReminder) }},
 }
 
 // retired are keys of earlier versions and what replaced them.
@@ -142,6 +153,7 @@ func Defaults(h vm.Host) Config {
 		// today's figure); a hang is told apart with a wide margin.
 		BootTimeout: 3 * time.Minute,
 		StopTimeout: 90 * time.Second, // systemd's own DefaultTimeoutStopSec, systemd-system.conf(5)
+		SSHReminder: true,
 	}
 	if h.CPUs > 0 {
 		c.DefaultVCPU = min(c.DefaultVCPU, h.CPUs)

@@ -67,6 +67,7 @@ var keyCases = []struct {
 	{"default_system_size", `"32GiB"`, func(c Config) any { return c.DefaultSystemSize }, 32 * vm.GiB},
 	{"boot_timeout", `"90s"`, func(c Config) any { return c.BootTimeout }, 90 * time.Second},
 	{"stop_timeout", `45`, func(c Config) any { return c.StopTimeout }, 45 * time.Second},
+	{"ssh_reminder", `false`, func(c Config) any { return c.SSHReminder }, false},
 }
 
 func TestEachKey(t *testing.T) {
@@ -138,7 +139,7 @@ func TestEveryKeyIsTestedAndDocumented(t *testing.T) {
 		}
 		// What is shown can be typed.
 		quoted := value
-		if strings.Trim(value, "0123456789") != "" || value == "" {
+		if strings.Trim(value, "0123456789") != "" && value != "true" && value != "false" || value == "" {
 			quoted = `"` + value + `"`
 		}
 		if _, _, err := load(t, k.name+" = "+quoted); err != nil {

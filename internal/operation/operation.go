@@ -33,6 +33,7 @@ const (
 	Restart Kind = "restart"
 	Delete  Kind = "delete"
 	Set     Kind = "set"
+	Trim    Kind = "trim"
 )
 
 // Stage is one step of an operation as people see it. FinishedAt is zero while it runs.

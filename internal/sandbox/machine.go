@@ -235,6 +235,13 @@ func (ms *machines) update(id vm.ID, m *machine, change func(*vm.VM) bool) {
 
 func (ms *machines) noteChange(id vm.ID, m *machine, c vmm.Change) {
 	ms.service.log.Warn("the VMM changed state by itself", "vm", id, "state", c.State, "reason", c.Reason)
+	if c.State == vmm.Running {
+		ms.service.watchers.Go(func() { // a guest's clock may have stood still meanwhile
+			if v, ok := ms.service.store.VM(id); ok {
+				ms.service.setClock(ms.service.bg, v)
+			}
+		})
+	}
 	ms.update(id, m, func(v *vm.VM) bool {
 		old := v.Note
 		switch {
@@ -608,7 +615,10 @@ func (c *agentCapability) Observe(_ context.Context, v *vm.VM) (bool, error) {
 	if m == nil {
 		return false, nil
 	}
-	c.machines.service.watchers.Go(func() { c.followBoot(v.ID, m) })
+	s := c.machines.service
+	found := *v
+	s.watchers.Go(func() { c.followBoot(found.ID, m) })
+	s.watchers.Go(func() { s.setClock(s.bg, found) }) // the host may have slept while no daemon was there
 	return true, nil
 }
 
@@ -662,6 +672,13 @@ func (c *agentCapability) shutdown(ctx context.Context, v *vm.VM, m *machine) *f
 	}
 	sess, err := c.machines.session(ask, v.ID)
 	if err == nil {
+		// What the guest does not use takes no room of the host while it is stopped. Not all VMMs and not all
+		// agents can do it, and a stop does not depend on it.
+		trim, stopTrim := context.WithTimeout(ask, min(stopTrimTime, bound/8))
+		if err := c.machines.trim(trim, v); err != nil {
+			s.log.Debug("a guest that stops was not trimmed", "vm", v.ID, "err", err)
+		}
+		stopTrim()
 		_, err = sess.Client().Shutdown(ask, &agentv1.ShutdownRequest{})
 	}
 	if err != nil { // perhaps the answer was lost because the guest was quick

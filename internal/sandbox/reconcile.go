@@ -32,6 +32,7 @@ func (s *Service) Reconcile(ctx context.Context, bootID string) error {
 	if err := s.images.refresh(ctx); err != nil && !fault.Is(err, fault.NotFound) {
 		s.log.Warn("the runtime bundle cannot be used", "err", err)
 	}
+	s.watchers.Go(s.followClock)
 	// Looking at the VMM runs a program once; now, so that no create does. Create says what is wrong.
 	s.watchers.Go(func() { _ = s.driver.Check(s.bg) })
 	last, err := s.store.Meta(ctx, "boot_id")
@@ -231,6 +232,8 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 			if v.State != vm.Running && !rebooted {
 				return resume(op.Kind, s.start)
 			}
+		case operation.Trim:
+			return s.endInterrupted(ctx, op, nil, false)
 		case operation.Set:
 			if set != nil {
 				return resume(op.Kind, func(context.Context, *operation.Handle, *vm.VM) error { return nil })

@@ -221,8 +221,8 @@ func (s *Service) beginOver(ctx context.Context, ends []operation.Kind, kind ope
 
 // What a stop ends, and what a forced one or a delete ends besides.
 var (
-	startingKinds = []operation.Kind{operation.Create, operation.Start, operation.Restart, operation.Set}
-	anyButDelete  = append(slices.Clone(startingKinds), operation.Stop)
+	endedByStop  = []operation.Kind{operation.Create, operation.Start, operation.Restart, operation.Set, operation.Trim}
+	anyButDelete = append(slices.Clone(endedByStop), operation.Stop)
 )
 
 func newOperation(kind operation.Kind, v vm.VM) operation.Operation {

@@ -127,14 +127,20 @@ func (s *Service) ask(ctx context.Context, v *vm.VM, what string, question func(
 	if err != nil {
 		return fault.Wrap(err, fault.CodeOf(err), v.Name, "the guest's agent does not answer").WithHint("banger vm show %s", v.Name)
 	}
-	switch err := question(ctx, sess); {
-	case err == nil:
-		return nil
+	if err := question(ctx, sess); err != nil {
+		return agentFault(ctx, err, v, what)
+	}
+	return nil
+}
+
+// agentFault makes a fault of what an agent's call gave in place of an answer.
+func agentFault(ctx context.Context, err error, v *vm.VM, what string) error {
+	switch {
 	case connect.CodeOf(err) == connect.CodeUnimplemented:
 		return fault.Wrap(err, fault.VersionSkew, v.Name, "its agent is older than this daemon and has no %s", what).
 			WithHint("banger vm restart %s brings the new one", v.Name)
 	case ctx.Err() != nil:
-		return fault.Wrap(ctx.Err(), fault.Timeout, v.Name, "the guest's agent took the question (%s) and did not answer within %s", what, askTime).
+		return fault.Wrap(ctx.Err(), fault.Timeout, v.Name, "the guest's agent took the question (%s) and did not answer in time", what).
 			WithHint("banger vm show %s", v.Name)
 	default:
 		return fault.New(fault.Unavailable, v.Name, "the guest's agent could not tell (%s): %s", what, guestText(err.Error()))

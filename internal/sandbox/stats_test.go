@@ -136,7 +136,7 @@ func TestStatsOfAGuestThatHangs(t *testing.T) {
 	defer close(hold)
 	began := time.Now()
 	st := r.s.Stats(r.ctx(), nil)[0]
-	wants(t, "a guest that hangs", st.GuestErr, fault.Timeout, "did not answer within", "banger vm show web")
+	wants(t, "a guest that hangs", st.GuestErr, fault.Timeout, "did not answer in time", "banger vm show web")
 	if took := time.Since(began); took > askTime+5*time.Second {
 		t.Errorf("took %s", took)
 	}

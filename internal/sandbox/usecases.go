@@ -258,7 +258,7 @@ func (s *Service) Stop(ctx context.Context, id vm.ID, force bool) (operation.Ope
 	if err != nil {
 		return operation.Operation{}, err
 	}
-	ends := startingKinds
+	ends := endedByStop
 	if force {
 		ends = anyButDelete
 	}
@@ -584,6 +584,7 @@ func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, 
 type SSHTarget struct {
 	HostKey      string // to expect, in authorized_keys form without a comment
 	IdentityFile string // private key that the VM accepts
+	Remind       bool   // to say after a session that the VM still runs
 }
 
 // SSHTarget tells how to enter a VM. fault.Precondition if it does not run.
@@ -596,7 +597,7 @@ func (s *Service) SSHTarget(_ context.Context, id vm.ID) (SSHTarget, error) {
 		return SSHTarget{}, notRunning(v)
 	}
 	key, err := s.images.identity()
-	return SSHTarget{HostKey: v.Secrets.HostKeyPub, IdentityFile: key}, err
+	return SSHTarget{HostKey: v.Secrets.HostKeyPub, IdentityFile: key, Remind: s.cfg.SSHReminder}, err
 }
 
 // Status tells what the daemon knows of itself.

@@ -145,7 +145,7 @@ func (h *vmHandler) GetSSHTarget(ctx context.Context, r *bangerv1.GetSSHTargetRe
 	}
 	return &bangerv1.GetSSHTargetResponse{
 		User: "root", IdentityFile: target.IdentityFile, HostKey: target.HostKey,
-		HostKeyAlias: string(v.ID) + ".banger",
+		HostKeyAlias: string(v.ID) + ".banger", Remind: target.Remind,
 	}, nil
 }
 

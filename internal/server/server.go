@@ -37,7 +37,9 @@ type Machines interface {
 	Images(ctx context.Context) ([]image.Image, string, error)
 	Defaults(ctx context.Context) (sandbox.Defaults, error)
 	SSHTarget(ctx context.Context, id vm.ID) (sandbox.SSHTarget, error)
+	Trim(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Stats(ctx context.Context, refs []string) []sandbox.Stats
+	Ports(ctx context.Context, refs []string) []sandbox.Ports
 	RunningOperation(id vm.ID) string
 	KernelVersion(ctx context.Context, id string) string
 }

@@ -19,15 +19,21 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/vmm/fakevmm"
 )
 
-// dial serves port 22 of a fake guest, with the host key and the authorized key that the guest was
+// dial serves web pages on ports 8080 and, by TLS, 8443 of a fake guest, and port 22, with the host key and the authorized key that the guest was
 // given on its config drive.
 func dial(_ context.Context, g *fakevmm.Guest, port int) (net.Conn, error) {
-	if port != 22 {
+	var serve func(net.Conn)
+	switch port {
+	case 22:
+		server, err := sshConfig(g.Spec())
+		if err != nil {
+			return nil, err
+		}
+		serve = func(c net.Conn) { serveSSH(c, server) }
+	case 8080, 8443:
+		serve = func(c net.Conn) { serveWeb(c, port == 8443) }
+	default:
 		return nil, syscall.ECONNREFUSED
-	}
-	server, err := sshConfig(g.Spec())
-	if err != nil {
-		return nil, err
 	}
 	// A real socket pair: the client's half-closes must arrive.
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
@@ -43,7 +49,7 @@ func dial(_ context.Context, g *fakevmm.Guest, port int) (net.Conn, error) {
 			return nil, err
 		}
 	}
-	go serveSSH(ends[1], server)
+	go serve(ends[1])
 	return ends[0], nil
 }
 

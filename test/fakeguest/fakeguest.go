@@ -56,6 +56,8 @@ func Agent(dial Dial, reports ...string) fakevmm.Agent {
 			Sync:  func(context.Context) error { return nil },
 			Grow:  func(context.Context) ([]agentd.Grown, error) { return grow(g) },
 			Stats: func(context.Context) (*agentv1.StatsResponse, error) { return stats(g), nil },
+			Ports: func(context.Context) (*agentv1.PortsResponse, error) { return ports(), nil },
+			Trim:  func(context.Context) (*agentv1.TrimResponse, error) { return trim(g) },
 			DialTCP: func(ctx context.Context, port int) (net.Conn, error) {
 				if dial == nil {
 					return nil, syscall.ECONNREFUSED
@@ -87,6 +89,25 @@ func stats(g *fakevmm.Guest) *agentv1.StatsResponse {
 			{Target: "/root", TotalBytes: g.Size(vmm.RoleWork), UsedBytes: 2 << 20},
 		},
 		Interfaces: []*agentv1.InterfaceStats{{Name: "eth0", ReceivedBytes: up * 1024, SentBytes: up * 512}}}
+}
+
+// ports are an SSH server, and, where Dial serves them, web servers. What the guest has a say in is as bad as
+// it can be.
+func ports() *agentv1.PortsResponse {
+	return &agentv1.PortsResponse{Listeners: []*agentv1.Listener{
+		{Protocol: "tcp", Address: "0.0.0.0", Port: 22, Pid: 100, Process: "sshd", Command: "sshd: /usr/sbin/sshd -D [listener]"},
+		{Protocol: "tcp", Address: "::", Port: 22, Pid: 100, Process: "sshd", Command: "sshd: /usr/sbin/sshd -D [listener]"},
+		{Protocol: "tcp", Address: "127.0.0.1", Port: 5432, Pid: 101, Process: "postgres", Command: "postgres -D /var/lib/postgresql"},
+		{Protocol: "tcp", Address: "0.0.0.0", Port: 8080, Pid: 102, Process: "web\x1b[31m", Command: "web --port 8080\x1b]0;evil\x07"},
+		{Protocol: "tcp", Address: "::", Port: 8443, Pid: 103, Process: "docker-proxy", Command: "docker-proxy -host-port 8443 -container-ip 172.17.0.2"},
+		{Protocol: "udp", Address: "0.0.0.0", Port: 53, Pid: 104, Process: "dnsmasq", Command: "dnsmasq"},
+	}}
+}
+
+// trim discards nothing; a VMM that has the fault "stiff" takes no discards either.
+func trim(g *fakevmm.Guest) (*agentv1.TrimResponse, error) {
+	_, stiff := g.Fault("stiff")
+	return &agentv1.TrimResponse{Trimmed: []*agentv1.Trimmed{{Target: "/", Bytes: 1 << 20, Unsupported: stiff}, {Target: "/root", Bytes: 1 << 20, Unsupported: stiff}}}, nil
 }
 
 func readConfig(spec vmm.Spec) (boot.Config, error) {

@@ -716,7 +716,7 @@ func (x *Image) GetCreatedAt() *timestamppb.Timestamp {
 type Operation struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // create start stop restart delete set
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // create start stop restart delete set trim
 	VmId          string                 `protobuf:"bytes,3,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"`
 	VmName        string                 `protobuf:"bytes,4,opt,name=vm_name,json=vmName,proto3" json:"vm_name,omitempty"`
 	State         string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"` // running succeeded failed cancelled
@@ -2082,6 +2082,375 @@ func (x *GuestInterface) GetSentBytes() int64 {
 	return 0
 }
 
+type GetPortsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Refs          []string               `protobuf:"bytes,1,rep,name=refs,proto3" json:"refs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetPortsRequest) Reset() {
+	*x = GetPortsRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetPortsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetPortsRequest) ProtoMessage() {}
+
+func (x *GetPortsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetPortsRequest.ProtoReflect.Descriptor instead.
+func (*GetPortsRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *GetPortsRequest) GetRefs() []string {
+	if x != nil {
+		return x.Refs
+	}
+	return nil
+}
+
+type GetPortsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*VMPorts             `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetPortsResponse) Reset() {
+	*x = GetPortsResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetPortsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetPortsResponse) ProtoMessage() {}
+
+func (x *GetPortsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetPortsResponse.ProtoReflect.Descriptor instead.
+func (*GetPortsResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *GetPortsResponse) GetResults() []*VMPorts {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type VMPorts struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	Vm            *VM                    `protobuf:"bytes,2,opt,name=vm,proto3" json:"vm,omitempty"`
+	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"` // the guest's name on the network; empty: it has no address
+	Ports         []*Port                `protobuf:"bytes,4,rep,name=ports,proto3" json:"ports,omitempty"`
+	Fault         *Fault                 `protobuf:"bytes,5,opt,name=fault,proto3" json:"fault,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMPorts) Reset() {
+	*x = VMPorts{}
+	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMPorts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMPorts) ProtoMessage() {}
+
+func (x *VMPorts) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMPorts.ProtoReflect.Descriptor instead.
+func (*VMPorts) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *VMPorts) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+func (x *VMPorts) GetVm() *VM {
+	if x != nil {
+		return x.Vm
+	}
+	return nil
+}
+
+func (x *VMPorts) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *VMPorts) GetPorts() []*Port {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+func (x *VMPorts) GetFault() *Fault {
+	if x != nil {
+		return x.Fault
+	}
+	return nil
+}
+
+type Port struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Protocol string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp, udp
+	Address  string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`   // that it is bound to
+	Port     uint32                 `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`
+	Loopback bool                   `protobuf:"varint,4,opt,name=loopback,proto3" json:"loopback,omitempty"` // for the guest alone: not reachable by the network
+	Pid      int32                  `protobuf:"varint,5,opt,name=pid,proto3" json:"pid,omitempty"`
+	Process  string                 `protobuf:"bytes,6,opt,name=process,proto3" json:"process,omitempty"`
+	Command  string                 `protobuf:"bytes,7,opt,name=command,proto3" json:"command,omitempty"`
+	// What a TCP listener answered; empty: neither.
+	Scheme        string `protobuf:"bytes,8,opt,name=scheme,proto3" json:"scheme,omitempty"`  // https, http
+	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"` // of HTTP
+	Title         string `protobuf:"bytes,10,opt,name=title,proto3" json:"title,omitempty"`   // of the page
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Port) Reset() {
+	*x = Port{}
+	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Port) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Port) ProtoMessage() {}
+
+func (x *Port) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Port.ProtoReflect.Descriptor instead.
+func (*Port) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *Port) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *Port) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Port) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *Port) GetLoopback() bool {
+	if x != nil {
+		return x.Loopback
+	}
+	return false
+}
+
+func (x *Port) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Port) GetProcess() string {
+	if x != nil {
+		return x.Process
+	}
+	return ""
+}
+
+func (x *Port) GetCommand() string {
+	if x != nil {
+		return x.Command
+	}
+	return ""
+}
+
+func (x *Port) GetScheme() string {
+	if x != nil {
+		return x.Scheme
+	}
+	return ""
+}
+
+func (x *Port) GetStatus() int32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *Port) GetTitle() string {
+	if x != nil {
+		return x.Title
+	}
+	return ""
+}
+
+type TrimVMRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrimVMRequest) Reset() {
+	*x = TrimVMRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrimVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrimVMRequest) ProtoMessage() {}
+
+func (x *TrimVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrimVMRequest.ProtoReflect.Descriptor instead.
+func (*TrimVMRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *TrimVMRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type TrimVMResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrimVMResponse) Reset() {
+	*x = TrimVMResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrimVMResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrimVMResponse) ProtoMessage() {}
+
+func (x *TrimVMResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrimVMResponse.ProtoReflect.Descriptor instead.
+func (*TrimVMResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *TrimVMResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
 type KillVMRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2092,7 +2461,7 @@ type KillVMRequest struct {
 
 func (x *KillVMRequest) Reset() {
 	*x = KillVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[27]
+	mi := &file_banger_v1_banger_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2104,7 +2473,7 @@ func (x *KillVMRequest) String() string {
 func (*KillVMRequest) ProtoMessage() {}
 
 func (x *KillVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[27]
+	mi := &file_banger_v1_banger_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2117,7 +2486,7 @@ func (x *KillVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillVMRequest.ProtoReflect.Descriptor instead.
 func (*KillVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{27}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *KillVMRequest) GetId() string {
@@ -2143,7 +2512,7 @@ type KillVMResponse struct {
 
 func (x *KillVMResponse) Reset() {
 	*x = KillVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	mi := &file_banger_v1_banger_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2155,7 +2524,7 @@ func (x *KillVMResponse) String() string {
 func (*KillVMResponse) ProtoMessage() {}
 
 func (x *KillVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	mi := &file_banger_v1_banger_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2168,7 +2537,7 @@ func (x *KillVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillVMResponse.ProtoReflect.Descriptor instead.
 func (*KillVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{28}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *KillVMResponse) GetVm() *VM {
@@ -2187,7 +2556,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	mi := &file_banger_v1_banger_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2199,7 +2568,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	mi := &file_banger_v1_banger_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2212,7 +2581,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{29}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetVMRequest) GetId() string {
@@ -2231,7 +2600,7 @@ type GetVMResponse struct {
 
 func (x *GetVMResponse) Reset() {
 	*x = GetVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	mi := &file_banger_v1_banger_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2243,7 +2612,7 @@ func (x *GetVMResponse) String() string {
 func (*GetVMResponse) ProtoMessage() {}
 
 func (x *GetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	mi := &file_banger_v1_banger_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2256,7 +2625,7 @@ func (x *GetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMResponse.ProtoReflect.Descriptor instead.
 func (*GetVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{30}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GetVMResponse) GetVm() *VM {
@@ -2274,7 +2643,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	mi := &file_banger_v1_banger_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2286,7 +2655,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	mi := &file_banger_v1_banger_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2299,7 +2668,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{31}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{37}
 }
 
 type ListVMsResponse struct {
@@ -2311,7 +2680,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	mi := &file_banger_v1_banger_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2323,7 +2692,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	mi := &file_banger_v1_banger_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2336,7 +2705,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{32}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -2355,7 +2724,7 @@ type ResolveVMsRequest struct {
 
 func (x *ResolveVMsRequest) Reset() {
 	*x = ResolveVMsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[33]
+	mi := &file_banger_v1_banger_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2367,7 +2736,7 @@ func (x *ResolveVMsRequest) String() string {
 func (*ResolveVMsRequest) ProtoMessage() {}
 
 func (x *ResolveVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[33]
+	mi := &file_banger_v1_banger_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2380,7 +2749,7 @@ func (x *ResolveVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveVMsRequest.ProtoReflect.Descriptor instead.
 func (*ResolveVMsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{33}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ResolveVMsRequest) GetRefs() []string {
@@ -2399,7 +2768,7 @@ type ResolveVMsResponse struct {
 
 func (x *ResolveVMsResponse) Reset() {
 	*x = ResolveVMsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[34]
+	mi := &file_banger_v1_banger_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2411,7 +2780,7 @@ func (x *ResolveVMsResponse) String() string {
 func (*ResolveVMsResponse) ProtoMessage() {}
 
 func (x *ResolveVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[34]
+	mi := &file_banger_v1_banger_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2424,7 +2793,7 @@ func (x *ResolveVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveVMsResponse.ProtoReflect.Descriptor instead.
 func (*ResolveVMsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{34}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ResolveVMsResponse) GetResults() []*ResolvedVM {
@@ -2445,7 +2814,7 @@ type ResolvedVM struct {
 
 func (x *ResolvedVM) Reset() {
 	*x = ResolvedVM{}
-	mi := &file_banger_v1_banger_proto_msgTypes[35]
+	mi := &file_banger_v1_banger_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2457,7 +2826,7 @@ func (x *ResolvedVM) String() string {
 func (*ResolvedVM) ProtoMessage() {}
 
 func (x *ResolvedVM) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[35]
+	mi := &file_banger_v1_banger_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2470,7 +2839,7 @@ func (x *ResolvedVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolvedVM.ProtoReflect.Descriptor instead.
 func (*ResolvedVM) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{35}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ResolvedVM) GetRef() string {
@@ -2502,7 +2871,7 @@ type GetDefaultsRequest struct {
 
 func (x *GetDefaultsRequest) Reset() {
 	*x = GetDefaultsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[36]
+	mi := &file_banger_v1_banger_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2514,7 +2883,7 @@ func (x *GetDefaultsRequest) String() string {
 func (*GetDefaultsRequest) ProtoMessage() {}
 
 func (x *GetDefaultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[36]
+	mi := &file_banger_v1_banger_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2527,7 +2896,7 @@ func (x *GetDefaultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDefaultsRequest.ProtoReflect.Descriptor instead.
 func (*GetDefaultsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{36}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{42}
 }
 
 type GetDefaultsResponse struct {
@@ -2543,7 +2912,7 @@ type GetDefaultsResponse struct {
 
 func (x *GetDefaultsResponse) Reset() {
 	*x = GetDefaultsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[37]
+	mi := &file_banger_v1_banger_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2555,7 +2924,7 @@ func (x *GetDefaultsResponse) String() string {
 func (*GetDefaultsResponse) ProtoMessage() {}
 
 func (x *GetDefaultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[37]
+	mi := &file_banger_v1_banger_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2568,7 +2937,7 @@ func (x *GetDefaultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDefaultsResponse.ProtoReflect.Descriptor instead.
 func (*GetDefaultsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{37}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetDefaultsResponse) GetImage() string {
@@ -2615,7 +2984,7 @@ type GetSSHTargetRequest struct {
 
 func (x *GetSSHTargetRequest) Reset() {
 	*x = GetSSHTargetRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[38]
+	mi := &file_banger_v1_banger_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2627,7 +2996,7 @@ func (x *GetSSHTargetRequest) String() string {
 func (*GetSSHTargetRequest) ProtoMessage() {}
 
 func (x *GetSSHTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[38]
+	mi := &file_banger_v1_banger_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2640,7 +3009,7 @@ func (x *GetSSHTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSSHTargetRequest.ProtoReflect.Descriptor instead.
 func (*GetSSHTargetRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{38}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *GetSSHTargetRequest) GetId() string {
@@ -2656,13 +3025,14 @@ type GetSSHTargetResponse struct {
 	IdentityFile  string                 `protobuf:"bytes,2,opt,name=identity_file,json=identityFile,proto3" json:"identity_file,omitempty"`   // private key on this host
 	HostKey       string                 `protobuf:"bytes,3,opt,name=host_key,json=hostKey,proto3" json:"host_key,omitempty"`                  // authorized_keys form, without a comment
 	HostKeyAlias  string                 `protobuf:"bytes,4,opt,name=host_key_alias,json=hostKeyAlias,proto3" json:"host_key_alias,omitempty"` // name of the host key in a known_hosts file; unique to the VM
+	Remind        bool                   `protobuf:"varint,5,opt,name=remind,proto3" json:"remind,omitempty"`                                  // say after a session that the VM still runs
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetSSHTargetResponse) Reset() {
 	*x = GetSSHTargetResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[39]
+	mi := &file_banger_v1_banger_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2674,7 +3044,7 @@ func (x *GetSSHTargetResponse) String() string {
 func (*GetSSHTargetResponse) ProtoMessage() {}
 
 func (x *GetSSHTargetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[39]
+	mi := &file_banger_v1_banger_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2687,7 +3057,7 @@ func (x *GetSSHTargetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSSHTargetResponse.ProtoReflect.Descriptor instead.
 func (*GetSSHTargetResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{39}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *GetSSHTargetResponse) GetUser() string {
@@ -2718,6 +3088,13 @@ func (x *GetSSHTargetResponse) GetHostKeyAlias() string {
 	return ""
 }
 
+func (x *GetSSHTargetResponse) GetRemind() bool {
+	if x != nil {
+		return x.Remind
+	}
+	return false
+}
+
 type ListImagesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2726,7 +3103,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[40]
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2738,7 +3115,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[40]
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2751,7 +3128,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{40}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
 }
 
 type ListImagesResponse struct {
@@ -2763,7 +3140,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[41]
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2775,7 +3152,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[41]
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2788,7 +3165,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{41}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -2807,7 +3184,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[42]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2819,7 +3196,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[42]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2832,7 +3209,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{42}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -2851,7 +3228,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[43]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2863,7 +3240,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[43]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2876,7 +3253,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{43}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -2894,7 +3271,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[44]
+	mi := &file_banger_v1_banger_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2906,7 +3283,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[44]
+	mi := &file_banger_v1_banger_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2919,7 +3296,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{44}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{50}
 }
 
 type ListOperationsResponse struct {
@@ -2931,7 +3308,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[45]
+	mi := &file_banger_v1_banger_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2943,7 +3320,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[45]
+	mi := &file_banger_v1_banger_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2956,7 +3333,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{45}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -2975,7 +3352,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2987,7 +3364,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3000,7 +3377,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -3019,7 +3396,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3031,7 +3408,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3044,7 +3421,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -3063,7 +3440,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[48]
+	mi := &file_banger_v1_banger_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3075,7 +3452,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[48]
+	mi := &file_banger_v1_banger_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3088,7 +3465,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -3107,7 +3484,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[49]
+	mi := &file_banger_v1_banger_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3119,7 +3496,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[49]
+	mi := &file_banger_v1_banger_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3132,7 +3509,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -3150,7 +3527,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[50]
+	mi := &file_banger_v1_banger_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3162,7 +3539,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[50]
+	mi := &file_banger_v1_banger_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3175,7 +3552,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{50}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{56}
 }
 
 type GetStatusResponse struct {
@@ -3203,7 +3580,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[51]
+	mi := &file_banger_v1_banger_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3215,7 +3592,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[51]
+	mi := &file_banger_v1_banger_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3228,7 +3605,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{51}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *GetStatusResponse) GetPid() int32 {
@@ -3358,7 +3735,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[52]
+	mi := &file_banger_v1_banger_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3370,7 +3747,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[52]
+	mi := &file_banger_v1_banger_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3383,7 +3760,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{52}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{58}
 }
 
 type ShutdownResponse struct {
@@ -3394,7 +3771,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[53]
+	mi := &file_banger_v1_banger_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3406,7 +3783,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[53]
+	mi := &file_banger_v1_banger_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3419,7 +3796,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{53}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{59}
 }
 
 type RunDoctorRequest struct {
@@ -3430,7 +3807,7 @@ type RunDoctorRequest struct {
 
 func (x *RunDoctorRequest) Reset() {
 	*x = RunDoctorRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[54]
+	mi := &file_banger_v1_banger_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3442,7 +3819,7 @@ func (x *RunDoctorRequest) String() string {
 func (*RunDoctorRequest) ProtoMessage() {}
 
 func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[54]
+	mi := &file_banger_v1_banger_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3455,7 +3832,7 @@ func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorRequest.ProtoReflect.Descriptor instead.
 func (*RunDoctorRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{54}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{60}
 }
 
 type RunDoctorResponse struct {
@@ -3467,7 +3844,7 @@ type RunDoctorResponse struct {
 
 func (x *RunDoctorResponse) Reset() {
 	*x = RunDoctorResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[55]
+	mi := &file_banger_v1_banger_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3479,7 +3856,7 @@ func (x *RunDoctorResponse) String() string {
 func (*RunDoctorResponse) ProtoMessage() {}
 
 func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[55]
+	mi := &file_banger_v1_banger_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3492,7 +3869,7 @@ func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorResponse.ProtoReflect.Descriptor instead.
 func (*RunDoctorResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{55}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *RunDoctorResponse) GetFindings() []*Finding {
@@ -3515,7 +3892,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_banger_v1_banger_proto_msgTypes[56]
+	mi := &file_banger_v1_banger_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3527,7 +3904,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[56]
+	mi := &file_banger_v1_banger_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3540,7 +3917,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{56}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Finding) GetCode() string {
@@ -3586,7 +3963,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[57]
+	mi := &file_banger_v1_banger_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3598,7 +3975,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[57]
+	mi := &file_banger_v1_banger_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3611,7 +3988,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{57}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{63}
 }
 
 type WatchResponse struct {
@@ -3629,7 +4006,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[58]
+	mi := &file_banger_v1_banger_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3641,7 +4018,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[58]
+	mi := &file_banger_v1_banger_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3654,7 +4031,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{58}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -3739,7 +4116,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_banger_v1_banger_proto_msgTypes[59]
+	mi := &file_banger_v1_banger_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3751,7 +4128,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[59]
+	mi := &file_banger_v1_banger_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3764,7 +4141,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{59}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Snapshot) GetVms() []*VM {
@@ -3997,7 +4374,33 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12%\n" +
 	"\x0ereceived_bytes\x18\x02 \x01(\x03R\rreceivedBytes\x12\x1d\n" +
 	"\n" +
-	"sent_bytes\x18\x03 \x01(\x03R\tsentBytes\"7\n" +
+	"sent_bytes\x18\x03 \x01(\x03R\tsentBytes\"%\n" +
+	"\x0fGetPortsRequest\x12\x12\n" +
+	"\x04refs\x18\x01 \x03(\tR\x04refs\"@\n" +
+	"\x10GetPortsResponse\x12,\n" +
+	"\aresults\x18\x01 \x03(\v2\x12.banger.v1.VMPortsR\aresults\"\x9d\x01\n" +
+	"\aVMPorts\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1d\n" +
+	"\x02vm\x18\x02 \x01(\v2\r.banger.v1.VMR\x02vm\x12\x12\n" +
+	"\x04host\x18\x03 \x01(\tR\x04host\x12%\n" +
+	"\x05ports\x18\x04 \x03(\v2\x0f.banger.v1.PortR\x05ports\x12&\n" +
+	"\x05fault\x18\x05 \x01(\v2\x10.banger.v1.FaultR\x05fault\"\xf8\x01\n" +
+	"\x04Port\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
+	"\x04port\x18\x03 \x01(\rR\x04port\x12\x1a\n" +
+	"\bloopback\x18\x04 \x01(\bR\bloopback\x12\x10\n" +
+	"\x03pid\x18\x05 \x01(\x05R\x03pid\x12\x18\n" +
+	"\aprocess\x18\x06 \x01(\tR\aprocess\x12\x18\n" +
+	"\acommand\x18\a \x01(\tR\acommand\x12\x16\n" +
+	"\x06scheme\x18\b \x01(\tR\x06scheme\x12\x16\n" +
+	"\x06status\x18\t \x01(\x05R\x06status\x12\x14\n" +
+	"\x05title\x18\n" +
+	" \x01(\tR\x05title\"\x1f\n" +
+	"\rTrimVMRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"D\n" +
+	"\x0eTrimVMResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"7\n" +
 	"\rKillVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06signal\x18\x02 \x01(\x05R\x06signal\"/\n" +
@@ -4029,12 +4432,13 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"disk_bytes\x18\x04 \x01(\x03R\tdiskBytes\x12!\n" +
 	"\fsystem_bytes\x18\x05 \x01(\x03R\vsystemBytes\"%\n" +
 	"\x13GetSSHTargetRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x90\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xa8\x01\n" +
 	"\x14GetSSHTargetResponse\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12#\n" +
 	"\ridentity_file\x18\x02 \x01(\tR\fidentityFile\x12\x19\n" +
 	"\bhost_key\x18\x03 \x01(\tR\ahostKey\x12$\n" +
-	"\x0ehost_key_alias\x18\x04 \x01(\tR\fhostKeyAlias\"\x13\n" +
+	"\x0ehost_key_alias\x18\x04 \x01(\tR\fhostKeyAlias\x12\x16\n" +
+	"\x06remind\x18\x05 \x01(\bR\x06remind\"\x13\n" +
 	"\x11ListImagesRequest\">\n" +
 	"\x12ListImagesResponse\x12(\n" +
 	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images\"%\n" +
@@ -4104,7 +4508,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\n" +
 	"operations\x18\x02 \x03(\v2\x14.banger.v1.OperationR\n" +
 	"operations\x12(\n" +
-	"\x06images\x18\x03 \x03(\v2\x10.banger.v1.ImageR\x06images2\x86\a\n" +
+	"\x06images\x18\x03 \x03(\v2\x10.banger.v1.ImageR\x06images2\x8a\b\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -4118,7 +4522,9 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\n" +
 	"ResolveVMs\x12\x1c.banger.v1.ResolveVMsRequest\x1a\x1d.banger.v1.ResolveVMsResponse\x12L\n" +
 	"\vGetDefaults\x12\x1d.banger.v1.GetDefaultsRequest\x1a\x1e.banger.v1.GetDefaultsResponse\x12C\n" +
-	"\bGetStats\x12\x1a.banger.v1.GetStatsRequest\x1a\x1b.banger.v1.GetStatsResponse\x12O\n" +
+	"\bGetStats\x12\x1a.banger.v1.GetStatsRequest\x1a\x1b.banger.v1.GetStatsResponse\x12C\n" +
+	"\bGetPorts\x12\x1a.banger.v1.GetPortsRequest\x1a\x1b.banger.v1.GetPortsResponse\x12=\n" +
+	"\x06TrimVM\x12\x18.banger.v1.TrimVMRequest\x1a\x19.banger.v1.TrimVMResponse\x12O\n" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse2Y\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
@@ -4146,7 +4552,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 69)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                   // 0: banger.v1.Fault
 	(*VM)(nil),                      // 1: banger.v1.VM
@@ -4175,147 +4581,162 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*GuestStats)(nil),              // 24: banger.v1.GuestStats
 	(*GuestDisk)(nil),               // 25: banger.v1.GuestDisk
 	(*GuestInterface)(nil),          // 26: banger.v1.GuestInterface
-	(*KillVMRequest)(nil),           // 27: banger.v1.KillVMRequest
-	(*KillVMResponse)(nil),          // 28: banger.v1.KillVMResponse
-	(*GetVMRequest)(nil),            // 29: banger.v1.GetVMRequest
-	(*GetVMResponse)(nil),           // 30: banger.v1.GetVMResponse
-	(*ListVMsRequest)(nil),          // 31: banger.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),         // 32: banger.v1.ListVMsResponse
-	(*ResolveVMsRequest)(nil),       // 33: banger.v1.ResolveVMsRequest
-	(*ResolveVMsResponse)(nil),      // 34: banger.v1.ResolveVMsResponse
-	(*ResolvedVM)(nil),              // 35: banger.v1.ResolvedVM
-	(*GetDefaultsRequest)(nil),      // 36: banger.v1.GetDefaultsRequest
-	(*GetDefaultsResponse)(nil),     // 37: banger.v1.GetDefaultsResponse
-	(*GetSSHTargetRequest)(nil),     // 38: banger.v1.GetSSHTargetRequest
-	(*GetSSHTargetResponse)(nil),    // 39: banger.v1.GetSSHTargetResponse
-	(*ListImagesRequest)(nil),       // 40: banger.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),      // 41: banger.v1.ListImagesResponse
-	(*GetOperationRequest)(nil),     // 42: banger.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 43: banger.v1.GetOperationResponse
-	(*ListOperationsRequest)(nil),   // 44: banger.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 45: banger.v1.ListOperationsResponse
-	(*WatchOperationRequest)(nil),   // 46: banger.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 47: banger.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 48: banger.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 49: banger.v1.CancelOperationResponse
-	(*GetStatusRequest)(nil),        // 50: banger.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),       // 51: banger.v1.GetStatusResponse
-	(*ShutdownRequest)(nil),         // 52: banger.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 53: banger.v1.ShutdownResponse
-	(*RunDoctorRequest)(nil),        // 54: banger.v1.RunDoctorRequest
-	(*RunDoctorResponse)(nil),       // 55: banger.v1.RunDoctorResponse
-	(*Finding)(nil),                 // 56: banger.v1.Finding
-	(*WatchRequest)(nil),            // 57: banger.v1.WatchRequest
-	(*WatchResponse)(nil),           // 58: banger.v1.WatchResponse
-	(*Snapshot)(nil),                // 59: banger.v1.Snapshot
-	nil,                             // 60: banger.v1.VM.LabelsEntry
-	nil,                             // 61: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                             // 62: banger.v1.SetVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 63: google.protobuf.Timestamp
+	(*GetPortsRequest)(nil),         // 27: banger.v1.GetPortsRequest
+	(*GetPortsResponse)(nil),        // 28: banger.v1.GetPortsResponse
+	(*VMPorts)(nil),                 // 29: banger.v1.VMPorts
+	(*Port)(nil),                    // 30: banger.v1.Port
+	(*TrimVMRequest)(nil),           // 31: banger.v1.TrimVMRequest
+	(*TrimVMResponse)(nil),          // 32: banger.v1.TrimVMResponse
+	(*KillVMRequest)(nil),           // 33: banger.v1.KillVMRequest
+	(*KillVMResponse)(nil),          // 34: banger.v1.KillVMResponse
+	(*GetVMRequest)(nil),            // 35: banger.v1.GetVMRequest
+	(*GetVMResponse)(nil),           // 36: banger.v1.GetVMResponse
+	(*ListVMsRequest)(nil),          // 37: banger.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),         // 38: banger.v1.ListVMsResponse
+	(*ResolveVMsRequest)(nil),       // 39: banger.v1.ResolveVMsRequest
+	(*ResolveVMsResponse)(nil),      // 40: banger.v1.ResolveVMsResponse
+	(*ResolvedVM)(nil),              // 41: banger.v1.ResolvedVM
+	(*GetDefaultsRequest)(nil),      // 42: banger.v1.GetDefaultsRequest
+	(*GetDefaultsResponse)(nil),     // 43: banger.v1.GetDefaultsResponse
+	(*GetSSHTargetRequest)(nil),     // 44: banger.v1.GetSSHTargetRequest
+	(*GetSSHTargetResponse)(nil),    // 45: banger.v1.GetSSHTargetResponse
+	(*ListImagesRequest)(nil),       // 46: banger.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),      // 47: banger.v1.ListImagesResponse
+	(*GetOperationRequest)(nil),     // 48: banger.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),    // 49: banger.v1.GetOperationResponse
+	(*ListOperationsRequest)(nil),   // 50: banger.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),  // 51: banger.v1.ListOperationsResponse
+	(*WatchOperationRequest)(nil),   // 52: banger.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),  // 53: banger.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),  // 54: banger.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil), // 55: banger.v1.CancelOperationResponse
+	(*GetStatusRequest)(nil),        // 56: banger.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),       // 57: banger.v1.GetStatusResponse
+	(*ShutdownRequest)(nil),         // 58: banger.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 59: banger.v1.ShutdownResponse
+	(*RunDoctorRequest)(nil),        // 60: banger.v1.RunDoctorRequest
+	(*RunDoctorResponse)(nil),       // 61: banger.v1.RunDoctorResponse
+	(*Finding)(nil),                 // 62: banger.v1.Finding
+	(*WatchRequest)(nil),            // 63: banger.v1.WatchRequest
+	(*WatchResponse)(nil),           // 64: banger.v1.WatchResponse
+	(*Snapshot)(nil),                // 65: banger.v1.Snapshot
+	nil,                             // 66: banger.v1.VM.LabelsEntry
+	nil,                             // 67: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                             // 68: banger.v1.SetVMRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 69: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	60, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	63, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	63, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	63, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	66, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	69, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	69, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	69, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,  // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,  // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,  // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,  // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	63, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	63, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	69, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	69, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,  // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	63, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	63, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	69, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	69, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,  // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
-	63, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	63, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	61, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	69, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	69, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	67, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,  // 18: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 19: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 20: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 21: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 22: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	62, // 23: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	68, // 23: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	6,  // 24: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22, // 25: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,  // 26: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	63, // 27: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	69, // 27: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23, // 28: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24, // 29: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,  // 30: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
 	0,  // 31: banger.v1.VMStats.fault:type_name -> banger.v1.Fault
 	25, // 32: banger.v1.GuestStats.disks:type_name -> banger.v1.GuestDisk
 	26, // 33: banger.v1.GuestStats.interfaces:type_name -> banger.v1.GuestInterface
-	1,  // 34: banger.v1.KillVMResponse.vm:type_name -> banger.v1.VM
-	1,  // 35: banger.v1.GetVMResponse.vm:type_name -> banger.v1.VM
-	1,  // 36: banger.v1.ListVMsResponse.vms:type_name -> banger.v1.VM
-	35, // 37: banger.v1.ResolveVMsResponse.results:type_name -> banger.v1.ResolvedVM
-	1,  // 38: banger.v1.ResolvedVM.vm:type_name -> banger.v1.VM
-	0,  // 39: banger.v1.ResolvedVM.fault:type_name -> banger.v1.Fault
-	5,  // 40: banger.v1.ListImagesResponse.images:type_name -> banger.v1.Image
-	6,  // 41: banger.v1.GetOperationResponse.operation:type_name -> banger.v1.Operation
-	6,  // 42: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
-	6,  // 43: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
-	6,  // 44: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	63, // 45: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	56, // 46: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
-	59, // 47: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
-	1,  // 48: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
-	6,  // 49: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
-	1,  // 50: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
-	6,  // 51: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
-	5,  // 52: banger.v1.Snapshot.images:type_name -> banger.v1.Image
-	8,  // 53: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10, // 54: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12, // 55: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14, // 56: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16, // 57: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18, // 58: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	27, // 59: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	29, // 60: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	31, // 61: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	33, // 62: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	36, // 63: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20, // 64: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	38, // 65: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	40, // 66: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	42, // 67: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	44, // 68: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	46, // 69: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	48, // 70: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	50, // 71: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	52, // 72: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	54, // 73: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	57, // 74: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	9,  // 75: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11, // 76: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13, // 77: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15, // 78: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17, // 79: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19, // 80: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	28, // 81: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	30, // 82: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	32, // 83: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	34, // 84: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	37, // 85: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21, // 86: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	39, // 87: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	41, // 88: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	43, // 89: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	45, // 90: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	47, // 91: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	49, // 92: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	51, // 93: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	53, // 94: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	55, // 95: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	58, // 96: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	75, // [75:97] is the sub-list for method output_type
-	53, // [53:75] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	29, // 34: banger.v1.GetPortsResponse.results:type_name -> banger.v1.VMPorts
+	1,  // 35: banger.v1.VMPorts.vm:type_name -> banger.v1.VM
+	30, // 36: banger.v1.VMPorts.ports:type_name -> banger.v1.Port
+	0,  // 37: banger.v1.VMPorts.fault:type_name -> banger.v1.Fault
+	6,  // 38: banger.v1.TrimVMResponse.operation:type_name -> banger.v1.Operation
+	1,  // 39: banger.v1.KillVMResponse.vm:type_name -> banger.v1.VM
+	1,  // 40: banger.v1.GetVMResponse.vm:type_name -> banger.v1.VM
+	1,  // 41: banger.v1.ListVMsResponse.vms:type_name -> banger.v1.VM
+	41, // 42: banger.v1.ResolveVMsResponse.results:type_name -> banger.v1.ResolvedVM
+	1,  // 43: banger.v1.ResolvedVM.vm:type_name -> banger.v1.VM
+	0,  // 44: banger.v1.ResolvedVM.fault:type_name -> banger.v1.Fault
+	5,  // 45: banger.v1.ListImagesResponse.images:type_name -> banger.v1.Image
+	6,  // 46: banger.v1.GetOperationResponse.operation:type_name -> banger.v1.Operation
+	6,  // 47: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
+	6,  // 48: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
+	6,  // 49: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
+	69, // 50: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	62, // 51: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
+	65, // 52: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
+	1,  // 53: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
+	6,  // 54: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
+	1,  // 55: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
+	6,  // 56: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
+	5,  // 57: banger.v1.Snapshot.images:type_name -> banger.v1.Image
+	8,  // 58: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10, // 59: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12, // 60: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14, // 61: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16, // 62: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18, // 63: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33, // 64: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35, // 65: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37, // 66: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39, // 67: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42, // 68: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20, // 69: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27, // 70: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31, // 71: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44, // 72: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46, // 73: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	48, // 74: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	50, // 75: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	52, // 76: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	54, // 77: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	56, // 78: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	58, // 79: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	60, // 80: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	63, // 81: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	9,  // 82: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11, // 83: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13, // 84: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15, // 85: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17, // 86: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19, // 87: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34, // 88: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36, // 89: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38, // 90: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40, // 91: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43, // 92: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21, // 93: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28, // 94: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32, // 95: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45, // 96: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47, // 97: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	49, // 98: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	51, // 99: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	53, // 100: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	55, // 101: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	57, // 102: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	59, // 103: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	61, // 104: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	64, // 105: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	82, // [82:106] is the sub-list for method output_type
+	58, // [58:82] is the sub-list for method input_type
+	58, // [58:58] is the sub-list for extension type_name
+	58, // [58:58] is the sub-list for extension extendee
+	0,  // [0:58] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -4324,7 +4745,7 @@ func file_banger_v1_banger_proto_init() {
 		return
 	}
 	file_banger_v1_banger_proto_msgTypes[18].OneofWrappers = []any{}
-	file_banger_v1_banger_proto_msgTypes[58].OneofWrappers = []any{
+	file_banger_v1_banger_proto_msgTypes[64].OneofWrappers = []any{
 		(*WatchResponse_Snapshot)(nil),
 		(*WatchResponse_Vm)(nil),
 		(*WatchResponse_VmDeleted)(nil),
@@ -4336,7 +4757,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   63,
+			NumMessages:   69,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

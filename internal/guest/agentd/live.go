@@ -40,7 +40,8 @@ func Run(ctx context.Context, version string, restarts int) error {
 	}
 	guest := &Guest{
 		Version: version, Stages: &live.stages,
-		Answered: live.answered, Facts: live.facts, Shutdown: live.shutdown, Grow: live.grow, DialTCP: DialLoopback, Stats: live.stats,
+		Answered: live.answered, Facts: live.facts, Shutdown: live.shutdown, Grow: live.grow, DialTCP: DialLoopback,
+		Stats: live.stats, Ports: live.ports, Trim: live.trim, Now: time.Now, SetNow: setNow,
 		Sync: func(context.Context) error { unix.Sync(); return nil },
 	}
 	for _, s := range state.Stages {

@@ -39,6 +39,13 @@ type Guest struct {
 	Grow     func(ctx context.Context) ([]Grown, error)
 	// Stats measures the guest.
 	Stats func(ctx context.Context) (*agentv1.StatsResponse, error)
+	// Ports lists who listens.
+	Ports func(ctx context.Context) (*agentv1.PortsResponse, error)
+	// Trim discards what its filesystems do not use.
+	Trim func(ctx context.Context) (*agentv1.TrimResponse, error)
+	// Now and SetNow are its clock. SetNow steps it.
+	Now    func() time.Time
+	SetNow func(time.Time) error
 	// DialTCP connects to a port of the guest's loopback; a refused connection is ECONNREFUSED.
 	DialTCP func(ctx context.Context, port int) (net.Conn, error)
 }

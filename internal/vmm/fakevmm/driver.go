@@ -470,6 +470,11 @@ func (g *Guest) Size(role vmm.Role) int64 {
 	return r.Sizes[role]
 }
 
+// Fault returns the argument of such a line about the machine in the faults file; ok is false without one.
+func (g *Guest) Fault(kind string) (arg string, ok bool) {
+	return g.m.driver.world.fault(g.m.spec, kind)
+}
+
 // Console appends a line to the machine's log, as a guest that prints on its serial console.
 func (g *Guest) Console(line string) error { return appendLine(g.m.spec.Log, line) }
 

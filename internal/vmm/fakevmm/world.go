@@ -30,7 +30,7 @@
 //	deaf               the guest ignores that it is asked to power off or to reset
 //	pause              the guest is paused (io-error) as soon as it has started; a Resume while
 //	                   the line is there leaves it paused
-//	stiff              the machine refuses to be told of a new size of a drive
+//	stiff              the machine refuses to be told of a new size of a drive, and takes no discards
 //	console <text>     the line appears in the machine's log when it starts
 package fakevmm
 

@@ -907,6 +907,414 @@ func (x *InterfaceStats) GetSentBytes() int64 {
 	return 0
 }
 
+type PortsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PortsRequest) Reset() {
+	*x = PortsRequest{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PortsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PortsRequest) ProtoMessage() {}
+
+func (x *PortsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PortsRequest.ProtoReflect.Descriptor instead.
+func (*PortsRequest) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+type PortsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Listeners     []*Listener            `protobuf:"bytes,1,rep,name=listeners,proto3" json:"listeners,omitempty"` // by protocol, port and address
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PortsResponse) Reset() {
+	*x = PortsResponse{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PortsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PortsResponse) ProtoMessage() {}
+
+func (x *PortsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PortsResponse.ProtoReflect.Descriptor instead.
+func (*PortsResponse) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *PortsResponse) GetListeners() []*Listener {
+	if x != nil {
+		return x.Listeners
+	}
+	return nil
+}
+
+type Listener struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Protocol      string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp, udp
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`   // that it is bound to; 0.0.0.0 and :: are all
+	Port          uint32                 `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`
+	Uid           uint32                 `protobuf:"varint,4,opt,name=uid,proto3" json:"uid,omitempty"`
+	Pid           int32                  `protobuf:"varint,5,opt,name=pid,proto3" json:"pid,omitempty"`        // 0: not known
+	Process       string                 `protobuf:"bytes,6,opt,name=process,proto3" json:"process,omitempty"` // its name
+	Command       string                 `protobuf:"bytes,7,opt,name=command,proto3" json:"command,omitempty"` // its command line, cut
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Listener) Reset() {
+	*x = Listener{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Listener) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Listener) ProtoMessage() {}
+
+func (x *Listener) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Listener.ProtoReflect.Descriptor instead.
+func (*Listener) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Listener) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *Listener) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Listener) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *Listener) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *Listener) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Listener) GetProcess() string {
+	if x != nil {
+		return x.Process
+	}
+	return ""
+}
+
+func (x *Listener) GetCommand() string {
+	if x != nil {
+		return x.Command
+	}
+	return ""
+}
+
+type TrimRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrimRequest) Reset() {
+	*x = TrimRequest{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrimRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrimRequest) ProtoMessage() {}
+
+func (x *TrimRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrimRequest.ProtoReflect.Descriptor instead.
+func (*TrimRequest) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+type TrimResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Trimmed       []*Trimmed             `protobuf:"bytes,1,rep,name=trimmed,proto3" json:"trimmed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrimResponse) Reset() {
+	*x = TrimResponse{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrimResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrimResponse) ProtoMessage() {}
+
+func (x *TrimResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrimResponse.ProtoReflect.Descriptor instead.
+func (*TrimResponse) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *TrimResponse) GetTrimmed() []*Trimmed {
+	if x != nil {
+		return x.Trimmed
+	}
+	return nil
+}
+
+type Trimmed struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Target        string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"`
+	Bytes         int64                  `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`             // that were discarded; what was free before may be among them
+	Unsupported   bool                   `protobuf:"varint,3,opt,name=unsupported,proto3" json:"unsupported,omitempty"` // the VMM takes no discards
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Trimmed) Reset() {
+	*x = Trimmed{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Trimmed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Trimmed) ProtoMessage() {}
+
+func (x *Trimmed) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Trimmed.ProtoReflect.Descriptor instead.
+func (*Trimmed) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Trimmed) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *Trimmed) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Trimmed) GetUnsupported() bool {
+	if x != nil {
+		return x.Unsupported
+	}
+	return false
+}
+
+type SetClockRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	UnixMs        int64                  `protobuf:"varint,1,opt,name=unix_ms,json=unixMs,proto3" json:"unix_ms,omitempty"` // the host's clock when this was sent
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetClockRequest) Reset() {
+	*x = SetClockRequest{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetClockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetClockRequest) ProtoMessage() {}
+
+func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetClockRequest.ProtoReflect.Descriptor instead.
+func (*SetClockRequest) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *SetClockRequest) GetUnixMs() int64 {
+	if x != nil {
+		return x.UnixMs
+	}
+	return 0
+}
+
+type SetClockResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OffMs         int64                  `protobuf:"varint,1,opt,name=off_ms,json=offMs,proto3" json:"off_ms,omitempty"` // by how much the guest's was behind (or, negative, ahead)
+	Stepped       bool                   `protobuf:"varint,2,opt,name=stepped,proto3" json:"stepped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetClockResponse) Reset() {
+	*x = SetClockResponse{}
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetClockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetClockResponse) ProtoMessage() {}
+
+func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_agent_v1_agent_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetClockResponse.ProtoReflect.Descriptor instead.
+func (*SetClockResponse) Descriptor() ([]byte, []int) {
+	return file_banger_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *SetClockResponse) GetOffMs() int64 {
+	if x != nil {
+		return x.OffMs
+	}
+	return 0
+}
+
+func (x *SetClockResponse) GetStepped() bool {
+	if x != nil {
+		return x.Stepped
+	}
+	return false
+}
+
 var File_banger_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_banger_agent_v1_agent_proto_rawDesc = "" +
@@ -974,14 +1382,40 @@ const file_banger_agent_v1_agent_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12%\n" +
 	"\x0ereceived_bytes\x18\x02 \x01(\x03R\rreceivedBytes\x12\x1d\n" +
 	"\n" +
-	"sent_bytes\x18\x03 \x01(\x03R\tsentBytes2\xf3\x03\n" +
+	"sent_bytes\x18\x03 \x01(\x03R\tsentBytes\"\x0e\n" +
+	"\fPortsRequest\"H\n" +
+	"\rPortsResponse\x127\n" +
+	"\tlisteners\x18\x01 \x03(\v2\x19.banger.agent.v1.ListenerR\tlisteners\"\xac\x01\n" +
+	"\bListener\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
+	"\x04port\x18\x03 \x01(\rR\x04port\x12\x10\n" +
+	"\x03uid\x18\x04 \x01(\rR\x03uid\x12\x10\n" +
+	"\x03pid\x18\x05 \x01(\x05R\x03pid\x12\x18\n" +
+	"\aprocess\x18\x06 \x01(\tR\aprocess\x12\x18\n" +
+	"\acommand\x18\a \x01(\tR\acommand\"\r\n" +
+	"\vTrimRequest\"B\n" +
+	"\fTrimResponse\x122\n" +
+	"\atrimmed\x18\x01 \x03(\v2\x18.banger.agent.v1.TrimmedR\atrimmed\"Y\n" +
+	"\aTrimmed\x12\x16\n" +
+	"\x06target\x18\x01 \x01(\tR\x06target\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\x12 \n" +
+	"\vunsupported\x18\x03 \x01(\bR\vunsupported\"*\n" +
+	"\x0fSetClockRequest\x12\x17\n" +
+	"\aunix_ms\x18\x01 \x01(\x03R\x06unixMs\"C\n" +
+	"\x10SetClockResponse\x12\x15\n" +
+	"\x06off_ms\x18\x01 \x01(\x03R\x05offMs\x12\x18\n" +
+	"\astepped\x18\x02 \x01(\bR\astepped2\xd1\x05\n" +
 	"\fAgentService\x12I\n" +
 	"\x06Health\x12\x1e.banger.agent.v1.HealthRequest\x1a\x1f.banger.agent.v1.HealthResponse\x12T\n" +
 	"\tWatchBoot\x12!.banger.agent.v1.WatchBootRequest\x1a\".banger.agent.v1.WatchBootResponse0\x01\x12O\n" +
 	"\bShutdown\x12 .banger.agent.v1.ShutdownRequest\x1a!.banger.agent.v1.ShutdownResponse\x12C\n" +
 	"\x04Sync\x12\x1c.banger.agent.v1.SyncRequest\x1a\x1d.banger.agent.v1.SyncResponse\x12d\n" +
 	"\x0fGrowFilesystems\x12'.banger.agent.v1.GrowFilesystemsRequest\x1a(.banger.agent.v1.GrowFilesystemsResponse\x12F\n" +
-	"\x05Stats\x12\x1d.banger.agent.v1.StatsRequest\x1a\x1e.banger.agent.v1.StatsResponseB<Z:git.thaloco.com/thaloco/banger/api/banger/agent/v1;agentv1b\x06proto3"
+	"\x05Stats\x12\x1d.banger.agent.v1.StatsRequest\x1a\x1e.banger.agent.v1.StatsResponse\x12F\n" +
+	"\x05Ports\x12\x1d.banger.agent.v1.PortsRequest\x1a\x1e.banger.agent.v1.PortsResponse\x12C\n" +
+	"\x04Trim\x12\x1c.banger.agent.v1.TrimRequest\x1a\x1d.banger.agent.v1.TrimResponse\x12O\n" +
+	"\bSetClock\x12 .banger.agent.v1.SetClockRequest\x1a!.banger.agent.v1.SetClockResponseB<Z:git.thaloco.com/thaloco/banger/api/banger/agent/v1;agentv1b\x06proto3"
 
 var (
 	file_banger_agent_v1_agent_proto_rawDescOnce sync.Once
@@ -995,7 +1429,7 @@ func file_banger_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_banger_agent_v1_agent_proto_rawDescData
 }
 
-var file_banger_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_banger_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_banger_agent_v1_agent_proto_goTypes = []any{
 	(*HealthRequest)(nil),           // 0: banger.agent.v1.HealthRequest
 	(*HealthResponse)(nil),          // 1: banger.agent.v1.HealthResponse
@@ -1013,6 +1447,14 @@ var file_banger_agent_v1_agent_proto_goTypes = []any{
 	(*StatsResponse)(nil),           // 13: banger.agent.v1.StatsResponse
 	(*DiskStats)(nil),               // 14: banger.agent.v1.DiskStats
 	(*InterfaceStats)(nil),          // 15: banger.agent.v1.InterfaceStats
+	(*PortsRequest)(nil),            // 16: banger.agent.v1.PortsRequest
+	(*PortsResponse)(nil),           // 17: banger.agent.v1.PortsResponse
+	(*Listener)(nil),                // 18: banger.agent.v1.Listener
+	(*TrimRequest)(nil),             // 19: banger.agent.v1.TrimRequest
+	(*TrimResponse)(nil),            // 20: banger.agent.v1.TrimResponse
+	(*Trimmed)(nil),                 // 21: banger.agent.v1.Trimmed
+	(*SetClockRequest)(nil),         // 22: banger.agent.v1.SetClockRequest
+	(*SetClockResponse)(nil),        // 23: banger.agent.v1.SetClockResponse
 }
 var file_banger_agent_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: banger.agent.v1.HealthResponse.stages:type_name -> banger.agent.v1.Stage
@@ -1020,23 +1462,31 @@ var file_banger_agent_v1_agent_proto_depIdxs = []int32{
 	11, // 2: banger.agent.v1.GrowFilesystemsResponse.grown:type_name -> banger.agent.v1.GrownFilesystem
 	14, // 3: banger.agent.v1.StatsResponse.disks:type_name -> banger.agent.v1.DiskStats
 	15, // 4: banger.agent.v1.StatsResponse.interfaces:type_name -> banger.agent.v1.InterfaceStats
-	0,  // 5: banger.agent.v1.AgentService.Health:input_type -> banger.agent.v1.HealthRequest
-	3,  // 6: banger.agent.v1.AgentService.WatchBoot:input_type -> banger.agent.v1.WatchBootRequest
-	5,  // 7: banger.agent.v1.AgentService.Shutdown:input_type -> banger.agent.v1.ShutdownRequest
-	7,  // 8: banger.agent.v1.AgentService.Sync:input_type -> banger.agent.v1.SyncRequest
-	9,  // 9: banger.agent.v1.AgentService.GrowFilesystems:input_type -> banger.agent.v1.GrowFilesystemsRequest
-	12, // 10: banger.agent.v1.AgentService.Stats:input_type -> banger.agent.v1.StatsRequest
-	1,  // 11: banger.agent.v1.AgentService.Health:output_type -> banger.agent.v1.HealthResponse
-	4,  // 12: banger.agent.v1.AgentService.WatchBoot:output_type -> banger.agent.v1.WatchBootResponse
-	6,  // 13: banger.agent.v1.AgentService.Shutdown:output_type -> banger.agent.v1.ShutdownResponse
-	8,  // 14: banger.agent.v1.AgentService.Sync:output_type -> banger.agent.v1.SyncResponse
-	10, // 15: banger.agent.v1.AgentService.GrowFilesystems:output_type -> banger.agent.v1.GrowFilesystemsResponse
-	13, // 16: banger.agent.v1.AgentService.Stats:output_type -> banger.agent.v1.StatsResponse
-	11, // [11:17] is the sub-list for method output_type
-	5,  // [5:11] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	18, // 5: banger.agent.v1.PortsResponse.listeners:type_name -> banger.agent.v1.Listener
+	21, // 6: banger.agent.v1.TrimResponse.trimmed:type_name -> banger.agent.v1.Trimmed
+	0,  // 7: banger.agent.v1.AgentService.Health:input_type -> banger.agent.v1.HealthRequest
+	3,  // 8: banger.agent.v1.AgentService.WatchBoot:input_type -> banger.agent.v1.WatchBootRequest
+	5,  // 9: banger.agent.v1.AgentService.Shutdown:input_type -> banger.agent.v1.ShutdownRequest
+	7,  // 10: banger.agent.v1.AgentService.Sync:input_type -> banger.agent.v1.SyncRequest
+	9,  // 11: banger.agent.v1.AgentService.GrowFilesystems:input_type -> banger.agent.v1.GrowFilesystemsRequest
+	12, // 12: banger.agent.v1.AgentService.Stats:input_type -> banger.agent.v1.StatsRequest
+	16, // 13: banger.agent.v1.AgentService.Ports:input_type -> banger.agent.v1.PortsRequest
+	19, // 14: banger.agent.v1.AgentService.Trim:input_type -> banger.agent.v1.TrimRequest
+	22, // 15: banger.agent.v1.AgentService.SetClock:input_type -> banger.agent.v1.SetClockRequest
+	1,  // 16: banger.agent.v1.AgentService.Health:output_type -> banger.agent.v1.HealthResponse
+	4,  // 17: banger.agent.v1.AgentService.WatchBoot:output_type -> banger.agent.v1.WatchBootResponse
+	6,  // 18: banger.agent.v1.AgentService.Shutdown:output_type -> banger.agent.v1.ShutdownResponse
+	8,  // 19: banger.agent.v1.AgentService.Sync:output_type -> banger.agent.v1.SyncResponse
+	10, // 20: banger.agent.v1.AgentService.GrowFilesystems:output_type -> banger.agent.v1.GrowFilesystemsResponse
+	13, // 21: banger.agent.v1.AgentService.Stats:output_type -> banger.agent.v1.StatsResponse
+	17, // 22: banger.agent.v1.AgentService.Ports:output_type -> banger.agent.v1.PortsResponse
+	20, // 23: banger.agent.v1.AgentService.Trim:output_type -> banger.agent.v1.TrimResponse
+	23, // 24: banger.agent.v1.AgentService.SetClock:output_type -> banger.agent.v1.SetClockResponse
+	16, // [16:25] is the sub-list for method output_type
+	7,  // [7:16] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_banger_agent_v1_agent_proto_init() }
@@ -1050,7 +1500,7 @@ func file_banger_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_agent_v1_agent_proto_rawDesc), len(file_banger_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

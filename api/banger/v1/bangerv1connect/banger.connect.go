@@ -70,6 +70,10 @@ const (
 	VMServiceGetDefaultsProcedure = "/banger.v1.VMService/GetDefaults"
 	// VMServiceGetStatsProcedure is the fully-qualified name of the VMService's GetStats RPC.
 	VMServiceGetStatsProcedure = "/banger.v1.VMService/GetStats"
+	// VMServiceGetPortsProcedure is the fully-qualified name of the VMService's GetPorts RPC.
+	VMServiceGetPortsProcedure = "/banger.v1.VMService/GetPorts"
+	// VMServiceTrimVMProcedure is the fully-qualified name of the VMService's TrimVM RPC.
+	VMServiceTrimVMProcedure = "/banger.v1.VMService/TrimVM"
 	// VMServiceGetSSHTargetProcedure is the fully-qualified name of the VMService's GetSSHTarget RPC.
 	VMServiceGetSSHTargetProcedure = "/banger.v1.VMService/GetSSHTarget"
 	// ImageServiceListImagesProcedure is the fully-qualified name of the ImageService's ListImages RPC.
@@ -118,6 +122,11 @@ type VMServiceClient interface {
 	// GetStats measures VMs, one result per reference in the order given; without references all that run.
 	// Counters only grow while a VM runs: rates are the differences of two calls.
 	GetStats(context.Context, *v1.GetStatsRequest) (*v1.GetStatsResponse, error)
+	// GetPorts lists what listens in guests, one result per reference in the order given; without references
+	// of all that run. TCP listeners are asked whether they speak HTTP.
+	GetPorts(context.Context, *v1.GetPortsRequest) (*v1.GetPortsResponse, error)
+	// TrimVM gives blocks that the guest's filesystems do not use back to the host.
+	TrimVM(context.Context, *v1.TrimVMRequest) (*v1.TrimVMResponse, error)
 	// GetSSHTarget tells how to enter a VM by SSH: whom to log in as, with which key, and which host
 	// key to expect. It neither connects nor waits.
 	GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error)
@@ -206,6 +215,18 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("GetStats")),
 			connect.WithClientOptions(opts...),
 		),
+		getPorts: connect.NewClient[v1.GetPortsRequest, v1.GetPortsResponse](
+			httpClient,
+			baseURL+VMServiceGetPortsProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("GetPorts")),
+			connect.WithClientOptions(opts...),
+		),
+		trimVM: connect.NewClient[v1.TrimVMRequest, v1.TrimVMResponse](
+			httpClient,
+			baseURL+VMServiceTrimVMProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("TrimVM")),
+			connect.WithClientOptions(opts...),
+		),
 		getSSHTarget: connect.NewClient[v1.GetSSHTargetRequest, v1.GetSSHTargetResponse](
 			httpClient,
 			baseURL+VMServiceGetSSHTargetProcedure,
@@ -229,6 +250,8 @@ type vMServiceClient struct {
 	resolveVMs   *connect.Client[v1.ResolveVMsRequest, v1.ResolveVMsResponse]
 	getDefaults  *connect.Client[v1.GetDefaultsRequest, v1.GetDefaultsResponse]
 	getStats     *connect.Client[v1.GetStatsRequest, v1.GetStatsResponse]
+	getPorts     *connect.Client[v1.GetPortsRequest, v1.GetPortsResponse]
+	trimVM       *connect.Client[v1.TrimVMRequest, v1.TrimVMResponse]
 	getSSHTarget *connect.Client[v1.GetSSHTargetRequest, v1.GetSSHTargetResponse]
 }
 
@@ -340,6 +363,24 @@ func (c *vMServiceClient) GetStats(ctx context.Context, req *v1.GetStatsRequest)
 	return nil, err
 }
 
+// GetPorts calls banger.v1.VMService.GetPorts.
+func (c *vMServiceClient) GetPorts(ctx context.Context, req *v1.GetPortsRequest) (*v1.GetPortsResponse, error) {
+	response, err := c.getPorts.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// TrimVM calls banger.v1.VMService.TrimVM.
+func (c *vMServiceClient) TrimVM(ctx context.Context, req *v1.TrimVMRequest) (*v1.TrimVMResponse, error) {
+	response, err := c.trimVM.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // GetSSHTarget calls banger.v1.VMService.GetSSHTarget.
 func (c *vMServiceClient) GetSSHTarget(ctx context.Context, req *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error) {
 	response, err := c.getSSHTarget.CallUnary(ctx, connect.NewRequest(req))
@@ -371,6 +412,11 @@ type VMServiceHandler interface {
 	// GetStats measures VMs, one result per reference in the order given; without references all that run.
 	// Counters only grow while a VM runs: rates are the differences of two calls.
 	GetStats(context.Context, *v1.GetStatsRequest) (*v1.GetStatsResponse, error)
+	// GetPorts lists what listens in guests, one result per reference in the order given; without references
+	// of all that run. TCP listeners are asked whether they speak HTTP.
+	GetPorts(context.Context, *v1.GetPortsRequest) (*v1.GetPortsResponse, error)
+	// TrimVM gives blocks that the guest's filesystems do not use back to the host.
+	TrimVM(context.Context, *v1.TrimVMRequest) (*v1.TrimVMResponse, error)
 	// GetSSHTarget tells how to enter a VM by SSH: whom to log in as, with which key, and which host
 	// key to expect. It neither connects nor waits.
 	GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error)
@@ -455,6 +501,18 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("GetStats")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceGetPortsHandler := connect.NewUnaryHandlerSimple(
+		VMServiceGetPortsProcedure,
+		svc.GetPorts,
+		connect.WithSchema(vMServiceMethods.ByName("GetPorts")),
+		connect.WithHandlerOptions(opts...),
+	)
+	vMServiceTrimVMHandler := connect.NewUnaryHandlerSimple(
+		VMServiceTrimVMProcedure,
+		svc.TrimVM,
+		connect.WithSchema(vMServiceMethods.ByName("TrimVM")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceGetSSHTargetHandler := connect.NewUnaryHandlerSimple(
 		VMServiceGetSSHTargetProcedure,
 		svc.GetSSHTarget,
@@ -487,6 +545,10 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceGetDefaultsHandler.ServeHTTP(w, r)
 		case VMServiceGetStatsProcedure:
 			vMServiceGetStatsHandler.ServeHTTP(w, r)
+		case VMServiceGetPortsProcedure:
+			vMServiceGetPortsHandler.ServeHTTP(w, r)
+		case VMServiceTrimVMProcedure:
+			vMServiceTrimVMHandler.ServeHTTP(w, r)
 		case VMServiceGetSSHTargetProcedure:
 			vMServiceGetSSHTargetHandler.ServeHTTP(w, r)
 		default:
@@ -544,6 +606,14 @@ func (UnimplementedVMServiceHandler) GetDefaults(context.Context, *v1.GetDefault
 
 func (UnimplementedVMServiceHandler) GetStats(context.Context, *v1.GetStatsRequest) (*v1.GetStatsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.GetStats is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) GetPorts(context.Context, *v1.GetPortsRequest) (*v1.GetPortsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.GetPorts is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) TrimVM(context.Context, *v1.TrimVMRequest) (*v1.TrimVMResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.TrimVM is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error) {

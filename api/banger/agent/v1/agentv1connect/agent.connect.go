@@ -49,6 +49,12 @@ const (
 	AgentServiceGrowFilesystemsProcedure = "/banger.agent.v1.AgentService/GrowFilesystems"
 	// AgentServiceStatsProcedure is the fully-qualified name of the AgentService's Stats RPC.
 	AgentServiceStatsProcedure = "/banger.agent.v1.AgentService/Stats"
+	// AgentServicePortsProcedure is the fully-qualified name of the AgentService's Ports RPC.
+	AgentServicePortsProcedure = "/banger.agent.v1.AgentService/Ports"
+	// AgentServiceTrimProcedure is the fully-qualified name of the AgentService's Trim RPC.
+	AgentServiceTrimProcedure = "/banger.agent.v1.AgentService/Trim"
+	// AgentServiceSetClockProcedure is the fully-qualified name of the AgentService's SetClock RPC.
+	AgentServiceSetClockProcedure = "/banger.agent.v1.AgentService/SetClock"
 )
 
 // AgentServiceClient is a client for the banger.agent.v1.AgentService service.
@@ -66,6 +72,12 @@ type AgentServiceClient interface {
 	GrowFilesystems(context.Context, *v1.GrowFilesystemsRequest) (*v1.GrowFilesystemsResponse, error)
 	// Stats measures the guest, at once.
 	Stats(context.Context, *v1.StatsRequest) (*v1.StatsResponse, error)
+	// Ports lists who listens in the guest's own network namespace.
+	Ports(context.Context, *v1.PortsRequest) (*v1.PortsResponse, error)
+	// Trim gives blocks that the guest's filesystems do not use back to the host.
+	Trim(context.Context, *v1.TrimRequest) (*v1.TrimResponse, error)
+	// SetClock steps the guest's clock if it is off by more than a second.
+	SetClock(context.Context, *v1.SetClockRequest) (*v1.SetClockResponse, error)
 }
 
 // NewAgentServiceClient constructs a client for the banger.agent.v1.AgentService service. By
@@ -115,6 +127,24 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("Stats")),
 			connect.WithClientOptions(opts...),
 		),
+		ports: connect.NewClient[v1.PortsRequest, v1.PortsResponse](
+			httpClient,
+			baseURL+AgentServicePortsProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Ports")),
+			connect.WithClientOptions(opts...),
+		),
+		trim: connect.NewClient[v1.TrimRequest, v1.TrimResponse](
+			httpClient,
+			baseURL+AgentServiceTrimProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Trim")),
+			connect.WithClientOptions(opts...),
+		),
+		setClock: connect.NewClient[v1.SetClockRequest, v1.SetClockResponse](
+			httpClient,
+			baseURL+AgentServiceSetClockProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("SetClock")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -126,6 +156,9 @@ type agentServiceClient struct {
 	sync            *connect.Client[v1.SyncRequest, v1.SyncResponse]
 	growFilesystems *connect.Client[v1.GrowFilesystemsRequest, v1.GrowFilesystemsResponse]
 	stats           *connect.Client[v1.StatsRequest, v1.StatsResponse]
+	ports           *connect.Client[v1.PortsRequest, v1.PortsResponse]
+	trim            *connect.Client[v1.TrimRequest, v1.TrimResponse]
+	setClock        *connect.Client[v1.SetClockRequest, v1.SetClockResponse]
 }
 
 // Health calls banger.agent.v1.AgentService.Health.
@@ -178,6 +211,33 @@ func (c *agentServiceClient) Stats(ctx context.Context, req *v1.StatsRequest) (*
 	return nil, err
 }
 
+// Ports calls banger.agent.v1.AgentService.Ports.
+func (c *agentServiceClient) Ports(ctx context.Context, req *v1.PortsRequest) (*v1.PortsResponse, error) {
+	response, err := c.ports.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Trim calls banger.agent.v1.AgentService.Trim.
+func (c *agentServiceClient) Trim(ctx context.Context, req *v1.TrimRequest) (*v1.TrimResponse, error) {
+	response, err := c.trim.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// SetClock calls banger.agent.v1.AgentService.SetClock.
+func (c *agentServiceClient) SetClock(ctx context.Context, req *v1.SetClockRequest) (*v1.SetClockResponse, error) {
+	response, err := c.setClock.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // AgentServiceHandler is an implementation of the banger.agent.v1.AgentService service.
 type AgentServiceHandler interface {
 	// Health answers at once with what the agent knows.
@@ -193,6 +253,12 @@ type AgentServiceHandler interface {
 	GrowFilesystems(context.Context, *v1.GrowFilesystemsRequest) (*v1.GrowFilesystemsResponse, error)
 	// Stats measures the guest, at once.
 	Stats(context.Context, *v1.StatsRequest) (*v1.StatsResponse, error)
+	// Ports lists who listens in the guest's own network namespace.
+	Ports(context.Context, *v1.PortsRequest) (*v1.PortsResponse, error)
+	// Trim gives blocks that the guest's filesystems do not use back to the host.
+	Trim(context.Context, *v1.TrimRequest) (*v1.TrimResponse, error)
+	// SetClock steps the guest's clock if it is off by more than a second.
+	SetClock(context.Context, *v1.SetClockRequest) (*v1.SetClockResponse, error)
 }
 
 // NewAgentServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -238,6 +304,24 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("Stats")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServicePortsHandler := connect.NewUnaryHandlerSimple(
+		AgentServicePortsProcedure,
+		svc.Ports,
+		connect.WithSchema(agentServiceMethods.ByName("Ports")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceTrimHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceTrimProcedure,
+		svc.Trim,
+		connect.WithSchema(agentServiceMethods.ByName("Trim")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceSetClockHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceSetClockProcedure,
+		svc.SetClock,
+		connect.WithSchema(agentServiceMethods.ByName("SetClock")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/banger.agent.v1.AgentService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AgentServiceHealthProcedure:
@@ -252,6 +336,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceGrowFilesystemsHandler.ServeHTTP(w, r)
 		case AgentServiceStatsProcedure:
 			agentServiceStatsHandler.ServeHTTP(w, r)
+		case AgentServicePortsProcedure:
+			agentServicePortsHandler.ServeHTTP(w, r)
+		case AgentServiceTrimProcedure:
+			agentServiceTrimHandler.ServeHTTP(w, r)
+		case AgentServiceSetClockProcedure:
+			agentServiceSetClockHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -283,4 +373,16 @@ func (UnimplementedAgentServiceHandler) GrowFilesystems(context.Context, *v1.Gro
 
 func (UnimplementedAgentServiceHandler) Stats(context.Context, *v1.StatsRequest) (*v1.StatsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.agent.v1.AgentService.Stats is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Ports(context.Context, *v1.PortsRequest) (*v1.PortsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.agent.v1.AgentService.Ports is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Trim(context.Context, *v1.TrimRequest) (*v1.TrimResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.agent.v1.AgentService.Trim is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) SetClock(context.Context, *v1.SetClockRequest) (*v1.SetClockResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.agent.v1.AgentService.SetClock is not implemented"))
 }

@@ -1,0 +1,207 @@
+package sandbox
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"html"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
+	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+)
+
+// Ports are what listens in one guest.
+type Ports struct {
+	Ref   string
+	VM    vm.VM
+	Host  string // the guest's name on the network, "" if it has no address
+	Ports []Port
+	Err   error // there is no such VM, or its guest did not tell
+}
+
+// Port is one listener. Its text came from the guest, and is printable.
+type Port struct {
+	Protocol string // tcp, udp
+	Address  string // that it is bound to
+	Port     int
+	Loopback bool // it listens for the guest alone
+	PID      int
+	Process  string
+	Command  string
+	// What a TCP listener answered.
+	Scheme string // https, http, "" for neither
+	Status int
+	Title  string
+}
+
+// addressed is a capability that gives a VM an address by which the host, and the name NAME.vm, reaches
+// its guest.
+type addressed interface {
+	// HasAddress says whether a VM has one now.
+	HasAddress(v *vm.VM) bool
+}
+
+const (
+	// probeTime bounds one question to one listener, probesTime all those to one guest.
+	probeTime  = 2 * time.Second
+	probesTime = 8 * time.Second
+	// probesAtOnce bounds the connections to one guest; it serves agent.MaxStreams.
+	probesAtOnce = 16
+	// maxProbes is how many listeners of a guest are asked.
+	maxProbes = 128
+	// maxPage is how much of a page is searched for its title, in bytes; maxTitle what is shown of that.
+	maxPage  = 64 << 10
+	maxTitle = 80
+)
+
+// Ports lists what listens in guests, one result per reference in the order given; without references of
+// all VMs that run. TCP listeners that the guest's loopback reaches are asked for HTTPS and HTTP, through the
+// agent, so that no network is needed.
+func (s *Service) Ports(ctx context.Context, refs []string) []Ports {
+	var out []Ports
+	s.each(ctx, refs, func(n int) { out = make([]Ports, n) }, func(i int, ref string, v vm.VM, err error) {
+		out[i] = Ports{Ref: ref, VM: v, Err: err}
+		if err == nil {
+			s.listPorts(ctx, &out[i])
+		}
+	})
+	return out
+}
+
+func (s *Service) listPorts(ctx context.Context, p *Ports) {
+	var sess *agent.Session
+	var answer *agentv1.PortsResponse
+	p.Err = s.ask(ctx, &p.VM, "list of ports", func(ctx context.Context, opened *agent.Session) (err error) {
+		sess = opened
+		answer, err = sess.Client().Ports(ctx, &agentv1.PortsRequest{})
+		return err
+	})
+	if p.Err != nil {
+		return
+	}
+	for _, part := range s.machines.parts {
+		if a, ok := part.(addressed); ok && a.HasAddress(&p.VM) {
+			p.Host = p.VM.Name + ".vm"
+		}
+	}
+	p.Ports = tamePorts(answer)
+	bounded, cancel := context.WithTimeout(ctx, probesTime)
+	defer cancel()
+	slots := make(chan struct{}, probesAtOnce)
+	var all sync.WaitGroup
+	probes := 0
+	for i := range p.Ports {
+		port := &p.Ports[i]
+		if !port.reachedByLoopback() || probes == maxProbes {
+			continue
+		}
+		probes++
+		slots <- struct{}{} // each probe is bounded
+		all.Go(func() {
+			defer func() { <-slots }()
+			port.Scheme, port.Status, port.Title = probe(bounded, p.VM.Name+".vm", port.Port, func(ctx context.Context) (net.Conn, error) {
+				return sess.DialTCP(ctx, port.Port, false)
+			})
+		})
+	}
+	all.Wait()
+}
+
+// tamePorts makes what a guest said safe to show: what is no listener is left out, and one that listens on
+// IPv4 and IPv6 is one.
+func tamePorts(answer *agentv1.PortsResponse) []Port {
+	type key struct {
+		protocol       string
+		port, pid      int
+		loopback, wild bool
+		address        netip.Addr // of what is neither
+	}
+	seen := map[key]bool{}
+	out := []Port{}
+	for _, l := range answer.GetListeners() {
+		address, err := netip.ParseAddr(l.GetAddress())
+		if err != nil || l.GetPort() < 1 || l.GetPort() > 65535 || l.GetProtocol() != "tcp" && l.GetProtocol() != "udp" {
+			continue
+		}
+		address = address.WithZone("").Unmap()
+		k := key{protocol: l.GetProtocol(), port: int(l.GetPort()), pid: int(max(l.GetPid(), 0)), loopback: address.IsLoopback(), wild: address.IsUnspecified()}
+		if !k.wild {
+			if address == netip.IPv6Loopback() || address == netip.AddrFrom4([4]byte{127, 0, 0, 1}) {
+				address = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+			}
+			k.address = address
+		}
+		if seen[k] {
+			continue
+		}
+		seen[k] = true
+		out = append(out, Port{Protocol: k.protocol, Address: address.String(), Port: k.port, Loopback: k.loopback, PID: k.pid,
+			Process: guestText(l.GetProcess()), Command: guestText(l.GetCommand())})
+	}
+	return out
+}
+
+// reachedByLoopback says whether the agent's forward, which goes to 127.0.0.1 or ::1, reaches it.
+func (p *Port) reachedByLoopback() bool {
+	return p.Protocol == "tcp" && (p.Address == "0.0.0.0" || p.Address == "::" || p.Address == "127.0.0.1")
+}
+
+// probe asks a listener for a page, by HTTPS and then by HTTP.
+func probe(ctx context.Context, host string, port int, dial func(context.Context) (net.Conn, error)) (scheme string, status int, title string) {
+	for _, scheme := range []string{"https", "http"} {
+		ctx, cancel := context.WithTimeout(ctx, probeTime)
+		status, title, err := get(ctx, scheme+"://"+net.JoinHostPort(host, strconv.Itoa(port))+"/", dial)
+		cancel()
+		if err == nil {
+			return scheme, status, title
+		}
+	}
+	return "", 0, ""
+}
+
+var titleForm = regexp.MustCompile(`(?is)<title[^>]*>(.{0,1000}?)</title`)
+
+// get fetches one page and returns its status and title. The server is whoever listens: nothing that it says is
+// trusted, its certificate is not looked at, and no redirect is followed.
+func get(ctx context.Context, url string, dial func(context.Context) (net.Conn, error)) (status int, title string, err error) {
+	transport := &http.Transport{
+		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+		TLSClientConfig:        &tls.Config{InsecureSkipVerify: true}, // whether it speaks TLS is all that is asked
+		DisableKeepAlives:      true,
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: 16 << 10,
+	}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, "", err
+	}
+	req.Header.Set("User-Agent", "banger")
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, "", err
+	}
+	defer resp.Body.Close()
+	page, err := io.ReadAll(io.LimitReader(resp.Body, maxPage))
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && ctx.Err() == nil {
+		return 0, "", err
+	}
+	if m := titleForm.FindSubmatch(page); m != nil {
+		title = strings.Join(strings.Fields(guestText(html.UnescapeString(string(m[1])))), " ")
+		if r := []rune(title); len(r) > maxTitle {
+			title = string(r[:maxTitle]) + "..."
+		}
+	}
+	return resp.StatusCode, title, nil
+}

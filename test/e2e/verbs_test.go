@@ -1,0 +1,230 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"git.thaloco.com/thaloco/banger/internal/disk"
+)
+
+// services is what listens in the guest: HTTP for all, HTTPS by IPv6, UDP, and something that says nothing on
+// the loopback alone.
+const services = `package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"math/big"
+	"net"
+	"net/http"
+)
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+func main() {
+	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	form := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	cert := tls.Certificate{Certificate: [][]byte{must(x509.CreateCertificate(rand.Reader, form, form, &key.PublicKey, key))}, PrivateKey: key}
+	must(net.ListenPacket("udp4", "0.0.0.0:5353"))
+	must(net.Listen("tcp4", "127.0.0.1:9000"))
+	plain := must(net.Listen("tcp4", "0.0.0.0:8080"))
+	secure := tls.NewListener(must(net.Listen("tcp", "[::]:8443")), &tls.Config{Certificates: []tls.Certificate{cert}})
+	page := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "<title>Hello \x1b[31mthere</title>") })
+	go http.Serve(secure, http.NotFoundHandler())
+	fmt.Println("up")
+	panic(http.Serve(plain, page))
+}
+`
+
+// TestVerbs is what one does with a VM that runs, in one VM: a boot is what costs here.
+func TestVerbs(t *testing.T) {
+	h := newHost(t)
+	const name = "busy"
+	h.create(name, "--disk-size", "2G", "--system-size", "2G")
+	m := h.show(name)
+	size := func(h *host, dir string) int64 {
+		h.t.Helper()
+		n, err := strconv.ParseInt(h.in(name, "df --block-size 1 --output=size "+dir+" | tail -n 1 | tr -d ' '"), 10, 64)
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		return n
+	}
+	taken := func() int64 {
+		n := int64(0)
+		for _, file := range []string{"work.ext4", "system.ext4"} {
+			a, err := disk.Allocated(filepath.Join(m.Directory, file))
+			if err != nil {
+				t.Fatal(err)
+			}
+			n += a
+		}
+		return n
+	}
+
+	t.Run("set", func(t *testing.T) {
+		h := h.with(t)
+		h.in(name, "echo kept > /root/kept; echo kept > /kept")
+		if out := h.do("vm", "set", name, "--disk-size", "20G", "--system-size", "5G", "--label", "a=b"); out != name+": set\n" {
+			t.Errorf("set printed %q", out)
+		}
+		for dir, want := range map[string]int64{"/root": 20 << 30, "/": 5 << 30} {
+			if got := size(h, dir); got > want || got < want-want/20 {
+				t.Errorf("%s has %d bytes in the guest, want about %d", dir, got, want)
+			}
+		}
+		if got := h.in(name, "cat /root/kept /kept"); got != "kept\nkept" {
+			t.Errorf("files: %q", got)
+		}
+		if after := h.show(name); after.PID != m.PID || after.DiskBytes != 20<<30 {
+			t.Errorf("%+v", after)
+		}
+		h.refused(4, []string{"vm", "set", name, "--memory", "768M"}, "memory can change only while it is stopped", "--restart")
+		h.refused(2, []string{"vm", "set", name, "--disk-size", "10G"}, "cannot be made smaller")
+	})
+
+	t.Run("stats", func(t *testing.T) {
+		h := h.with(t)
+		var all []struct {
+			Name string
+			Host struct {
+				CPU    float64 `json:"cpu_percent"`
+				Memory int64   `json:"memory_bytes"`
+			}
+			Guest struct {
+				CPUs   int
+				CPU    float64 `json:"cpu_percent"`
+				Total  int64   `json:"memory_total_bytes"`
+				Free   int64   `json:"memory_available_bytes"`
+				Uptime int64   `json:"uptime_ms"`
+				Disks  []struct {
+					Target string
+					Total  int64 `json:"total_bytes"`
+				}
+			}
+		}
+		h.json(&all, "vm", "stats")
+		if len(all) != 1 || all[0].Name != name {
+			t.Fatalf("%+v", all)
+		}
+		s := all[0]
+		if s.Host.Memory < 32<<20 || s.Host.Memory > 3<<30 || s.Guest.CPUs != 2 || s.Guest.Total < 700<<20 || s.Guest.Total > 1<<30 ||
+			s.Guest.Free <= 0 || s.Guest.Free > s.Guest.Total || s.Guest.Uptime < 1000 || s.Guest.CPU < 0 || s.Guest.CPU > 100 || len(s.Guest.Disks) != 2 {
+			t.Errorf("%+v", s)
+		}
+		t.Logf("%s", h.do("vm", "stats", name))
+	})
+
+	t.Run("ports", func(t *testing.T) {
+		h := h.with(t)
+		program, err := os.ReadFile(static(t, services))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r := h.tryInput(string(program), "vm", "ssh", name, "--", "cat > /run/services && chmod +x /run/services"); r.code != 0 {
+			t.Fatal(r)
+		}
+		h.in(name, "systemd-run --quiet --unit services /run/services && until journalctl -u services | grep -q up; do sleep 0.2; done")
+		began := time.Now()
+		out := h.do("vm", "ports", name)
+		t.Logf("after %s:\n%s", time.Since(began), out)
+		for _, want := range []string{"5353/udp", "22/tcp", "9000/tcp  loopback only", "http 200 Hello there", "https 404", "/run/services"} {
+			if !strings.Contains(out, want) {
+				t.Errorf("no %q", want)
+			}
+		}
+		if n := strings.Count(out, " 22/tcp"); n != 1 {
+			t.Errorf("port 22 is listed %d times", n)
+		}
+		if strings.Contains(out, "\x1b") {
+			t.Error("an escape sequence of the guest's got through")
+		}
+	})
+
+	t.Run("trim", func(t *testing.T) {
+		if os.Getenv("BANGER_E2E_VMM") == "firecracker" {
+			t.Skip("Firecracker 1.12 takes no discards")
+		}
+		h := h.with(t)
+		h.in(name, "head -c 128M /dev/urandom > /root/big && sync")
+		full := taken()
+		h.in(name, "rm /root/big && sync")
+		began := time.Now()
+		r := h.try("vm", "trim", name)
+		if r.code != 0 || !strings.Contains(r.stderr, "given back to the host") {
+			t.Error(r)
+		}
+		t.Logf("trim: %s, %d MiB before, %d MiB after", time.Since(began), full>>20, taken()>>20)
+		if left := taken(); left > full-100<<20 {
+			t.Errorf("%d bytes before, %d after", full, left)
+		}
+	})
+
+	t.Run("clock", func(t *testing.T) {
+		h := h.with(t)
+		// The daemon that comes next finds a guest whose clock is off.
+		h.do("daemon", "stop")
+		h.do("vm", "list")
+		h.in(name, "timedatectl set-ntp false 2>/dev/null; date -s 2020-01-01 > /dev/null")
+		h.do("daemon", "stop")
+		h.do("vm", "list")
+		h.until("the guest's clock is right", callTime, func() bool {
+			guest, err := strconv.ParseInt(h.in(name, "date +%s"), 10, 64)
+			return err == nil && time.Since(time.Unix(guest, 0)).Abs() < time.Minute
+		})
+		// That a jump of the clock is noticed is shown where it may be set: in the guest.
+		test := filepath.Join(t.TempDir(), "hostclock.test")
+		build := exec.Command("go", "test", "-c", "-o", test, "./internal/hostclock")
+		build.Dir, build.Env = checkout, append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		program, err := os.ReadFile(test)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r := h.tryInput(string(program), "vm", "ssh", name, "--", "cat > /run/clock && chmod +x /run/clock && BANGER_TEST_MAY_SET_CLOCK=1 /run/clock -test.v -test.run TestJumps"); r.code != 0 || !strings.Contains(r.stdout, "--- PASS: TestJumps") {
+			t.Error(r)
+		}
+	})
+
+	t.Run("agent", func(t *testing.T) {
+		h := h.with(t)
+		// Of the agent alone: its supervisor is the same program. Idle means idle: no tick of 10 ms in 10 seconds.
+		out := h.in(name, `for p in $(pgrep -f banger-vsock-agent || pidof banger-vsock-agent); do
+			a=$(cut -d' ' -f14,15 /proc/$p/stat); sleep 10; b=$(cut -d' ' -f14,15 /proc/$p/stat)
+			echo "$p [$a] [$b] $(grep -E 'VmRSS|RssAnon|RssFile' /proc/$p/status | tr -s '\t\n ' ' ')"; done`)
+		t.Logf("\n%s", out)
+	})
+
+	t.Run("restart", func(t *testing.T) {
+		h := h.with(t)
+		h.do("vm", "set", name, "--memory", "768M", "--restart")
+		if got := h.in(name, "cat /root/kept /kept; nproc"); got != "kept\nkept\n2" {
+			t.Errorf("%q", got)
+		}
+		if after := h.show(name); after.PID == m.PID {
+			t.Error("it was not restarted")
+		}
+		began := time.Now()
+		h.do("vm", "stop", name)
+		t.Logf("stop: %s", time.Since(began))
+		h.disksAreClean(h.show(name))
+	})
+}
