@@ -307,9 +307,9 @@ func (m *meter) print(w io.Writer, views []statsView) error {
 			row[8], row[9] = perSecond(in), perSecond(out)
 			row[10] = formatSpan(time.Duration(g.UptimeMS) * time.Millisecond)
 		}
-		cells := make([]cell, len(row))
-		for i, text := range row {
-			cells[i] = cell{text: text}
+		var cells []cell
+		for _, text := range row {
+			cells = append(cells, cell{text: text})
 		}
 		if graphs {
 			t := m.trends[v.ID]

@@ -156,15 +156,30 @@ func (p *Port) reachedByLoopback() bool {
 	return p.Protocol == "tcp" && (p.Address == "0.0.0.0" || p.Address == "::" || p.Address == "127.0.0.1")
 }
 
-// probe asks a listener for a page, by HTTPS and then by HTTP.
+// probe asks a listener for a page, by HTTPS and by HTTP at the same time: one that speaks neither may say
+// nothing at all. A server of HTTPS tells those who come by HTTP so, by HTTP.
 func probe(ctx context.Context, host string, port int, dial func(context.Context) (net.Conn, error)) (scheme string, status int, title string) {
-	for _, scheme := range []string{"https", "http"} {
-		ctx, cancel := context.WithTimeout(ctx, probeTime)
-		status, title, err := get(ctx, scheme+"://"+net.JoinHostPort(host, strconv.Itoa(port))+"/", dial)
-		cancel()
-		if err == nil {
-			return scheme, status, title
-		}
+	type page struct {
+		status int
+		title  string
+		err    error
+	}
+	ctx, cancel := context.WithTimeout(ctx, probeTime)
+	defer cancel()
+	ask := func(scheme string) <-chan page {
+		got := make(chan page, 1)
+		go func() {
+			status, title, err := get(ctx, scheme+"://"+net.JoinHostPort(host, strconv.Itoa(port))+"/", dial)
+			got <- page{status, title, err}
+		}()
+		return got
+	}
+	secure, plain := ask("https"), ask("http")
+	if p := <-secure; p.err == nil {
+		return "https", p.status, p.title
+	}
+	if p := <-plain; p.err == nil {
+		return "http", p.status, p.title
 	}
 	return "", 0, ""
 }

@@ -206,11 +206,27 @@ func TestVerbs(t *testing.T) {
 
 	t.Run("agent", func(t *testing.T) {
 		h := h.with(t)
-		// Of the agent alone: its supervisor is the same program. Idle means idle: no tick of 10 ms in 10 seconds.
-		out := h.in(name, `for p in $(pgrep -f banger-vsock-agent || pidof banger-vsock-agent); do
-			a=$(cut -d' ' -f14,15 /proc/$p/stat); sleep 10; b=$(cut -d' ' -f14,15 /proc/$p/stat)
-			echo "$p [$a] [$b] $(grep -E 'VmRSS|RssAnon|RssFile' /proc/$p/status | tr -s '\t\n ' ' ')"; done`)
-		t.Logf("\n%s", out)
+		// Nobody asks it anything meanwhile: the daemon is away, and so is this. Idle means no tick of 10 ms in 5 seconds.
+		h.in(name, `nohup sh -c 'sleep 10; p=$(pidof banger-vsock-agent | tr " " "\n" | sort -n | head -n 1)
+			a=$(cut -d" " -f14,15 /proc/$p/stat); sleep 5; test "$a" = "$(cut -d" " -f14,15 /proc/$p/stat)" && echo idle
+			awk "/^Rss|^VmRSS/ {print \$1, \$2}" /proc/$p/status' > /run/measured 2>&1 &`)
+		h.do("daemon", "stop")
+		time.Sleep(17 * time.Second)
+		measured := h.in(name, "cat /run/measured")
+		t.Logf("\n%s", measured)
+		if !strings.HasPrefix(measured, "idle\n") {
+			t.Error("the agent did something although nobody asked")
+		}
+		// What is its own: the rest is the program, which lies in the guest's memory in any case.
+		own := 0
+		for line := range strings.Lines(measured) {
+			if kib, ok := strings.CutPrefix(strings.TrimSpace(line), "RssAnon: "); ok {
+				own, _ = strconv.Atoi(kib)
+			}
+		}
+		if own == 0 || own > 8<<10 {
+			t.Errorf("the agent has %d KiB of its own in memory, want at most 8 MiB", own)
+		}
 	})
 
 	t.Run("restart", func(t *testing.T) {

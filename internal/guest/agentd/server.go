@@ -46,6 +46,9 @@ type Guest struct {
 	// Now and SetNow are its clock. SetNow steps it.
 	Now    func() time.Time
 	SetNow func(time.Time) error
+	// Idle is called once when no stream has been open for idleTime after there was one: what was needed to
+	// serve them can be given back.
+	Idle func()
 	// DialTCP connects to a port of the guest's loopback; a refused connection is ECONNREFUSED.
 	DialTCP func(ctx context.Context, port int) (net.Conn, error)
 }
@@ -66,8 +69,12 @@ type Grown struct {
 	Before, After int64
 }
 
-// headerTime bounds the wait for a stream's header.
-const headerTime = 10 * time.Second
+const (
+	// headerTime bounds the wait for a stream's header.
+	headerTime = 10 * time.Second
+	// idleTime is how long nobody must have asked for anything until the guest counts as idle.
+	idleTime = 5 * time.Second
+)
 
 // Server serves sessions of one guest. Make it with NewServer; safe for concurrent use.
 type Server struct {
@@ -77,6 +84,7 @@ type Server struct {
 	streams chan net.Conn // to the HTTP server
 	slots   chan struct{} // one per stream being served
 	closed  chan struct{}
+	use     use
 }
 
 // NewServer makes a server, to be ended by Close.
@@ -103,8 +111,8 @@ func NewServer(secret string, g *Guest) *Server {
 
 // Close ends the API's connections. Forwarded ones end with the context they were served under.
 func (s *Server) Close() error {
-	err := s.http.Close() // closes the listener, hence closed
-	return err
+	s.use.end()
+	return s.http.Close() // closes the listener, hence closed
 }
 
 // ServeConn serves one connection with a server of its own: the handshake, then one stream, or with
@@ -159,6 +167,8 @@ func (s *Server) stream(ctx context.Context, conn net.Conn, cuts *cutter) {
 	default:
 		return // the host has as many streams open as it may
 	}
+	s.use.enter()
+	defer s.use.leave(s.guest.Idle)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if m, ok := conn.(*muxStream); ok {
@@ -271,5 +281,41 @@ func (c *cutter) cut(id uint32) {
 	defer c.mu.Unlock()
 	if cancel := c.cancels[id]; cancel != nil {
 		cancel()
+	}
+}
+
+// use counts the streams that are open, and tells when none has been for a while. A timer runs only then.
+type use struct {
+	mu    sync.Mutex
+	open  int
+	ended bool
+	timer *time.Timer
+}
+
+func (u *use) enter() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.open++
+	if u.timer != nil {
+		u.timer.Stop()
+	}
+}
+
+// leave calls idle, which may be nil, after idleTime unless somebody enters meanwhile.
+func (u *use) leave(idle func()) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.open--; u.open == 0 && idle != nil && !u.ended {
+		u.timer = time.AfterFunc(idleTime, idle)
+	}
+}
+
+// end calls nothing any more.
+func (u *use) end() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.ended = true
+	if u.timer != nil {
+		u.timer.Stop()
 	}
 }

@@ -91,7 +91,7 @@ func diag(ctx context.Context, family, protocol, state uint8) ([]socket, error) 
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
-	defer unix.Close(fd) //nolint:errcheck // only read from
+	defer unix.Close(fd)
 	bound := diagTime
 	if d, ok := ctx.Deadline(); ok {
 		bound = min(bound, time.Until(d))

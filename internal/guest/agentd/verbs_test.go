@@ -1,0 +1,111 @@
+package agentd_test
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
+	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+)
+
+// TestVerbs calls over both links what the daemon asks a running guest.
+func TestVerbs(t *testing.T) {
+	var off atomic.Int64
+	off.Store(int64(time.Hour))
+	g := &agentd.Guest{
+		Stages: &agentd.Stages{},
+		Stats:  func(context.Context) (*agentv1.StatsResponse, error) { return &agentv1.StatsResponse{Cpus: 3}, nil },
+		Ports: func(context.Context) (*agentv1.PortsResponse, error) {
+			return &agentv1.PortsResponse{Listeners: []*agentv1.Listener{{Protocol: "tcp", Port: 22}}}, nil
+		},
+		Trim: func(context.Context) (*agentv1.TrimResponse, error) {
+			return &agentv1.TrimResponse{Trimmed: []*agentv1.Trimmed{{Target: "/", Bytes: 5}}}, nil
+		},
+		Now:    func() time.Time { return time.Now().Add(-time.Duration(off.Load())) },
+		SetNow: func(to time.Time) error { off.Store(int64(time.Since(to))); return nil },
+	}
+	links(t, g, func(t *testing.T, link vmm.Link) {
+		off.Store(int64(time.Hour))
+		c := open(t, link).Client()
+		ctx := within(t)
+		if r, err := c.Stats(ctx, &agentv1.StatsRequest{}); err != nil || r.Cpus != 3 {
+			t.Errorf("stats: %v, %v", r, err)
+		}
+		if r, err := c.Ports(ctx, &agentv1.PortsRequest{}); err != nil || len(r.Listeners) != 1 {
+			t.Errorf("ports: %v, %v", r, err)
+		}
+		if r, err := c.Trim(ctx, &agentv1.TrimRequest{}); err != nil || len(r.Trimmed) != 1 {
+			t.Errorf("trim: %v, %v", r, err)
+		}
+		for _, stepped := range []bool{true, false} { // an hour behind, then right
+			r, err := c.SetClock(ctx, &agentv1.SetClockRequest{UnixMs: time.Now().UnixMilli()})
+			if err != nil || r.Stepped != stepped || stepped != (r.OffMs > 3_000_000) {
+				t.Errorf("clock: %v, %v; want stepped %v", r, err, stepped)
+			}
+		}
+	})
+	links(t, &agentd.Guest{Stages: &agentd.Stages{}}, func(t *testing.T, link vmm.Link) {
+		c := open(t, link).Client()
+		ctx := within(t)
+		_, stats := c.Stats(ctx, &agentv1.StatsRequest{})
+		_, ports := c.Ports(ctx, &agentv1.PortsRequest{})
+		_, trim := c.Trim(ctx, &agentv1.TrimRequest{})
+		_, clock := c.SetClock(ctx, &agentv1.SetClockRequest{})
+		for _, err := range []error{stats, ports, trim, clock} {
+			if connect.CodeOf(err) != connect.CodeUnimplemented {
+				t.Errorf("a guest without: %v", err)
+			}
+		}
+	})
+}
+
+// TestAHundredCallsAtOnce are all answered.
+func TestAHundredCallsAtOnce(t *testing.T) {
+	g := &agentd.Guest{Stages: &agentd.Stages{}, Stats: func(context.Context) (*agentv1.StatsResponse, error) {
+		return &agentv1.StatsResponse{Cpus: 1}, nil
+	}}
+	links(t, g, func(t *testing.T, link vmm.Link) {
+		c := open(t, link).Client()
+		ctx := within(t)
+		var all sync.WaitGroup
+		for range 100 {
+			all.Go(func() {
+				if _, err := c.Stats(ctx, &agentv1.StatsRequest{}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+	})
+}
+
+// TestIdle is told some time after the last stream, and not while one is open. A server of its own: the links
+// above make one for each session.
+func TestIdle(t *testing.T) {
+	idle := make(chan time.Time, 4)
+	s := open(t, streamLink(t, &agentd.Guest{Stages: &agentd.Stages{}, Idle: func() { idle <- time.Now() }}))
+	if _, err := s.Client().Health(within(t), &agentv1.HealthRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	if len(idle) != 0 {
+		t.Error("idle with a connection open")
+	}
+	closed := time.Now()
+	if err := s.Close(); err != nil { // its idle connections with it
+		t.Fatal(err)
+	}
+	select {
+	case at := <-idle:
+		if at.Sub(closed) < 4*time.Second {
+			t.Errorf("idle after %s", at.Sub(closed))
+		}
+	case <-time.After(bound):
+		t.Error("never idle")
+	}
+}

@@ -1,0 +1,86 @@
+package sandbox
+
+import (
+	"sync"
+	"testing"
+	"time"
+
+	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+)
+
+// guestClock is the clock of a fake guest, which may be off.
+type guestClock struct {
+	mu  sync.Mutex
+	off time.Duration
+	set chan time.Duration // by how much it was off when it was set
+}
+
+func (c *guestClock) now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return time.Now().Add(c.off)
+}
+
+func (c *guestClock) setNow(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	was := c.off
+	c.off = time.Until(t)
+	c.set <- was
+	return nil
+}
+
+func (c *guestClock) stand(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.off = -d
+}
+
+func (c *guestClock) wantSet(t *testing.T, when string) {
+	t.Helper()
+	select {
+	case was := <-c.set:
+		if off := time.Since(c.now()).Abs(); off > 2*time.Second {
+			t.Errorf("%s: off by %s after it was set, %s before", when, off, was)
+		}
+	case <-time.After(patience):
+		t.Fatalf("%s: the guest's clock is not set", when)
+	}
+}
+
+// A guest's clock stands still while its host sleeps, while it is paused, and while no daemon is there.
+func TestGuestClock(t *testing.T) {
+	clock := &guestClock{set: make(chan time.Duration, 16)}
+	r := newRig(t)
+	r.agent = guestWith(func(g *agentd.Guest) { g.Now, g.SetNow = clock.now, clock.setNow })
+	r.start()
+	v := r.create("web")
+
+	clock.stand(time.Hour)
+	r.s.setClocks(r.ctx()) // what a jump of the host's clock leads to
+	clock.wantSet(t, "after a jump")
+
+	clock.stand(500 * time.Millisecond)
+	r.s.setClocks(r.ctx())
+	if len(clock.set) != 0 {
+		t.Error("a clock that is hardly off was set")
+	}
+
+	if err := r.world.Pause("web", vmm.NoRoom); err != nil {
+		t.Fatal(err)
+	}
+	r.untilVM(v.ID, "a note of the pause", func(v vm.VM) bool { return v.Note != "" })
+	clock.stand(time.Minute)
+	r.s.setClocks(r.ctx()) // it does not hear
+	if len(clock.set) != 0 {
+		t.Error("the clock of a paused guest was set")
+	}
+	r.done(r.s.Start(r.ctx(), v.ID))
+	clock.wantSet(t, "after a pause")
+
+	clock.stand(time.Minute)
+	r.restart()
+	clock.wantSet(t, "by the next daemon")
+}

@@ -1,0 +1,158 @@
+package sandbox
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+)
+
+func listener(protocol, address string, port uint32) *agentv1.Listener {
+	return &agentv1.Listener{Protocol: protocol, Address: address, Port: port, Pid: 7, Process: "p", Command: "c"}
+}
+
+// What a guest lists is cleaned: no listener of nonsense, none twice, nothing that a terminal would act upon.
+func TestTamePorts(t *testing.T) {
+	bad := &agentv1.Listener{Protocol: "tcp", Address: "10.0.0.1", Port: 80, Pid: -1, Process: "\x1b[2Jx", Command: strings.Repeat("y", 5000) + "\n"}
+	got := tamePorts(&agentv1.PortsResponse{Listeners: []*agentv1.Listener{
+		listener("tcp", "0.0.0.0", 22), listener("tcp", "::", 22), listener("tcp", "127.0.0.1", 5432), listener("tcp", "::1", 5432),
+		listener("udp", "127.0.0.53", 53), listener("tcp", "127.0.0.54", 53), bad, listener("tcp", "fe80::1%eth0", 81),
+		listener("sctp", "0.0.0.0", 1), listener("tcp", "0.0.0.0", 0), listener("tcp", "0.0.0.0", 70000), listener("tcp", "evil", 1),
+	}})
+	var lines []string
+	for _, p := range got {
+		lines = append(lines, fmt.Sprintf("%s %s %d loopback=%v probed=%v", p.Protocol, p.Address, p.Port, p.Loopback, p.reachedByLoopback()))
+	}
+	want := `tcp 0.0.0.0 22 loopback=false probed=true
+tcp 127.0.0.1 5432 loopback=true probed=true
+udp 127.0.0.53 53 loopback=true probed=false
+tcp 127.0.0.54 53 loopback=true probed=false
+tcp 10.0.0.1 80 loopback=false probed=false
+tcp fe80::1 81 loopback=false probed=false`
+	if s := strings.Join(lines, "\n"); s != want {
+		t.Errorf("got\n%s\nwant\n%s", s, want)
+	}
+	if p := got[4]; p.Process != "x" || len(p.Command) > 400 || strings.Contains(p.Command, "\n") || p.PID != 0 {
+		t.Errorf("%q, %d bytes, pid %d", p.Process, len(p.Command), p.PID)
+	}
+}
+
+// reachable is a capability to come: it gives every VM an address.
+type reachable struct{ hookedCapability }
+
+func (*reachable) HasAddress(*vm.VM) bool { return true }
+
+// Servers that hang, flood, lie or are none: each is given up within its bound, and keeps no other from its
+// answer.
+func TestPortsOfHostileServers(t *testing.T) {
+	t.Parallel()
+	servers := map[int]func(c net.Conn){
+		1000: func(c net.Conn) { // good
+			request(c)
+			fmt.Fprint(c, "HTTP/1.1 200 OK\r\nContent-Length: 48\r\n\r\n<title>&#27;[31mred &lt;b&gt;\n  page</title>\x1b[2J.....")
+		},
+		1001: func(c net.Conn) { _, _ = io.Copy(io.Discard, c) },                 // silent
+		1002: func(c net.Conn) { endless(c, "\x16\x03\x03\x40\x00") },            // endless TLS records
+		1003: func(c net.Conn) { fmt.Fprint(c, "SSH-2.0-x\r\n"); request(c) },    // speaks first
+		1004: func(c net.Conn) { request(c); endless(c, "HTTP/1.1 200 OK\r\n") }, // endless header
+		1005: func(c net.Conn) { // endless page without a title
+			request(c)
+			fmt.Fprint(c, "HTTP/1.1 503 Busy\r\n\r\n")
+			endless(c, "<p>")
+		},
+		1006: func(c net.Conn) { // a status that is no status, by a server that closes
+			request(c)
+			fmt.Fprint(c, "HTTP/1.1 99999 \x1b[2J\r\n\r\n")
+		},
+		1007: func(c net.Conn) { // a redirect to the host itself is not followed
+			request(c)
+			fmt.Fprint(c, "HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
+		},
+	}
+	r := newRig(t)
+	r.agent = guestWith(func(g *agentd.Guest) {
+		g.Ports = func(context.Context) (*agentv1.PortsResponse, error) {
+			answer := &agentv1.PortsResponse{}
+			for port := range servers {
+				answer.Listeners = append(answer.Listeners, listener("tcp", "0.0.0.0", uint32(port)))
+			}
+			return answer, nil
+		}
+		g.DialTCP = func(_ context.Context, port int) (net.Conn, error) {
+			serve := servers[port]
+			if serve == nil {
+				return nil, syscall.ECONNREFUSED
+			}
+			here, there := net.Pipe()
+			go func() {
+				defer there.Close()
+				serve(there)
+			}()
+			return here, nil
+		}
+	})
+	r.start()
+	r.s.machines.parts = append(r.s.machines.parts, &reachable{})
+	r.create("web")
+	began := time.Now()
+	p := r.s.Ports(r.ctx(), nil)[0]
+	if took := time.Since(began); took > probesTime+3*time.Second {
+		t.Errorf("took %s", took)
+	}
+	if p.Err != nil || p.Host != "web.vm" || len(p.Ports) != len(servers) {
+		t.Fatalf("%+v", p)
+	}
+	want := map[int]string{1000: "http 200 red <b> page", 1005: "http 503 ", 1007: "http 302 "}
+	for _, port := range p.Ports {
+		got := fmt.Sprintf("%s %d %s", port.Scheme, port.Status, port.Title)
+		w, speaks := want[port.Port]
+		if !speaks {
+			w = " 0 "
+		}
+		if w != got {
+			t.Errorf("port %d: %q, want %q", port.Port, got, w)
+		}
+	}
+}
+
+func request(c net.Conn) {
+	b := bufio.NewReader(c)
+	for {
+		if line, err := b.ReadString('\n'); err != nil || line == "\r\n" {
+			return
+		}
+	}
+}
+
+func endless(c net.Conn, s string) {
+	for {
+		if _, err := io.WriteString(c, s); err != nil {
+			return
+		}
+	}
+}
+
+func TestPortsThatCannotBeListed(t *testing.T) {
+	r := newRig(t)
+	r.agent = guestWith(func(*agentd.Guest) {})
+	r.start()
+	v := r.create("web")
+	wants(t, "an older agent", r.s.Ports(r.ctx(), nil)[0].Err, fault.VersionSkew, "has no list of ports", "banger vm restart web")
+	op := r.wait(r.s.Trim(r.ctx(), v.ID))
+	ended(t, op, "failed", fault.VersionSkew, "has no trim", "banger vm restart web")
+	r.done(r.s.Stop(r.ctx(), v.ID, false)) // does not depend on it
+	wants(t, "a stopped VM", r.s.Ports(r.ctx(), []string{"web"})[0].Err, fault.Precondition, "does not run", "banger vm start web")
+	_, err := r.s.Trim(r.ctx(), v.ID)
+	wants(t, "trim of a stopped VM", err, fault.Precondition, "does not run", "banger vm start web")
+	r.check()
+}
