@@ -678,7 +678,7 @@ func TestCrashAtEveryBoundary(t *testing.T) {
 			}
 			if (c.op == operation.Set || c.op == setRestart) && crashes[0] > 1 {
 				if ok, err := wasSet(dir, cache); err != nil || !ok {
-					return 0, fmt.Errorf("what was to be set is not: %w", err)
+					return 0, fmt.Errorf("what was to be set is not: %v", err)
 				}
 			}
 			one, err := digest(dir, cache)
