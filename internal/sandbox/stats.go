@@ -139,8 +139,8 @@ func agentFault(ctx context.Context, err error, v *vm.VM, what string) error {
 	case connect.CodeOf(err) == connect.CodeUnimplemented:
 		return fault.Wrap(err, fault.VersionSkew, v.Name, "its agent is older than this daemon and has no %s", what).
 			WithHint("banger vm restart %s brings the new one", v.Name)
-	case ctx.Err() != nil:
-		return fault.Wrap(ctx.Err(), fault.Timeout, v.Name, "the guest's agent took the question (%s) and did not answer in time", what).
+	case ctx.Err() != nil, connect.CodeOf(err) == connect.CodeDeadlineExceeded: // the agent may notice first
+		return fault.Wrap(err, fault.Timeout, v.Name, "the guest's agent took the question (%s) and did not answer in time", what).
 			WithHint("banger vm show %s", v.Name)
 	default:
 		return fault.New(fault.Unavailable, v.Name, "the guest's agent could not tell (%s): %s", what, guestText(err.Error()))

@@ -126,9 +126,10 @@ func TestStatsOfAGuestThatHangs(t *testing.T) {
 		g.Stats = func(ctx context.Context) (*agentv1.StatsResponse, error) {
 			select {
 			case <-hold:
+				return &agentv1.StatsResponse{}, nil
 			case <-ctx.Done():
+				return nil, ctx.Err()
 			}
-			return &agentv1.StatsResponse{}, nil
 		}
 	})
 	r.start()
