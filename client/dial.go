@@ -18,6 +18,10 @@ import (
 // guest's own where the VMM has vsock, so that the stream outlives the daemon, else one to the
 // daemon, which copies. Close it when done; it is blocking and may be handed to another process.
 func (c *Client) DialGuest(ctx context.Context, vmID string, port int, wait time.Duration) (*os.File, error) {
+	return c.dialStream(ctx, bangerv1.DialRequest{VMID: vmID, Port: port, Wait: wait > 0, WaitMS: wait.Milliseconds()})
+}
+
+func (c *Client) dialStream(ctx context.Context, r bangerv1.DialRequest) (*os.File, error) {
 	// The dial socket starts no daemon, and an API call does.
 	if _, err := c.Daemon.GetStatus(ctx, &bangerv1.GetStatusRequest{}); err != nil {
 		return nil, err
@@ -32,7 +36,7 @@ func (c *Client) DialGuest(ctx context.Context, vmID string, port int, wait time
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
-	line, err := json.Marshal(bangerv1.DialRequest{VMID: vmID, Port: port, Wait: wait > 0, WaitMS: wait.Milliseconds()})
+	line, err := json.Marshal(r)
 	if err != nil {
 		return nil, err
 	}

@@ -33,6 +33,7 @@ type app struct {
 	json     bool // --output json
 	color    bool // on stdout
 	errColor bool // on stderr
+	outTTY   bool // stdout is a terminal
 	errTTY   bool // stderr is a terminal: progress may redraw
 
 	place  func() (place, error)
@@ -43,6 +44,7 @@ type app struct {
 func Main(args []string) int {
 	a := &app{
 		stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, now: time.Now, place: findPlace,
+		outTTY: isatty.IsTerminal(os.Stdout.Fd()),
 		errTTY: isatty.IsTerminal(os.Stderr.Fd()) && os.Getenv("TERM") != "dumb",
 	}
 	plain := os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" // https://no-color.org

@@ -10,6 +10,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/namegen"
@@ -561,23 +562,51 @@ func (s *Service) Cancel(_ context.Context, id string) (operation.Operation, err
 // until something listens there or ctx ends. Where the VMM has vsock the connection is backed by a
 // descriptor of its own (syscall.Conn); otherwise it is a stream of the daemon's session.
 func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, error) {
-	v, err := s.known(id)
+	v, session, err := s.reach(ctx, id)
 	if err != nil {
 		return nil, err
-	}
-	if err := s.machines.listens(ctx, &v); err != nil {
-		return nil, err
-	}
-	session, err := s.machines.session(ctx, id)
-	if err != nil {
-		return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "the guest's agent does not answer").
-			WithHint("see `banger vm show %s`", v.Name)
 	}
 	conn, err := session.DialTCP(ctx, port, true)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "port %d of the guest cannot be reached", port)
 	}
 	return conn, nil
+}
+
+// DialAgent opens a stream of a service of the guest's agent, backed as DialGuest says.
+// fault.VersionSkew if the guest runs an agent that lacks it.
+func (s *Service) DialAgent(ctx context.Context, id vm.ID, service agent.Kind) (net.Conn, error) {
+	v, session, err := s.reach(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := session.DialStream(ctx, service)
+	switch {
+	case err == nil:
+		return conn, nil
+	case fault.Is(err, fault.VersionSkew):
+		return nil, fault.Wrap(err, fault.VersionSkew, v.Name, "its agent lacks the feature %q", service).
+			WithHint("banger vm restart %s", v.Name)
+	}
+	return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "the guest's agent did not take the request").
+		WithHint("see `banger vm show %s`", v.Name)
+}
+
+// reach returns the session with the agent of a VM that can be spoken to.
+func (s *Service) reach(ctx context.Context, id vm.ID) (vm.VM, *agent.Session, error) {
+	v, err := s.known(id)
+	if err != nil {
+		return v, nil, err
+	}
+	if err := s.machines.listens(ctx, &v); err != nil {
+		return v, nil, err
+	}
+	session, err := s.machines.session(ctx, id)
+	if err != nil {
+		return v, nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "the guest's agent does not answer").
+			WithHint("see `banger vm show %s`", v.Name)
+	}
+	return v, session, nil
 }
 
 // SSHTarget is what `vm ssh` needs to know.

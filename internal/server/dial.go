@@ -16,6 +16,7 @@ import (
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
@@ -24,6 +25,8 @@ const (
 	dialDefaultWait    = 2 * time.Minute // for a port that nothing listens on yet
 	dialNoWait         = 5 * time.Second
 	dialMaxWait        = 10 * time.Minute
+	// dialService is longer than an agent takes that has to be reached anew, over a port.
+	dialService = 30 * time.Second
 )
 
 // ServeDial answers on the dial socket until ctx ends or l is closed, then waits for the streams
@@ -63,12 +66,16 @@ func serveDial(ctx context.Context, conn *net.UnixConn, guests Dialer, log *slog
 	if err := json.Unmarshal(line, &req); err != nil {
 		return answer(conn, bangerv1.DialAnswer{Fault: FaultMessage(fault.Wrap(err, fault.Invalid, "", "the dial request is not JSON"))}, -1)
 	}
-	if req.Port < 1 || req.Port > 65535 {
-		return answer(conn, bangerv1.DialAnswer{Fault: FaultMessage(fault.New(fault.Invalid, "", "%d is not a TCP port", req.Port))}, -1)
+	dial, err := dialed(guests, req)
+	if err != nil {
+		return answer(conn, bangerv1.DialAnswer{Fault: FaultMessage(err)}, -1)
 	}
 	_ = conn.SetReadDeadline(time.Time{})
 
 	wait := dialNoWait
+	if req.Service != "" {
+		wait = dialService
+	}
 	if req.Wait {
 		wait = dialDefaultWait
 		if req.WaitMS > 0 {
@@ -78,14 +85,14 @@ func serveDial(ctx context.Context, conn *net.UnixConn, guests Dialer, log *slog
 	dialCtx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	gone := hangUp(conn, cancel)
-	guest, err := guests.DialGuest(dialCtx, vm.ID(req.VMID), req.Port)
+	guest, err := dial(dialCtx)
 	gone()
 	if err != nil {
-		log.Debug("no guest stream", "vm", req.VMID, "port", req.Port, "error", err)
+		log.Debug("no guest stream", "vm", req.VMID, "port", req.Port, "service", req.Service, "error", err)
 		return answer(conn, bangerv1.DialAnswer{Fault: FaultMessage(err)}, -1)
 	}
 	defer guest.Close()
-	log.Debug("guest stream", "vm", req.VMID, "port", req.Port)
+	log.Debug("guest stream", "vm", req.VMID, "port", req.Port, "service", req.Service)
 
 	if sc, ok := guest.(syscall.Conn); ok {
 		raw, err := sc.SyscallConn()
@@ -105,6 +112,21 @@ func serveDial(ctx context.Context, conn *net.UnixConn, guests Dialer, log *slog
 	}
 	// What the client sent after its line is in reader.
 	return splice(conn, reader, guest)
+}
+
+// dialed finds what a request asks for.
+func dialed(guests Dialer, req bangerv1.DialRequest) (func(context.Context) (net.Conn, error), error) {
+	id := vm.ID(req.VMID)
+	switch req.Service {
+	case "":
+		if req.Port < 1 || req.Port > 65535 {
+			return nil, fault.New(fault.Invalid, "", "%d is not a TCP port", req.Port)
+		}
+		return func(ctx context.Context) (net.Conn, error) { return guests.DialGuest(ctx, id, req.Port) }, nil
+	case bangerv1.DialExec:
+		return func(ctx context.Context) (net.Conn, error) { return guests.DialAgent(ctx, id, agent.KindExec) }, nil
+	}
+	return nil, fault.New(fault.Invalid, "", "guests have no service %q", req.Service)
 }
 
 // answer sends the answer line, with a descriptor if fd is not negative.

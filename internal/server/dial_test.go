@@ -17,6 +17,9 @@ import (
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/exec"
+	"git.thaloco.com/thaloco/banger/internal/guest/frame"
 	"git.thaloco.com/thaloco/banger/internal/server"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
@@ -161,10 +164,11 @@ func TestDialFaults(t *testing.T) {
 		t.Errorf("got %v, hint %q", err, fault.HintOf(err))
 	}
 	for name, request := range map[string]string{
-		"no JSON":  "hello\n",
-		"too long": strings.Repeat("x", 3*bangerv1.MaxDialLine) + "\n",
-		"no port":  `{"vm_id":"aa12"}` + "\n",
-		"bad port": `{"vm_id":"aa12","port":65536}` + "\n",
+		"no JSON":         "hello\n",
+		"too long":        strings.Repeat("x", 3*bangerv1.MaxDialLine) + "\n",
+		"no port":         `{"vm_id":"aa12"}` + "\n",
+		"bad port":        `{"vm_id":"aa12","port":65536}` + "\n",
+		"no such service": `{"vm_id":"aa12","service":"http"}` + "\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			conn, err := net.Dial("unix", filepath.Join(dir, bangerv1.DialSocketName))
@@ -211,5 +215,42 @@ func TestDialTimeout(t *testing.T) {
 	}})
 	if _, err := c.DialGuest(t.Context(), "aa12", 22, 20*time.Millisecond); !fault.Is(err, fault.Timeout) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// A command's stream is asked of the agent and handed over as a port's is: it works on without the
+// daemon. An agent that cannot do it is named with what to type.
+func TestExecOverTheDialSocket(t *testing.T) {
+	host, inside := guest(t)
+	lacks := false
+	c, _, end := daemonWith(t, &fake{dialAgent: func(_ context.Context, id vm.ID, service agent.Kind) (net.Conn, error) {
+		if lacks {
+			return nil, fault.New(fault.VersionSkew, "calm-otter", "its agent lacks it").WithHint("banger vm restart calm-otter")
+		}
+		if id != "aa12" || service != agent.KindExec {
+			t.Errorf("asked %s for %q", id, service)
+		}
+		return host, nil
+	}})
+	lacks = true
+	_, err := c.Exec(t.Context(), "aa12", client.Command{Args: []string{"true"}}, client.CommandStreams{})
+	if !fault.Is(err, fault.VersionSkew) || fault.HintOf(err) != "banger vm restart calm-otter" {
+		t.Errorf("got %v", err)
+	}
+	lacks = false
+	go func() {
+		r, w := frame.NewReader(inside), frame.NewWriter(inside)
+		kind, payload, err := r.Next()
+		if request, bad := exec.ParseRequest(payload); err != nil || bad != nil || kind != exec.KindRequest || len(request.Args) != 2 {
+			t.Errorf("the guest got %q %q, %v", kind, payload, err)
+		}
+		end() // the daemon's
+		_ = w.Write(exec.KindOutput, []byte("out"))
+		_ = w.Write(exec.KindStatus, exec.Status{Code: 3}.Encode())
+	}()
+	var out bytes.Buffer
+	status, err := c.Exec(t.Context(), "aa12", client.Command{Args: []string{"a", "b"}}, client.CommandStreams{Stdout: &out, Stderr: io.Discard})
+	if err != nil || status.Code != 3 || out.String() != "out" {
+		t.Errorf("%+v, %v, %q", status, err, out.String())
 	}
 }

@@ -58,6 +58,7 @@ func Agent(dial Dial, reports ...string) fakevmm.Agent {
 			Stats: func(context.Context) (*agentv1.StatsResponse, error) { return stats(g), nil },
 			Ports: func(context.Context) (*agentv1.PortsResponse, error) { return ports(), nil },
 			Trim:  func(context.Context) (*agentv1.TrimResponse, error) { return trim(g) },
+			Exec:  run,
 			DialTCP: func(ctx context.Context, port int) (net.Conn, error) {
 				if dial == nil {
 					return nil, syscall.ECONNREFUSED

@@ -14,6 +14,7 @@ import (
 //	http                  HTTP/1.1 follows: the API of api/banger/agent/v1
 //	tcp <port> wait       a TCP connection to the guest's loopback; "wait": once something listens
 //	tcp <port> nowait     there. Answered by "ok" or "err <text>", then the bytes follow
+//	exec                  a command: answered likewise, then the frames of package exec
 //	cut <stream>          gives up the yamux stream of that number. A stream's Close says only "no
 //	                      more from me", and yamux offers no reset
 const (
@@ -28,6 +29,7 @@ type Kind string
 const (
 	KindHTTP Kind = "http"
 	KindTCP  Kind = "tcp"
+	KindExec Kind = "exec"
 	KindCut  Kind = "cut"
 )
 
@@ -59,9 +61,9 @@ func ParseHeader(line string) (Header, error) {
 	bad := fmt.Errorf("%q is not the header of a stream", line)
 	fields := strings.Split(line, " ")
 	switch Kind(fields[0]) {
-	case KindHTTP:
+	case KindHTTP, KindExec:
 		if len(fields) == 1 {
-			return Header{Kind: KindHTTP}, nil
+			return Header{Kind: Kind(fields[0])}, nil
 		}
 	case KindTCP:
 		if len(fields) != 3 || fields[2] != "wait" && fields[2] != "nowait" {
@@ -94,7 +96,7 @@ func ReadHeader(r io.Reader) (Header, error) {
 	return ParseHeader(line)
 }
 
-// WriteAnswer answers a tcp header: with "ok" if refusal is nil.
+// WriteAnswer answers a header other than http and cut: with "ok" if refusal is nil.
 func WriteAnswer(w io.Writer, refusal error) error {
 	answer := "ok\n"
 	if refusal != nil {

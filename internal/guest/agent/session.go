@@ -7,14 +7,17 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/hashicorp/yamux"
 
+	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	"git.thaloco.com/thaloco/banger/api/banger/agent/v1/agentv1connect"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -186,7 +189,30 @@ func (s *Session) DialTCP(ctx context.Context, port int, wait bool) (net.Conn, e
 		ctx, cancel = context.WithTimeout(ctx, answerTime)
 		defer cancel()
 	}
-	conn, err := s.stream(ctx, Header{Kind: KindTCP, Port: port, Wait: wait})
+	return s.dial(ctx, subject, Header{Kind: KindTCP, Port: port, Wait: wait})
+}
+
+// DialStream opens a stream of another kind that the agent answers: KindExec. As with
+// DialTCP it has a CloseWrite, and without Mux it is the very connection that the link dialled.
+// fault.VersionSkew, with what is missing, if the agent is of a version that does not know the kind.
+func (s *Session) DialStream(ctx context.Context, kind Kind) (net.Conn, error) {
+	bounded, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	conn, err := s.dial(bounded, "guest agent", Header{Kind: kind})
+	if err == nil || ctx.Err() != nil {
+		return conn, err
+	}
+	// An agent that does not know a header closes the stream without a word.
+	h, unwell := s.client.Health(bounded, &agentv1.HealthRequest{})
+	if unwell == nil && !slices.Contains(h.GetFeatures(), string(kind)) {
+		return nil, fault.Wrap(err, fault.VersionSkew, "guest agent", "the VM was started by another version of banger (%s), whose agent lacks the feature %q", boot.Printable(h.GetAgentVersion()), kind)
+	}
+	return nil, err
+}
+
+// dial opens a stream that the guest answers, and waits for the answer until ctx ends.
+func (s *Session) dial(ctx context.Context, subject string, h Header) (net.Conn, error) {
+	conn, err := s.stream(ctx, h)
 	if err == nil {
 		// A deadline in the past ends the read of either kind of stream; a stream's Close would not.
 		stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })

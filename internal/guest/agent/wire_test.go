@@ -15,14 +15,14 @@ import (
 const testSecret = "0123456789abcdef"
 
 func TestHeaderRoundTrip(t *testing.T) {
-	for _, h := range []Header{{Kind: KindHTTP}, {Kind: KindTCP, Port: 22}, {Kind: KindTCP, Port: 65535, Wait: true}, {Kind: KindCut, Stream: 1<<32 - 1}} {
+	for _, h := range []Header{{Kind: KindHTTP}, {Kind: KindTCP, Port: 22}, {Kind: KindTCP, Port: 65535, Wait: true}, {Kind: KindExec}, {Kind: KindCut, Stream: 1<<32 - 1}} {
 		r := bytes.NewBufferString(h.String() + "rest")
 		got, err := ReadHeader(r)
 		if err != nil || got != h || r.String() != "rest" {
 			t.Errorf("%q: got %+v, %v, then %q", h, got, err, r)
 		}
 	}
-	for _, bad := range []string{"", "HTTP", "http ", "tcp", "tcp 0 wait", "tcp 65536 wait", "tcp 22", "tcp 22 maybe", "tcp  22 wait", "tcp -1 wait", "cut", "cut x", "cut 4294967296"} {
+	for _, bad := range []string{"", "HTTP", "http ", "tcp", "tcp 0 wait", "tcp 65536 wait", "tcp 22", "tcp 22 maybe", "tcp  22 wait", "tcp -1 wait", "exec ", "exec 1", "cut", "cut x", "cut 4294967296"} {
 		if h, err := ParseHeader(bad); err == nil {
 			t.Errorf("%q was read as %+v", bad, h)
 		}

@@ -1,5 +1,5 @@
 // Package agentd owns the guest's end of agent sessions: it lets in who knows the VM's secret,
-// serves the API of api/banger/agent/v1, and forwards TCP to the guest's loopback.
+// serves the API of api/banger/agent/v1, runs commands, and forwards TCP to the guest's loopback.
 //
 // The server touches the machine it runs on only through a Guest, so that the in-memory VMM runs
 // the very same server inside a test. What a real guest does is in Run (live.go). It never writes
@@ -21,6 +21,7 @@ import (
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	"git.thaloco.com/thaloco/banger/api/banger/agent/v1/agentv1connect"
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/exec"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -51,6 +52,17 @@ type Guest struct {
 	Idle func()
 	// DialTCP connects to a port of the guest's loopback; a refused connection is ECONNREFUSED.
 	DialTCP func(ctx context.Context, port int) (net.Conn, error)
+	// Exec starts a command. An error that is fs.ErrNotExist says that there is no such program.
+	Exec func(exec.Request) (*Process, error)
+}
+
+// features names what this guest can do beyond the API's first calls.
+func (g *Guest) features() []string {
+	var names []string
+	if g.Exec != nil {
+		names = append(names, string(agent.KindExec))
+	}
+	return names
 }
 
 // Facts are what Health reports beside the stages.
@@ -186,6 +198,8 @@ func (s *Server) stream(ctx context.Context, conn net.Conn, cuts *cutter) {
 		s.serveHTTP(ctx, conn)
 	case agent.KindTCP:
 		s.forward(ctx, conn, header)
+	case agent.KindExec:
+		s.exec(ctx, conn)
 	case agent.KindCut:
 		if cuts != nil {
 			cuts.cut(header.Stream)

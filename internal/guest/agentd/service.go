@@ -17,7 +17,7 @@ type service struct{ guest *Guest }
 var errNotHere = connect.NewError(connect.CodeUnimplemented, errors.New("this guest cannot do that"))
 
 func (s service) Health(context.Context, *agentv1.HealthRequest) (*agentv1.HealthResponse, error) {
-	r := &agentv1.HealthResponse{AgentVersion: s.guest.Version}
+	r := &agentv1.HealthResponse{AgentVersion: s.guest.Version, Features: s.guest.features()}
 	for _, stage := range s.guest.Stages.All() {
 		r.Stages = append(r.Stages, message(stage))
 	}

@@ -71,6 +71,9 @@ type HealthResponse struct {
 	FailedUnits   []string               `protobuf:"bytes,6,rep,name=failed_units,json=failedUnits,proto3" json:"failed_units,omitempty"`
 	AgentRssBytes int64                  `protobuf:"varint,7,opt,name=agent_rss_bytes,json=agentRssBytes,proto3" json:"agent_rss_bytes,omitempty"`
 	Restarts      int32                  `protobuf:"varint,8,opt,name=restarts,proto3" json:"restarts,omitempty"` // of the agent by its supervisor
+	// What this agent can do beyond the calls above, e.g. "exec": names are added, never reused. The
+	// daemon asks when a guest does not know something, and names what is missing.
+	Features      []string `protobuf:"bytes,16,rep,name=features,proto3" json:"features,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -159,6 +162,13 @@ func (x *HealthResponse) GetRestarts() int32 {
 		return x.Restarts
 	}
 	return 0
+}
+
+func (x *HealthResponse) GetFeatures() []string {
+	if x != nil {
+		return x.Features
+	}
+	return nil
 }
 
 type Stage struct {
@@ -1320,7 +1330,7 @@ var File_banger_agent_v1_agent_proto protoreflect.FileDescriptor
 const file_banger_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x1bbanger/agent/v1/agent.proto\x12\x0fbanger.agent.v1\"\x0f\n" +
-	"\rHealthRequest\"\xa0\x02\n" +
+	"\rHealthRequest\"\xbc\x02\n" +
 	"\x0eHealthResponse\x12#\n" +
 	"\ragent_version\x18\x01 \x01(\tR\fagentVersion\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x1b\n" +
@@ -1329,7 +1339,8 @@ const file_banger_agent_v1_agent_proto_rawDesc = "" +
 	"\tuserspace\x18\x05 \x01(\tR\tuserspace\x12!\n" +
 	"\ffailed_units\x18\x06 \x03(\tR\vfailedUnits\x12&\n" +
 	"\x0fagent_rss_bytes\x18\a \x01(\x03R\ragentRssBytes\x12\x1a\n" +
-	"\brestarts\x18\b \x01(\x05R\brestarts\"H\n" +
+	"\brestarts\x18\b \x01(\x05R\brestarts\x12\x1a\n" +
+	"\bfeatures\x18\x10 \x03(\tR\bfeatures\"H\n" +
 	"\x05Stage\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x13\n" +
 	"\x05at_ms\x18\x02 \x01(\x01R\x04atMs\x12\x16\n" +
