@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -677,8 +678,10 @@ func TestCrashAtEveryBoundary(t *testing.T) {
 				return 0, fmt.Errorf("the VM is %s in the end, want %s", state, c.want)
 			}
 			if (c.op == operation.Set || c.op == setRestart) && crashes[0] > 1 {
-				if ok, err := wasSet(dir, cache); err != nil || !ok {
-					return 0, fmt.Errorf("what was to be set is not: %v", err)
+				if ok, err := wasSet(dir, cache); err != nil {
+					return 0, err
+				} else if !ok {
+					return 0, errors.New("what was to be set is not")
 				}
 			}
 			one, err := digest(dir, cache)

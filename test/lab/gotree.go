@@ -69,7 +69,7 @@ func placeGo(ctx context.Context, checkout, tree string, all bool) error {
 			return err
 		}
 	}
-	for _, name := range []string{"VERSION", "go.env", "bin/go", "pkg/include", "pkg/tool/linux_amd64/asm", "pkg/tool/linux_amd64/compile", "pkg/tool/linux_amd64/link"} {
+	for _, name := range []string{"VERSION", "go.env", "bin/go", "pkg/include", "src/runtime/cgo/abi_amd64.h", "pkg/tool/linux_amd64/asm", "pkg/tool/linux_amd64/compile", "pkg/tool/linux_amd64/link"} {
 		if err := placeTree(filepath.Join(goroot, name), filepath.Join(tree, "go", name), true); err != nil {
 			return err
 		}

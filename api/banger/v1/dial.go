@@ -22,7 +22,8 @@ type DialRequest struct {
 	WaitMS int64 `json:"wait_ms,omitempty"`
 }
 
-// The services. What such a stream carries is for the Go client alone to know: see its Exec.
+// DialExec is the service that runs a command. What its stream carries is for the Go client alone to know:
+// see its Exec.
 const DialExec = "exec"
 
 // DialAnswer is the daemon's answer. Without Fault the stream is there.

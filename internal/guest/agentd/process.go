@@ -135,7 +135,7 @@ func find(program, dir string, env []string) (string, error) {
 			candidates = append(candidates, filepath.Join(d, program))
 		}
 	}
-	err := error(fs.ErrNotExist)
+	err := fs.ErrNotExist
 	for _, c := range candidates {
 		if !filepath.IsAbs(c) {
 			c = filepath.Join(dir, c)
