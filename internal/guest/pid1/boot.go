@@ -59,23 +59,30 @@ func Boot(args []string) {
 		{"modules", time.Minute, (*booter).modules},
 		{"drives", time.Minute, (*booter).drives},
 		{"config", time.Minute, (*booter).config},
-		{"root", 2 * time.Minute, (*booter).root},
+		{"root", 10 * time.Minute, (*booter).root},                 // may grow a filesystem by terabytes
 		{"native directories", 10 * time.Minute, (*booter).native}, // may copy much
-		{"mounts", 2 * time.Minute, (*booter).mounts},
+		{"mounts", 10 * time.Minute, (*booter).mounts},             // may grow as well
 		{"files", time.Minute, (*booter).files},
 		{"agent", time.Minute, (*booter).agent},
 		{"init", time.Minute, (*booter).init},
 	} {
-		// A step hangs only in the kernel, on a drive that does not answer.
-		limit := time.AfterFunc(step.limit, func() {
-			fatal(step.stage, fmt.Errorf("not finished within %s", step.limit))
-		})
-		err := step.run(b)
-		limit.Stop()
-		if err != nil {
+		late := func() { fatal(step.stage, fmt.Errorf("not finished within %s", step.limit)) }
+		if err := within(step.limit, late, func() error { return step.run(b) }); err != nil {
 			fatal(step.stage, err)
 		}
 	}
+}
+
+// within runs a step, which hangs only in the kernel, on a drive that does not answer. After limit it calls late,
+// which ends the machine, and does not return any more: a boot that went on while the disks are taken away from it would
+// come up with read-only ones.
+func within(limit time.Duration, late func(), step func() error) error {
+	timer := time.AfterFunc(limit, late)
+	err := step()
+	if !timer.Stop() {
+		select {}
+	}
+	return err
 }
 
 // booter carries what one step finds out for the next.

@@ -1,10 +1,12 @@
 package pid1
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -295,5 +297,24 @@ func TestFindInit(t *testing.T) {
 	put(t, filepath.Join(tree, "sbin/init"), "x")
 	if _, err := findInit(root); err == nil || !strings.Contains(err.Error(), "not a program") {
 		t.Errorf("an init without x: %v", err)
+	}
+}
+
+// A step that ends after its time must not be followed by another.
+func TestWithin(t *testing.T) {
+	wrong := errors.New("wrong")
+	if err := within(time.Minute, func() { t.Error("late") }, func() error { return wrong }); !errors.Is(err, wrong) {
+		t.Errorf("a step's error is %v", err)
+	}
+	late, returned := make(chan struct{}), make(chan struct{})
+	go func() {
+		_ = within(time.Millisecond, func() { close(late) }, func() error { <-late; return nil })
+		close(returned)
+	}()
+	<-late
+	select {
+	case <-returned:
+		t.Error("the boot goes on after its limit")
+	case <-time.After(50 * time.Millisecond):
 	}
 }
