@@ -11,10 +11,12 @@ import (
 	"io/fs"
 	"log/slog"
 	"math"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -52,9 +54,17 @@ type Config struct {
 	DefaultMemoryMiB  int64
 	DefaultDiskSize   int64 // bytes
 	DefaultSystemSize int64 // bytes
-	BootTimeout       time.Duration
-	StopTimeout       time.Duration
-	SSHReminder       bool // say after an SSH session that its VM still runs
+
+	Network             string       // auto, bridge, user, none
+	BridgeName          string       // of the bridge network
+	CIDR                netip.Prefix // IPv4 range of the guests, its first address the host's
+	IPv6CIDR            string       // likewise, a unique local /64, or IPv6Auto or IPv6None
+	DefaultNAT          bool
+	DefaultNetworkGroup string // "" for none
+
+	BootTimeout time.Duration
+	StopTimeout time.Duration
+	SSHReminder bool // say after an SSH session that its VM still runs
 }
 
 // Values of the key vmm.
@@ -62,6 +72,20 @@ const (
 	VMMAuto        = "auto"
 	VMMFirecracker = "firecracker"
 	VMMQEMU        = "qemu"
+)
+
+// Values of the key network.
+const (
+	NetworkAuto   = "auto"
+	NetworkBridge = "bridge"
+	NetworkUser   = "user"
+	NetworkNone   = "none"
+)
+
+// Words that the key ipv6_cidr may be.
+const (
+	IPv6Auto = "auto" // a range that derives from the installation
+	IPv6None = "none"
 )
 
 // maxTapPool is what fits into the bridge's /24.
@@ -117,6 +141,75 @@ var keys = []key{
 		func(c Config) string { return vm.FormatSize(c.DefaultMemoryMiB * vm.MiB) }},
 	diskKey("default_disk_size", func(c *Config) *int64 { return &c.DefaultDiskSize }),
 	diskKey("default_system_size", func(c *Config) *int64 { return &c.DefaultSystemSize }),
+	{"network",
+		func(c *Config, _ loader, v any) error {
+			s, ok := v.(string)
+			if !ok || !slices.Contains([]string{NetworkAuto, NetworkBridge, NetworkUser, NetworkNone}, s) {
+				return notA(v, "one of auto, bridge, user, none")
+			}
+			c.Network = s
+			return nil
+		},
+		func(c Config) string { return c.Network }},
+	{"bridge_name",
+		func(c *Config, _ loader, v any) error {
+			s, ok := v.(string)
+			if !ok || !validBridgeName(s) {
+				return notA(v, "a name of 1 to 15 letters, digits, dots, hyphens and underscores, with a letter first")
+			}
+			c.BridgeName = s
+			return nil
+		},
+		func(c Config) string { return c.BridgeName }},
+	{"cidr",
+		func(c *Config, _ loader, v any) error {
+			p, err := prefix(v)
+			if err != nil || !p.Addr().Is4() || p.Bits() < 16 || p.Bits() > 29 || !p.Addr().IsGlobalUnicast() {
+				return notA(v, `an IPv4 range of 8 to 65536 addresses, such as "172.16.88.0/24"`)
+			}
+			if p != p.Masked() {
+				return notA(v, fmt.Sprintf("%q: a range begins with its first address", p.Masked()))
+			}
+			c.CIDR = p
+			return nil
+		},
+		func(c Config) string { return c.CIDR.String() }},
+	{"ipv6_cidr",
+		func(c *Config, _ loader, v any) error {
+			if v != IPv6Auto && v != IPv6None {
+				p, err := prefix(v)
+				if err != nil || p.Bits() != 64 || p != p.Masked() || !p.Addr().IsPrivate() || !p.Addr().Is6() {
+					return notA(v, `auto, none, or a unique local range of 64 bits (RFC 4193) such as "fd12:3456:789a::/64"`)
+				}
+				v = p.String()
+			}
+			c.IPv6CIDR = v.(string)
+			return nil
+		},
+		func(c Config) string { return c.IPv6CIDR }},
+	{"default_nat",
+		func(c *Config, _ loader, v any) error {
+			b, ok := v.(bool)
+			if !ok {
+				return notA(v, "true or false, without quotes")
+			}
+			c.DefaultNAT = b
+			return nil
+		},
+		func(c Config) string { return strconv.FormatBool(c.DefaultNAT) }},
+	{"default_network_group",
+		func(c *Config, _ loader, v any) error {
+			s, ok := v.(string)
+			if !ok {
+				return notA(v, "the name of a group, in quotes")
+			}
+			if err := vm.ValidateNetworkGroup(s); err != nil {
+				return notA(v, "made of a-z, 0-9 and hyphens, at most 63, with a letter or digit at both ends")
+			}
+			c.DefaultNetworkGroup = s
+			return nil
+		},
+		func(c Config) string { return c.DefaultNetworkGroup }},
 	durationKey("boot_timeout", func(c *Config) *time.Duration { return &c.BootTimeout }),
 	durationKey("stop_timeout", func(c *Config) *time.Duration { return &c.StopTimeout }),
 	{"ssh_reminder",
@@ -149,6 +242,10 @@ func Defaults(h vm.Host) Config {
 		DefaultMemoryMiB:  2048,
 		DefaultDiskSize:   8 * vm.GiB,
 		DefaultSystemSize: 16 * vm.GiB,
+		Network:           NetworkAuto,
+		BridgeName:        "banger0",
+		CIDR:              netip.MustParsePrefix("172.16.88.0/24"), // outside of what Docker takes by itself
+		IPv6CIDR:          IPv6Auto,
 		// A guest under emulation on a busy host needs up to 30 s to sshd (docs/benchmarks.md has
 		// today's figure); a hang is told apart with a wide margin.
 		BootTimeout: 3 * time.Minute,
@@ -312,6 +409,25 @@ func intKey(name string, low, high int, field func(*Config) *int) key {
 			return nil
 		},
 		func(c Config) string { return fmt.Sprint(*field(&c)) }}
+}
+
+func prefix(v any) (netip.Prefix, error) {
+	s, _ := v.(string)
+	return netip.ParsePrefix(s)
+}
+
+// validBridgeName takes what every tool that names network devices does (IFNAMSIZ has 16 bytes).
+func validBridgeName(s string) bool {
+	if len(s) < 1 || len(s) > 15 {
+		return false
+	}
+	for i, c := range []byte(s) {
+		letter := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z'
+		if !letter && (i == 0 || !(c >= '0' && c <= '9' || c == '.' || c == '-' || c == '_')) {
+			return false
+		}
+	}
+	return true
 }
 
 func pathKey(name string, field func(*Config) *string) key {

@@ -149,7 +149,29 @@ func (s Spec) Validate(h Host) error {
 	if err := ValidateDiskSize("system size", s.SystemSize); err != nil {
 		return err
 	}
+	if err := ValidateNetworkGroup(s.NetworkGroup); err != nil {
+		return err
+	}
 	return ValidateLabels(s.Labels)
+}
+
+// ValidateNetworkGroup checks the name of a network group: "" for none, else at most 63 of a-z, 0-9
+// and hyphens, with a letter or digit at both ends.
+func ValidateNetworkGroup(group string) error {
+	bad := func(format string, args ...any) error {
+		return fault.New(fault.Invalid, "network group "+quote(group), format, args...).WithHint("write groups like --network-group team-web")
+	}
+	switch {
+	case group == "":
+		return nil
+	case len(group) > MaxName:
+		return bad("is %d characters long; the limit is %d", len(group), MaxName)
+	case strings.ContainsFunc(group, func(r rune) bool { return !(r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-') }):
+		return bad("has other characters than a-z, 0-9 and hyphens")
+	case group[0] == '-' || group[len(group)-1] == '-':
+		return bad("begins or ends with a hyphen")
+	}
+	return nil
 }
 
 // Notices tells, one sentence each, what is allowed but probably not meant.

@@ -6,6 +6,7 @@ package vm
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"net/netip"
 	"time"
 )
 
@@ -61,6 +62,30 @@ type Spec struct {
 	SystemSize int64             `json:"system_size"` // system overlay, everything else that is written
 	Labels     map[string]string `json:"labels,omitempty"`
 	Autostart  bool              `json:"autostart,omitempty"` // started again after a reboot of the host that it ran in
+	// NAT lets the guest reach what its host reaches, through the host's own addresses.
+	NAT bool `json:"nat,omitempty"`
+	// NetworkGroup names the VMs that may talk to each other, "" for none: see ValidateNetworkGroup.
+	NetworkGroup string `json:"network_group,omitempty"`
+}
+
+// The kinds of network that a VM's interface may be on.
+const (
+	BridgeNetwork = "bridge" // a bridge of the host, which the guest reaches by a TAP
+	UserNetwork   = "user"   // a network stack in a program of the host, without any privilege
+)
+
+// Interface is what a VM's network interface was given at its last start. Everything but the kind
+// and the MTU derives from the lease's slot, so that a VM keeps its addresses over stop and start
+// for as long as the network's ranges are the same.
+type Interface struct {
+	Kind     string       `json:"kind"`          // BridgeNetwork or UserNetwork
+	MAC      string       `json:"mac"`           // six hex pairs with colons
+	IPv4     netip.Prefix `json:"ipv4"`          // address and its network's length
+	IPv6     netip.Prefix `json:"ipv6,omitzero"` // likewise; zero: none
+	Gateway4 netip.Addr   `json:"gateway4"`      // the host on the guest's network, and its DNS server
+	Gateway6 netip.Addr   `json:"gateway6,omitzero"`
+	MTU      int          `json:"mtu"`           // bytes
+	TAP      string       `json:"tap,omitempty"` // device of the host, on a bridge network
 }
 
 // Pins are the artifacts a VM was made from, by content id. They never change with the image's
@@ -106,6 +131,8 @@ type VM struct {
 	Pins    Pins    `json:"pins"`
 	Lease   Lease   `json:"lease"`
 	Secrets Secrets `json:"secrets"`
+
+	Interface *Interface `json:"interface,omitempty"` // nil: it has not had a network so far
 
 	Failure *Failure `json:"failure,omitempty"`
 	VMM     string   `json:"vmm,omitempty"`   // driver of the current or last run: firecracker, qemu, fake

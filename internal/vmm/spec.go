@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"net"
 	"path/filepath"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
@@ -79,10 +80,47 @@ func (s Spec) Validate() error {
 		seen[d.Role] = true
 		paths = append(paths, path{"drive " + string(d.Role), d.Path})
 	}
+	macs := map[string]bool{}
+	for _, n := range s.NICs {
+		switch {
+		case !stationMAC(n.MAC):
+			return bad("%q is no hardware address of a network interface", n.MAC)
+		case macs[n.MAC]:
+			return bad("two network interfaces have the hardware address %s", n.MAC)
+		case n.MTU != 0 && (n.MTU < 68 || n.MTU > 65535): // RFC 791 3.2; the field of virtio has 16 bits
+			return bad("network interface %s: an MTU of %d", n.MAC, n.MTU)
+		case (n.TAP == "") == (n.Socket == ""):
+			return bad("network interface %s has not exactly one of TAP and socket", n.MAC)
+		case n.TAP != "" && !interfaceName(n.TAP):
+			return bad("%q is no name of a network device", n.TAP)
+		case n.Socket != "":
+			paths = append(paths, path{"socket of network interface " + n.MAC, n.Socket})
+		}
+		macs[n.MAC] = true
+	}
 	for _, p := range paths {
 		if !filepath.IsAbs(p.path) {
 			return bad("the path of the %s is not absolute: %q", p.what, p.path)
 		}
 	}
 	return nil
+}
+
+// stationMAC says whether s is an address of one station as NIC writes it: not a group's, not zero.
+func stationMAC(s string) bool {
+	mac, err := net.ParseMAC(s)
+	return err == nil && len(mac) == 6 && mac.String() == s && mac[0]&1 == 0 && s != "00:00:00:00:00:00"
+}
+
+// interfaceName says whether s may name a network device: the kernel's dev_valid_name, without the
+// characters that VMMs give a meaning of their own, as the % by which the kernel counts.
+func interfaceName(s string) bool {
+	for _, c := range []byte(s) {
+		switch {
+		case c >= '0' && c <= '9', c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c == '-', c == '_', c == '.':
+		default:
+			return false
+		}
+	}
+	return len(s) >= 1 && len(s) <= 15 && s != "." && s != ".."
 }

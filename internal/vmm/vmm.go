@@ -34,6 +34,16 @@ type Drive struct {
 	ReadOnly bool
 }
 
+// NIC is one network interface. Exactly one of TAP and Socket says where its frames go.
+type NIC struct {
+	MAC string // six lower-case hex pairs with colons, of one station
+	MTU int    // bytes; 0 leaves it to the guest. A hint to the guest's driver, where the VMM can give it
+	TAP string // a TAP device that exists, of this user or a root daemon's; the VMM attaches to it
+	// Socket is a unix stream socket that something listens on when the machine starts. Each frame
+	// follows its length, 4 bytes big-endian. It may lie in the run directory, whatever that one's length.
+	Socket string
+}
+
 // Spec describes a machine to start. Paths are absolute and outlive the machine.
 type Spec struct {
 	ID        string // VM id; appears on the VMM's command line so that people can tell VMMs apart
@@ -46,6 +56,7 @@ type Spec struct {
 	VCPU      int
 	MemoryMiB int64
 	Drives    []Drive
+	NICs      []NIC
 	CID       uint32
 	Log       string // console and VMM output are appended here; cut back in place at any time after Start
 
@@ -120,8 +131,9 @@ type Machine interface {
 
 // Features says what a driver has, for people, doctor and tests.
 type Features struct {
-	Accel string // "kvm" or "tcg"
-	Vsock bool   // agent over vsock, else over virtio-serial
+	Accel      string // "kvm" or "tcg"
+	Vsock      bool   // agent over vsock, else over virtio-serial
+	NICSockets bool   // a NIC may have a Socket
 	// OverheadMiB is memory that it may need beside the guest's and beside the 256 MiB that any VMM gets.
 	OverheadMiB int64
 }

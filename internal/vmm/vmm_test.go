@@ -36,6 +36,7 @@ func TestValidate(t *testing.T) {
 	good := Spec{
 		ID: "0123456789abcdef0123456789abcdef", Owner: "one-two", Name: "calm-otter", RunDir: "/run/x", Kernel: "/k", Initrd: "/i",
 		VCPU: 1, MemoryMiB: 64, Log: "/l", Drives: []Drive{{Role: RoleBase, Path: "/b"}, {Role: RoleWork, Path: "/w"}},
+		NICs: []NIC{{MAC: "02:00:00:00:00:01", MTU: 1500, TAP: "tap0"}, {MAC: "02:00:00:00:00:02", Socket: "/s"}},
 	}
 	if err := good.Validate(); err != nil {
 		t.Fatal(err)
@@ -69,9 +70,19 @@ func TestValidate(t *testing.T) {
 		{"drive work", func(s *Spec) { s.Drives[1].Path = "w" }},
 		{"two drives", func(s *Spec) { s.Drives[1].Role = RoleBase }},
 		{"no role", func(s *Spec) { s.Drives[1].Role = "" }},
+		{"\"02:0:0:0:0:1\"", func(s *Spec) { s.NICs[0].MAC = "02:0:0:0:0:1" }},
+		{"hardware address", func(s *Spec) { s.NICs[0].MAC = "03:00:00:00:00:01" }}, // a group's
+		{"two network interfaces", func(s *Spec) { s.NICs[1].MAC = s.NICs[0].MAC }},
+		{"MTU", func(s *Spec) { s.NICs[0].MTU = 67 }},
+		{"exactly one", func(s *Spec) { s.NICs[0].Socket = "/s" }},
+		{"exactly one", func(s *Spec) { s.NICs[1].Socket = "" }},
+		{"name of a network device", func(s *Spec) { s.NICs[0].TAP = "tap0,script=/bin/sh" }},
+		{"name of a network device", func(s *Spec) { s.NICs[0].TAP = "a-name-too-long0" }},
+		{"socket of network interface", func(s *Spec) { s.NICs[1].Socket = "net.sock" }},
 	} {
 		s := good
 		s.Drives = append([]Drive(nil), good.Drives...)
+		s.NICs = append([]NIC(nil), good.NICs...)
 		c.change(&s)
 		if err := s.Validate(); !fault.Is(err, fault.Invalid) || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%v, want invalid with %q", err, c.want)

@@ -5,6 +5,8 @@
 // boots, capabilities of internal/sandbox contribute the content.
 package boot
 
+import "net/netip"
+
 // ConfigVersion is the version of Config. A guest program refuses a config newer than it knows.
 const ConfigVersion = 1
 
@@ -30,6 +32,24 @@ type Config struct {
 	Files       []File            `json:"files,omitempty"`
 	Environment map[string]string `json:"environment,omitempty"` // appended to /etc/environment, replaced by name
 	TimeUnixMS  int64             `json:"time_unix_ms"`          // host clock when the config was rendered
+	Network     *Network          `json:"network,omitempty"`     // nil: no interface is configured but the loopback
+}
+
+// Network is the static configuration of the guest's network interface. It is applied before the agent
+// starts, and network managers of the image are told to leave the interface alone: no DHCP, no waiting.
+type Network struct {
+	MAC       string         `json:"mac"`                 // of the interface that gets it
+	MTU       int            `json:"mtu,omitempty"`       // bytes; 0 leaves the driver's
+	Addresses []netip.Prefix `json:"addresses,omitempty"` // address and its network's length
+	Routes    []Route        `json:"routes,omitempty"`
+	DNS       []netip.Addr   `json:"dns,omitempty"`    // servers of /etc/resolv.conf, which is replaced if there is one
+	Search    []string       `json:"search,omitempty"` // domains that short names are looked up in
+}
+
+// Route leads to a network, 0.0.0.0/0 or ::/0 for all others, by a gateway on the interface's network.
+type Route struct {
+	To  netip.Prefix `json:"to"`
+	Via netip.Addr   `json:"via"`
 }
 
 // Mount is one drive and where it goes. Grow enlarges the filesystem to the drive before use.

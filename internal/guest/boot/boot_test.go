@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -27,6 +28,12 @@ func sample() boot.Config {
 		Files:       []boot.File{{Path: "/etc/x", Mode: 0o640, UID: 1, GID: 2, Content: []byte("\x00\xff binary\n")}},
 		Environment: map[string]string{"LANG": "C.UTF-8"},
 		TimeUnixMS:  1234567890123,
+		Network: &boot.Network{
+			MAC: "02:00:00:00:00:01", MTU: 1420,
+			Addresses: []netip.Prefix{netip.MustParsePrefix("172.30.0.2/24"), netip.MustParsePrefix("fd00::2/64")},
+			Routes:    []boot.Route{{To: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("172.30.0.1")}},
+			DNS:       []netip.Addr{netip.MustParseAddr("172.30.0.1")}, Search: []string{"vm"},
+		},
 	}
 }
 
@@ -57,7 +64,7 @@ func TestDriveRoundTrip(t *testing.T) {
 		if size == 0 {
 			got.Files[0].Content = want.Files[0].Content // JSON has one kind of empty
 		}
-		if diff := cmp.Diff(want, got); diff != "" {
+		if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 			t.Errorf("read (+) differs from written (-):\n%s", diff)
 		}
 	}
@@ -124,16 +131,24 @@ func TestReadDriveRefuses(t *testing.T) {
 
 func TestValidate(t *testing.T) {
 	for name, spoil := range map[string]func(*boot.Config){
-		"vm_id":       func(c *boot.Config) { c.VMID = "" },
-		"hostname":    func(c *boot.Config) { c.Hostname = strings.Repeat("a", 64) },
-		"machine_id":  func(c *boot.Config) { c.MachineID = strings.Repeat("0", 32) },
-		"secret":      func(c *boot.Config) { c.Secret = "short" },
-		"mount":       func(c *boot.Config) { c.Mounts[0].Target = "/" },
-		"native":      func(c *boot.Config) { c.Native[0] = "/a/../b" },
-		"file":        func(c *boot.Config) { c.Files[0].Path = "etc/x" },
-		"mode":        func(c *boot.Config) { c.Files[0].Mode = 0o100644 },
-		"owner":       func(c *boot.Config) { c.Files[0].UID = -1 },
-		"environment": func(c *boot.Config) { c.Environment["A"] = "b\nc" },
+		"vm_id":            func(c *boot.Config) { c.VMID = "" },
+		"hostname":         func(c *boot.Config) { c.Hostname = strings.Repeat("a", 64) },
+		"machine_id":       func(c *boot.Config) { c.MachineID = strings.Repeat("0", 32) },
+		"secret":           func(c *boot.Config) { c.Secret = "short" },
+		"mount":            func(c *boot.Config) { c.Mounts[0].Target = "/" },
+		"native":           func(c *boot.Config) { c.Native[0] = "/a/../b" },
+		"file":             func(c *boot.Config) { c.Files[0].Path = "etc/x" },
+		"mode":             func(c *boot.Config) { c.Files[0].Mode = 0o100644 },
+		"owner":            func(c *boot.Config) { c.Files[0].UID = -1 },
+		"environment":      func(c *boot.Config) { c.Environment["A"] = "b\nc" },
+		"hardware address": func(c *boot.Config) { c.Network.MAC = "02-00-00-00-00-01" },
+		"MTU of 67":        func(c *boot.Config) { c.Network.MTU = 67 },
+		"IPv6 needs":       func(c *boot.Config) { c.Network.MTU = 1279 },
+		"0.0.0.0/24":       func(c *boot.Config) { c.Network.Addresses[0] = netip.MustParsePrefix("0.0.0.0/24") },
+		"no route":         func(c *boot.Config) { c.Network.Routes[0].Via = netip.MustParseAddr("fd00::1") },
+		"4 DNS servers":    func(c *boot.Config) { c.Network.DNS = make([]netip.Addr, 4) },
+		"DNS server":       func(c *boot.Config) { c.Network.DNS[0] = netip.Addr{} },
+		"search domain":    func(c *boot.Config) { c.Network.Search[0] = "a\nnameserver 1.1.1.1" },
 	} {
 		c := sample()
 		if err := c.Validate(); err != nil {

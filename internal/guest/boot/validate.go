@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"net"
 	"path"
 	"strings"
 
@@ -54,6 +55,57 @@ func (c Config) Validate() error {
 	for name, value := range c.Environment {
 		if name == "" || strings.ContainsAny(name, "=\n\x00 \t#\"'") || strings.ContainsAny(value, "\n\x00") {
 			return invalid("environment variable %q cannot be written to /etc/environment", name)
+		}
+	}
+	if c.Network != nil {
+		return c.Network.validate(invalid)
+	}
+	return nil
+}
+
+// Limits of a Network. A resolver looks at no more servers than this (MAXNS of glibc's resolv.h).
+const (
+	maxDNS    = 3
+	minMTU    = 68   // RFC 791 3.2
+	minMTUv6  = 1280 // RFC 8200 5: below it the kernel takes IPv6 off the interface
+	maxMTU    = 65535
+	maxRoutes = 64
+)
+
+func (n Network) validate(invalid func(format string, args ...any) error) error {
+	if mac, err := net.ParseMAC(n.MAC); err != nil || len(mac) != 6 || mac.String() != n.MAC {
+		return invalid("network: %q is no hardware address", n.MAC)
+	}
+	if n.MTU != 0 && (n.MTU < minMTU || n.MTU > maxMTU) {
+		return invalid("network: an MTU of %d", n.MTU)
+	}
+	for _, a := range n.Addresses {
+		switch {
+		case !a.IsValid() || a.Addr().IsUnspecified() || a.Addr().IsMulticast() || a.Addr().Is4In6() || a.Bits() == 0:
+			return invalid("network: %s is no address of an interface with its network's length", a)
+		case a.Addr().Is6() && n.MTU != 0 && n.MTU < minMTUv6:
+			return invalid("network: IPv6 needs an MTU of %d, not %d", minMTUv6, n.MTU)
+		}
+	}
+	if len(n.Routes) > maxRoutes {
+		return invalid("network: %d routes", len(n.Routes))
+	}
+	for _, r := range n.Routes {
+		if !r.To.IsValid() || r.To != r.To.Masked() || !r.Via.IsValid() || r.To.Addr().Is4() != r.Via.Is4() || r.Via.IsUnspecified() {
+			return invalid("network: no route to %s by %s", r.To, r.Via)
+		}
+	}
+	if len(n.DNS) > maxDNS {
+		return invalid("network: %d DNS servers, the most is %d", len(n.DNS), maxDNS)
+	}
+	for _, a := range n.DNS {
+		if !a.IsValid() || a.IsUnspecified() || a.Zone() != "" {
+			return invalid("network: %s is no address of a DNS server", a)
+		}
+	}
+	for _, d := range n.Search {
+		if !validHostname(d) {
+			return invalid("network: search domain %q is not made of DNS labels (RFC 1123)", d)
 		}
 	}
 	return nil

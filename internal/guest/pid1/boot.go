@@ -63,6 +63,7 @@ func Boot(args []string) {
 		{"native directories", 10 * time.Minute, (*booter).native}, // may copy much
 		{"mounts", 10 * time.Minute, (*booter).mounts},             // may grow as well
 		{"files", time.Minute, (*booter).files},
+		{"network", time.Minute, (*booter).network},
 		{"agent", time.Minute, (*booter).agent},
 		{"init", time.Minute, (*booter).init},
 	} {

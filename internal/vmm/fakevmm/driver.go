@@ -42,7 +42,9 @@ func New(world *World, agent Agent) *Driver {
 func (d *Driver) Name() string { return "fake" }
 
 // Features say that it emulates, and that each Dial is a stream of its own.
-func (d *Driver) Features() vmm.Features { return vmm.Features{Accel: "tcg", Vsock: true} }
+func (d *Driver) Features() vmm.Features {
+	return vmm.Features{Accel: "tcg", Vsock: true, NICSockets: true}
+}
 
 // Check finds nothing wrong as long as the world is there.
 func (d *Driver) Check(context.Context) error {
@@ -56,8 +58,8 @@ func (d *Driver) Check(context.Context) error {
 // nothing runs shows that somebody forgot to clean up.
 const pidfile = "vmm.pid"
 
-// Start is vmm.Driver's. Like a real VMM it opens every file of the spec, so one that an earlier
-// step forgot to make is noticed.
+// Start is vmm.Driver's. Like a real VMM it opens every file of the spec and connects to every socket, so
+// one that an earlier step forgot to make is noticed.
 func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) {
 	if err := spec.Validate(); err != nil {
 		return nil, err
@@ -218,6 +220,16 @@ func openAll(spec vmm.Spec) error {
 			return fault.Wrap(err, fault.Unavailable, spec.Name, "the VMM cannot open %s", path).WithOp("vmm start")
 		}
 		_ = f.Close()
+	}
+	for _, n := range spec.NICs {
+		if n.Socket == "" {
+			continue // a TAP is the host's, and this one need not be
+		}
+		conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: n.Socket, Net: "unix"})
+		if err != nil {
+			return fault.Wrap(err, fault.Unavailable, spec.Name, "the VMM cannot connect to %s", n.Socket).WithOp("vmm start")
+		}
+		_ = conn.Close()
 	}
 	return nil
 }

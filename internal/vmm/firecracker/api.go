@@ -40,6 +40,11 @@ type (
 		CacheType string `json:"cache_type"`
 		IOEngine  string `json:"io_engine"`
 	}
+	networkInterface struct { // no MTU: the field is younger than the oldest version; the guest is told otherwise
+		ID  string `json:"iface_id"`
+		MAC string `json:"guest_mac"`
+		TAP string `json:"host_dev_name"`
+	}
 	vsockDevice struct {
 		CID    uint32 `json:"guest_cid"`
 		Socket string `json:"uds_path"`

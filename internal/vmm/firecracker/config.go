@@ -1,6 +1,7 @@
 package firecracker
 
 import (
+	"fmt"
 	"net/http"
 	"strings"
 
@@ -45,6 +46,10 @@ func requests(s vmm.Spec) []request {
 	}
 	for _, d := range s.Drives { // the guest tells them apart by this order alone
 		out = append(out, request{http.MethodPut, "/drives/" + string(d.Role), driveOf(d), "the drive " + d.Path})
+	}
+	for i, n := range s.NICs {
+		id := fmt.Sprintf("net%d", i)
+		out = append(out, request{http.MethodPut, "/network-interfaces/" + id, networkInterface{ID: id, MAC: n.MAC, TAP: n.TAP}, "the network device " + n.TAP})
 	}
 	return append(out,
 		request{http.MethodPut, "/vsock", vsockDevice{CID: s.CID, Socket: agentSocket}, "its vsock"},

@@ -28,6 +28,7 @@ func TestRequests(t *testing.T) {
 			{Role: vmm.RoleModules, Path: "/state/modules.ext4", ReadOnly: true},
 			{Role: vmm.RoleConfig, Path: "/state/config.tar", ReadOnly: true},
 		},
+		NICs: []vmm.NIC{{MAC: "02:00:00:00:00:01", MTU: 1420, TAP: "bgr012345-1"}},
 	}
 	var out strings.Builder
 	for _, a := range arguments(spec) {

@@ -168,6 +168,11 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 	if spec.CID < 3 {
 		return nil, fault.New(fault.Invalid, spec.Name, "the vsock context id %d is reserved", spec.CID).WithOp("vmm start")
 	}
+	for _, n := range spec.NICs {
+		if n.TAP == "" {
+			return nil, fault.New(fault.Unsupported, spec.Name, "Firecracker attaches network interfaces to TAP devices alone, not to %s", n.Socket).WithOp("vmm start")
+		}
+	}
 	dir, err := lockRunDir(ctx, spec)
 	if err != nil {
 		return nil, asStart(err)

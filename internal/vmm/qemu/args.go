@@ -3,6 +3,7 @@ package qemu
 import (
 	"encoding/json"
 	"fmt"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -86,6 +87,10 @@ func arguments(s vmm.Spec, p platform) ([]string, error) {
 		}
 		a = append(a, "-blockdev", node, "-device", device)
 	}
+	for i, n := range s.NICs {
+		backend, device := nic(i, n, s.RunDir)
+		a = append(a, "-netdev", backend, "-device", device)
+	}
 	if p.vsock {
 		a = append(a, "-device", fmt.Sprintf("vhost-vsock-pci,guest-cid=%d", s.CID))
 	} else {
@@ -123,6 +128,25 @@ func drive(d vmm.Drive) (node, device string, err error) {
 		device += ",write-cache=on"
 	}
 	return string(b), device, nil
+}
+
+// nic renders a network interface and its device. QEMU works in the run directory: a socket there is
+// given by its bare name, since its path may be longer than the 108 bytes of sockaddr_un (unix(7)). No
+// option ROM: nothing boots from the network, and QEMU's package need not have brought the file.
+func nic(i int, n vmm.NIC, runDir string) (backend, device string) {
+	backend = fmt.Sprintf("tap,id=net%d,ifname=%s,script=no,downscript=no", i, n.TAP)
+	if n.Socket != "" {
+		path := n.Socket
+		if filepath.Dir(path) == filepath.Clean(runDir) {
+			path = filepath.Base(path)
+		}
+		backend = fmt.Sprintf("stream,id=net%d,server=off,addr.type=unix,addr.path=%s", i, commas(path))
+	}
+	device = fmt.Sprintf("virtio-net-pci,netdev=net%d,mac=%s,romfile=", i, n.MAC)
+	if n.MTU != 0 {
+		device += ",host_mtu=" + strconv.Itoa(n.MTU)
+	}
+	return backend, device
 }
 
 // commas doubles commas, as QEMU's option syntax asks for.

@@ -24,6 +24,11 @@ func TestArguments(t *testing.T) {
 			{Role: vmm.RoleBase, Path: "/state/a, \"b\"/base.ext4", ReadOnly: true},
 			{Role: vmm.RoleSystem, Path: "/state/system.ext4"},
 		},
+		NICs: []vmm.NIC{
+			{MAC: "02:00:00:00:00:01", MTU: 1420, TAP: "bgr012345-1"},
+			{MAC: "02:00:00:00:00:02", Socket: "/state/run/0123456789ab/net.sock"},
+			{MAC: "02:00:00:00:00:03", Socket: "/else, where/net.sock"},
+		},
 	}
 	for name, p := range map[string]platform{"tcg-serial": {}, "tcg-parallel": {parallel: true}, "kvm-vsock": {kvm: true, vsock: true}} {
 		t.Run(name, func(t *testing.T) {

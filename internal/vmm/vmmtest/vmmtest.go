@@ -105,6 +105,7 @@ func Run(t *testing.T, c Config) {
 		{"sweep ends what nobody knows", (*suite).sweep},
 		{"link carries bytes", (*suite).link},
 		{"link after the end", (*suite).linkGone},
+		{"network interface on a socket", (*suite).nicSocket},
 	} {
 		t.Run(strings.ReplaceAll(test.name, " ", "-"), func(t *testing.T) { test.f(s, t) })
 	}
@@ -894,4 +895,33 @@ func (s *suite) linkGone(t *testing.T) {
 	}
 	_, err := m.Link().Dial(s.context(t))
 	wantCode(t, "Dial after the end", err, fault.Unavailable)
+}
+
+// nicSocket wants a machine to connect its network interface to a socket before it is started, or to be
+// refused with nothing left by a driver that has no such thing.
+func (s *suite) nicSocket(t *testing.T) {
+	d, spec := s.New(t), s.Spec(t)
+	path := filepath.Join(spec.RunDir, "net.sock")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	spec.NICs = []vmm.NIC{{MAC: "02:00:00:00:00:01", MTU: 1420, Socket: path}}
+	if !d.Features().NICSockets {
+		_, err := d.Start(s.context(t), spec)
+		wantCode(t, "start", err, fault.Unsupported)
+		s.wantProcesses(t, spec, 0)
+		return
+	}
+	m := s.begin(t, d, spec)
+	if err := l.SetDeadline(time.Now().Add(s.Patience)); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatalf("the machine did not connect: %v", err)
+	}
+	defer conn.Close()
+	s.wantRunning(t, m)
 }
