@@ -49,6 +49,8 @@ type Config struct {
 	DefaultModulesDir   string
 	DefaultPackagesFile string
 
+	DNSListenAddr string // where names under .vm are answered: IP address and port; "" for nowhere
+
 	VMM               string // auto, firecracker, qemu
 	DefaultVCPU       int
 	DefaultMemoryMiB  int64
@@ -115,6 +117,16 @@ var keys = []key{
 	pathKey("default_initrd", func(c *Config) *string { return &c.DefaultInitrd }),
 	pathKey("default_modules_dir", func(c *Config) *string { return &c.DefaultModulesDir }),
 	pathKey("default_packages_file", func(c *Config) *string { return &c.DefaultPackagesFile }),
+	{"dns_listen_addr",
+		func(c *Config, _ loader, v any) error {
+			s, ok := v.(string)
+			if _, err := netip.ParseAddrPort(s); !ok || s != "" && err != nil {
+				return notA(v, `an IP address and a port, such as "127.0.0.1:42069", or "" for no DNS server`)
+			}
+			c.DNSListenAddr = s
+			return nil
+		},
+		func(c Config) string { return c.DNSListenAddr }},
 	{"vmm",
 		func(c *Config, _ loader, v any) error {
 			s, ok := v.(string)
@@ -237,6 +249,7 @@ func Defaults(h vm.Host) Config {
 	c := Config{
 		LogLevel:          slog.LevelInfo,
 		TapPoolSize:       4,
+		DNSListenAddr:     "127.0.0.1:42069",
 		VMM:               VMMAuto,
 		DefaultVCPU:       2,
 		DefaultMemoryMiB:  2048,

@@ -60,6 +60,7 @@ var keyCases = []struct {
 	{"default_initrd", `"/a/initrd"`, func(c Config) any { return c.DefaultInitrd }, "/a/initrd"},
 	{"default_modules_dir", `"/a/modules"`, func(c Config) any { return c.DefaultModulesDir }, "/a/modules"},
 	{"default_packages_file", `""`, func(c Config) any { return c.DefaultPackagesFile }, ""},
+	{"dns_listen_addr", `"[::1]:53"`, func(c Config) any { return c.DNSListenAddr }, "[::1]:53"},
 	{"vmm", `"qemu"`, func(c Config) any { return c.VMM }, VMMQEMU},
 	{"default_vcpu", `32`, func(c Config) any { return c.DefaultVCPU }, 32},
 	{"default_memory", `4096`, func(c Config) any { return c.DefaultMemoryMiB }, int64(4096)},

@@ -1,0 +1,235 @@
+// Package dns owns the names of VMs: the authoritative server for .vm, the host resolvers that are told of
+// it, and what to type where that cannot be done.
+//
+// It keeps no records: it asks for the addresses of a name at each query. It forwards nothing and
+// resolves no other name.
+package dns
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/miekg/dns"
+	"golang.org/x/net/netutil"
+	"golang.org/x/sys/unix"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+)
+
+// Domain is the zone, without dots. It is no top-level domain of the internet's root.
+const Domain = "vm"
+
+// probe is a name that no VM can have. Its TXT record holds the installation's id, by which a resolver
+// shows that it asks this server.
+const probe = "_banger"
+
+const (
+	// ttl of what is there, and of what is not (RFC 2308 5), in seconds. A resolver that caches may keep the
+	// address of a VM that was deleted that long.
+	ttl = 1
+
+	// udpSize is what a reply may have over UDP if the query allows it: the size that DNS Flag Day 2020 settled on.
+	udpSize = 1232
+
+	maxConns    = 64               // over TCP at a time; further ones wait in the kernel's queue
+	connIdle    = 10 * time.Second // between queries over one TCP connection (RFC 7766 6.2.3: "order of a few seconds")
+	ioTimeout   = 2 * time.Second
+	maxPerConn  = 10_000 // queries
+	portTries   = 16
+	closeBounds = 2 * time.Second
+)
+
+// Lookup gives the addresses of a VM by its name in lower case, without a dot. None means that there is no
+// such name. It is called for each query, from several goroutines, and must not block.
+type Lookup func(name string) []netip.Addr
+
+// Server answers over UDP and TCP at one address. Safe for concurrent use.
+type Server struct {
+	lookup   Lookup
+	id       string
+	addr     netip.AddrPort
+	udp, tcp *dns.Server
+	done     chan error // of both
+}
+
+// Listen starts a server. addr is an IP address and a port, over which both protocols are served; port 0 is one that
+// is free. id is what the probe is answered with. fault.Unavailable if the address is taken or not this host's, fault.Permission
+// if this user may not have the port.
+func Listen(addr, id string, lookup Lookup) (*Server, error) {
+	tcp, udp, err := listen(addr)
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		return nil, fault.Wrap(err, fault.Unavailable, addr, "another program answers there, perhaps another banger").
+			WithHint("see who: ss -lnutp 'sport = :%s'; or set dns_listen_addr in config.toml; then banger daemon stop", port(addr))
+	case errors.Is(err, unix.EACCES):
+		return nil, fault.Wrap(err, fault.Permission, addr, "this user may not listen there").
+			WithHint("set dns_listen_addr to a port of 1024 or higher in config.toml, then banger daemon stop")
+	case err != nil:
+		return nil, fault.Wrap(err, fault.Unavailable, addr, "cannot listen there").
+			WithHint("set dns_listen_addr in config.toml to an address of this host, then banger daemon stop")
+	}
+	s := &Server{lookup: lookup, id: id, done: make(chan error, 2)}
+	s.addr = tcp.Addr().(*net.TCPAddr).AddrPort()
+	s.udp = &dns.Server{PacketConn: udp, Handler: s, UDPSize: udpSize, ReadTimeout: ioTimeout, WriteTimeout: ioTimeout, MsgAcceptFunc: accept}
+	s.tcp = &dns.Server{Listener: netutil.LimitListener(tcp, maxConns), Handler: s, ReadTimeout: ioTimeout, WriteTimeout: ioTimeout,
+		IdleTimeout: func() time.Duration { return connIdle }, MaxTCPQueries: maxPerConn, MsgAcceptFunc: accept}
+	for _, srv := range []*dns.Server{s.udp, s.tcp} {
+		began := make(chan struct{})
+		srv.NotifyStartedFunc = func() { close(began) }
+		go func() { s.done <- srv.ActivateAndServe() }()
+		<-began // Shutdown fails before
+	}
+	return s, nil
+}
+
+// listen binds both. A port that is free for the one may be taken for the other: with port 0, others are tried.
+func listen(addr string) (tcp net.Listener, udp net.PacketConn, err error) {
+	var c net.ListenConfig
+	ctx := context.Background()
+	for try := 1; ; try++ {
+		if tcp, err = c.Listen(ctx, "tcp", addr); err != nil {
+			return nil, nil, err
+		}
+		udp, err = c.ListenPacket(ctx, "udp", tcp.Addr().String())
+		if err == nil {
+			return tcp, udp, nil
+		}
+		err = errors.Join(err, tcp.Close())
+		if port(addr) != "0" || try == portTries {
+			return nil, nil, err
+		}
+	}
+}
+
+func port(addr string) string {
+	_, p, err := net.SplitHostPort(addr)
+	if err != nil {
+		return "" // Listen says what is wrong
+	}
+	return p
+}
+
+// Addr is where the server answers.
+func (s *Server) Addr() netip.AddrPort { return s.addr }
+
+// Close stops answering. Call it once.
+func (s *Server) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), closeBounds)
+	defer cancel()
+	err := errors.Join(s.udp.ShutdownContext(ctx), s.tcp.ShutdownContext(ctx))
+	for range 2 {
+		select {
+		case served := <-s.done:
+			err = errors.Join(err, served)
+		case <-ctx.Done():
+			return errors.Join(err, fault.Wrap(ctx.Err(), fault.Timeout, "DNS", "the server did not stop"))
+		}
+	}
+	return err
+}
+
+// accept looks at a header before the rest is unpacked. What is no query gets no answer: it might be one
+// of a server like this, and the two would go on forever.
+func accept(h dns.Header) dns.MsgAcceptAction {
+	const response, opcodeShift, opcodeMask = 1 << 15, 11, 0xf // RFC 1035 4.1.1
+	switch {
+	case h.Bits&response != 0:
+		return dns.MsgIgnore
+	case int(h.Bits>>opcodeShift)&opcodeMask != dns.OpcodeQuery:
+		return dns.MsgRejectNotImplemented
+	case h.Qdcount != 1, h.Ancount > 1, h.Nscount > 1, h.Arcount > 2: // as in miekg/dns's own
+		return dns.MsgReject
+	}
+	return dns.MsgAccept
+}
+
+// ServeDNS answers one query.
+func (s *Server) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
+	m := s.answer(q)
+	size := dns.MinMsgSize
+	if w.LocalAddr().Network() == "tcp" {
+		size = dns.MaxMsgSize
+	} else if o := q.IsEdns0(); o != nil {
+		size = min(max(int(o.UDPSize()), dns.MinMsgSize), udpSize)
+	}
+	m.Truncate(size)
+	_ = w.WriteMsg(m) // whoever asked is gone, or asks again
+}
+
+// answer makes the reply to a query with one question.
+func (s *Server) answer(q *dns.Msg) *dns.Msg {
+	m := new(dns.Msg).SetReply(q)
+	m.RecursionAvailable = false
+	if o := q.IsEdns0(); o != nil {
+		m.SetEdns0(udpSize, false)
+		if o.Version() != 0 { // RFC 6891 6.1.3
+			m.Rcode = dns.RcodeBadVers
+			return m
+		}
+	}
+	question := q.Question[0]
+	labels := dns.SplitDomainName(question.Name)
+	if len(labels) == 0 || !strings.EqualFold(labels[len(labels)-1], Domain) ||
+		question.Qclass != dns.ClassINET && question.Qclass != dns.ClassANY {
+		m.Rcode = dns.RcodeRefused
+		return m
+	}
+	m.Authoritative = true
+	switch len(labels) {
+	case 1:
+		if question.Qtype == dns.TypeSOA || question.Qtype == dns.TypeANY {
+			m.Answer = append(m.Answer, soa())
+		}
+		if question.Qtype == dns.TypeNS || question.Qtype == dns.TypeANY {
+			m.Answer = append(m.Answer, &dns.NS{Hdr: header(Domain+".", dns.TypeNS), Ns: nameserver})
+		}
+	case 2:
+		m.Rcode = s.records(m, question, strings.ToLower(labels[0]))
+	default:
+		m.Rcode = dns.RcodeNameError
+	}
+	if len(m.Answer) == 0 {
+		m.Ns = append(m.Ns, soa()) // RFC 2308 3: it says how long the answer "no" holds
+	}
+	return m
+}
+
+// records adds what there is of a name below .vm, and returns the code.
+func (s *Server) records(m *dns.Msg, q dns.Question, name string) int {
+	wants := func(t uint16) bool { return q.Qtype == t || q.Qtype == dns.TypeANY }
+	if name == probe {
+		if wants(dns.TypeTXT) {
+			m.Answer = append(m.Answer, &dns.TXT{Hdr: header(q.Name, dns.TypeTXT), Txt: []string{s.id}})
+		}
+		return dns.RcodeSuccess
+	}
+	addrs := s.lookup(name)
+	if len(addrs) == 0 {
+		return dns.RcodeNameError
+	}
+	for _, a := range addrs {
+		switch a = a.Unmap(); {
+		case a.Is4() && wants(dns.TypeA):
+			m.Answer = append(m.Answer, &dns.A{Hdr: header(q.Name, dns.TypeA), A: a.AsSlice()})
+		case a.Is6() && wants(dns.TypeAAAA):
+			m.Answer = append(m.Answer, &dns.AAAA{Hdr: header(q.Name, dns.TypeAAAA), AAAA: a.AsSlice()})
+		}
+	}
+	return dns.RcodeSuccess
+}
+
+func header(name string, t uint16) dns.RR_Header {
+	return dns.RR_Header{Name: name, Rrtype: t, Class: dns.ClassINET, Ttl: ttl}
+}
+
+// nameserver is under .invalid (RFC 2606): nobody is to look for the server but by its address.
+const nameserver = "banger.invalid."
+
+func soa() *dns.SOA {
+	return &dns.SOA{Hdr: header(Domain+".", dns.TypeSOA), Ns: nameserver, Mbox: nameserver,
+		Serial: 1, Refresh: 3600, Retry: 3600, Expire: 3600, Minttl: ttl}
+}
