@@ -1,5 +1,5 @@
 // Command bangerd is banger's daemon: one a user, started by the CLI when it is needed. See
-// internal/daemon.
+// internal/daemon. Under another name it is the network of one VM: see internal/network/usernet.
 package main
 
 import (
@@ -9,16 +9,23 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/daemon"
+	"git.thaloco.com/thaloco/banger/internal/network/usernet"
 	"git.thaloco.com/thaloco/banger/internal/sandbox"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
-func main() { os.Exit(daemon.Main(os.Args[1:], open)) }
+func main() {
+	if os.Args[0] == usernet.Program {
+		os.Exit(usernet.Main(os.Args))
+	}
+	os.Exit(daemon.Main(os.Args[1:], open))
+}
 
 func open(ctx context.Context, p config.Paths, c config.Config, log *slog.Logger) (daemon.Backend, error) {
 	chosen := choose(ctx, c, vmm.KVMUsable)
+	nets, notice := networks(p, c, chosen.driver)
 	return sandbox.Open(ctx, sandbox.Options{
-		Driver: chosen.driver, Others: chosen.others, VMMNotice: chosen.notice,
+		Driver: chosen.driver, Others: chosen.others, VMMNotice: chosen.notice, Networks: nets, NetworkNotice: notice,
 		Config: c, Paths: p, Host: config.Host(), Log: log,
 	})
 }

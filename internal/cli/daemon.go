@@ -195,7 +195,7 @@ func (a *app) doctor(ctx context.Context) error {
 			fmt.Fprintf(&rows, "      %s\n", f.GetDetail())
 		}
 		if f.GetFix() != "" && f.GetSeverity() != "pass" {
-			fmt.Fprintf(&rows, "      fix: %s\n", f.GetFix())
+			fmt.Fprintf(&rows, "      fix: %s\n", strings.ReplaceAll(f.GetFix(), "\n", "\n           "))
 		}
 	}
 	if a.json {

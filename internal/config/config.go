@@ -63,6 +63,7 @@ type Config struct {
 	IPv6CIDR            string       // likewise, a unique local /64, or IPv6Auto or IPv6None
 	DefaultNAT          bool
 	DefaultNetworkGroup string // "" for none
+	PublishedPorts      Ports  // of VMs on the user network
 
 	BootTimeout time.Duration
 	StopTimeout time.Duration
@@ -222,6 +223,16 @@ var keys = []key{
 			return nil
 		},
 		func(c Config) string { return c.DefaultNetworkGroup }},
+	{"published_ports",
+		func(c *Config, _ loader, v any) error {
+			p, err := parsePorts(fmt.Sprint(v))
+			if err != nil {
+				return notA(v, fmt.Sprintf("ports and ranges of them, such as \"80,3000-3010\", %d at most", maxPorts))
+			}
+			c.PublishedPorts = p
+			return nil
+		},
+		func(c Config) string { return c.PublishedPorts.String() }},
 	durationKey("boot_timeout", func(c *Config) *time.Duration { return &c.BootTimeout }),
 	durationKey("stop_timeout", func(c *Config) *time.Duration { return &c.StopTimeout }),
 	{"ssh_reminder",
@@ -256,6 +267,7 @@ func Defaults(h vm.Host) Config {
 		DefaultDiskSize:   8 * vm.GiB,
 		DefaultSystemSize: 16 * vm.GiB,
 		Network:           NetworkAuto,
+		PublishedPorts:    defaultPorts(),
 		BridgeName:        "banger0",
 		CIDR:              netip.MustParsePrefix("172.16.88.0/24"), // outside of what Docker takes by itself
 		IPv6CIDR:          IPv6Auto,

@@ -72,6 +72,7 @@ var keyCases = []struct {
 	{"ipv6_cidr", `"fd12:3456:789A:0::/64"`, func(c Config) any { return c.IPv6CIDR }, "fd12:3456:789a::/64"},
 	{"default_nat", `true`, func(c Config) any { return c.DefaultNAT }, true},
 	{"default_network_group", `"team-web"`, func(c Config) any { return c.DefaultNetworkGroup }, "team-web"},
+	{"published_ports", `" 3000-3002, 80,3001 "`, func(c Config) any { return c.PublishedPorts }, Ports{80, 3000, 3001, 3002}},
 	{"boot_timeout", `"90s"`, func(c Config) any { return c.BootTimeout }, 90 * time.Second},
 	{"stop_timeout", `45`, func(c Config) any { return c.StopTimeout }, 45 * time.Second},
 	{"ssh_reminder", `false`, func(c Config) any { return c.SSHReminder }, false},
@@ -205,6 +206,13 @@ func TestMistakesNamePlaceAndRemedy(t *testing.T) {
 		"ipv6 type":         {"ipv6_cidr = false", ":1:1", "is false", ""},
 		"nat":               {"default_nat = 'yes'", ":1:1", "true or false", ""},
 		"group":             {"default_network_group = '-a'", ":1:1", "a-z, 0-9", ""},
+		"port":              {"published_ports = '80,,81'", ":1:1", "it must be ports", ""},
+		"no port":           {"published_ports = 0", ":1:1", "it must be ports", ""},
+		"a large port":      {"published_ports = '65536'", ":1:1", "it must be ports", ""},
+		"a range back":      {"published_ports = '3010-3000'", ":1:1", "it must be ports", ""},
+		"many ports":        {"published_ports = '1-65535'", ":1:1", "1024 at most", ""},
+		"DNS name":          {"dns_listen_addr = 'localhost:53'", ":1:1", "it must be an IP address and a port", ""},
+		"DNS no port":       {"dns_listen_addr = '127.0.0.1'", ":1:1", "it must be an IP address and a port", ""},
 		"years":             {"stop_timeout = 999999999999999999", ":1:1", "is 99999", ""},
 	} {
 		_, _, err := load(t, c.content)

@@ -147,6 +147,9 @@ func (p Paths) VM(id string) string { return filepath.Join(p.State, "vms", id) }
 // survive a logout, which empties XDG_RUNTIME_DIR.
 func (p Paths) Run(shortID string) string { return filepath.Join(p.State, "run", shortID) }
 
+// Networks holds what serves VMs' networks keeps for each of them: pidfile, socket, log.
+func (p Paths) Networks() string { return filepath.Join(p.State, "net") }
+
 // Images holds captured root filesystems and work seeds by content id.
 func (p Paths) Images() string { return filepath.Join(p.State, "images") }
 

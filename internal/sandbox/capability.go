@@ -12,12 +12,13 @@ import (
 
 // The names of the steps, in the order of capabilities: what later ones need, earlier ones make.
 const (
-	stepImage  = "image"
-	stepSystem = "system disk"
-	stepWork   = "work disk"
-	stepConfig = "guest config"
-	stepVMM    = "vmm"
-	stepAgent  = "agent"
+	stepImage   = "image"
+	stepSystem  = "system disk"
+	stepWork    = "work disk"
+	stepNetwork = "network"
+	stepConfig  = "guest config"
+	stepVMM     = "vmm"
+	stepAgent   = "agent"
 )
 
 // capability owns one kind of host resource of a VM. Whatever else it takes part in, it says by
@@ -61,6 +62,7 @@ func capabilities(s *Service) []capability {
 		&imageCapability{images: s.images},
 		&systemDisk{service: s},
 		&workDisk{service: s},
+		s.network,
 		config,
 		&machineCapability{machines: s.machines},
 		&agentCapability{machines: s.machines},

@@ -117,9 +117,11 @@ func (c crashChild) open(ctx context.Context, count *int) (*Service, error) {
 	}
 	cfg := config.Defaults(config.Host())
 	cfg.RuntimeDir = filepath.Join(c.Cache, "bundle")
+	cfg.DNSListenAddr = ""
 	cfg.BootTimeout, cfg.StopTimeout = 10*time.Second, 5*time.Second
 	cfg.DefaultDiskSize, cfg.DefaultSystemSize = vm.MinDiskBytes, vm.MinDiskBytes
-	s := New(st, Options{Driver: fakevmm.New(world, fakeguest.Agent(nil)), Config: cfg, Paths: p, Log: slog.New(slog.DiscardHandler)})
+	s := New(st, Options{Driver: fakevmm.New(world, fakeguest.Agent(nil)), Config: cfg, Paths: p, Log: slog.New(slog.DiscardHandler),
+		Networks: fakeNetworks(filepath.Join(c.Dir, "network"))})
 	boot := "boot-1"
 	if c.Reboot {
 		boot = "boot-2"
@@ -266,10 +268,14 @@ func look(dir, cache string, marked bool) (state string, err error) {
 	if err != nil {
 		return "", err
 	}
+	attached, err := names(filepath.Join(dir, "network"))
+	if err != nil {
+		return "", err
+	}
 	vms := st.VMs()
 	if len(vms) == 0 {
-		if len(machines)+len(dirs)+len(runs) != 0 {
-			return "", fmt.Errorf("no VM is left, but %d machines, directories %v, run directories %v are", len(machines), dirs, runs)
+		if len(machines)+len(dirs)+len(runs)+len(attached) != 0 {
+			return "", fmt.Errorf("no VM is left, but %d machines, directories %v, run directories %v, networks %v are", len(machines), dirs, runs, attached)
 		}
 		return "gone", nil
 	}
@@ -293,17 +299,17 @@ func look(dir, cache string, marked bool) (state string, err error) {
 	files := []string{"system.ext4", "work.ext4"}
 	switch v.State {
 	case vm.Running:
-		want[stepConfig], want[stepVMM], want[stepAgent] = lifecycle.Ready, lifecycle.Ready, lifecycle.Ready
+		want[stepNetwork], want[stepConfig], want[stepVMM], want[stepAgent] = lifecycle.Ready, lifecycle.Ready, lifecycle.Ready, lifecycle.Ready
 		files = append(files, "config.tar")
 		if len(machines) != 1 || machines[0].Spec.ID != string(v.ID) || machines[0].PID() != v.PID {
 			return "", fmt.Errorf("the VM is running, the machines are %+v", machines)
 		}
-		if len(runs) != 1 {
-			return "", fmt.Errorf("run directories: %v", runs)
+		if len(runs) != 1 || len(attached) != 1 || attached[0] != string(v.ID) {
+			return "", fmt.Errorf("run directories: %v, networks: %v", runs, attached)
 		}
 	case vm.Stopped:
-		if len(machines)+len(runs) != 0 || v.PID != 0 {
-			return "", fmt.Errorf("the VM is stopped, but %d machines run, run directories: %v, pid %d", len(machines), runs, v.PID)
+		if len(machines)+len(runs)+len(attached) != 0 || v.PID != 0 {
+			return "", fmt.Errorf("the VM is stopped, but %d machines run, run directories: %v, networks: %v, pid %d", len(machines), runs, attached, v.PID)
 		}
 	default:
 		return "", fmt.Errorf("the VM is %s, wanted %s: %+v", v.State, v.Desired, v.Failure)
@@ -426,9 +432,10 @@ func wreck(dir, cache string) error {
 			stepSystem: p.VM(string(v.ID)),
 			stepWork:   filepath.Join(p.VM(string(v.ID)), "work.ext4"),
 			stepConfig: filepath.Join(p.VM(string(v.ID)), "config.tar"),
-			stepVMM:    p.Run(v.ID.Short()),
+			// Whichever of network and VMM comes first makes it, and the network is first.
+			stepNetwork: p.Run(v.ID.Short()),
 		} {
-			if exists(path) && steps[step] == "" {
+			if exists(path) && steps[step] == "" || step == stepNetwork && exists(filepath.Join(dir, "network", string(v.ID))) && steps[step] == "" {
 				return fmt.Errorf("%s is there, and the journal does not know of step %s: %v", path, step, steps)
 			}
 		}

@@ -50,7 +50,7 @@ func TestCreateChoosesDefaults(t *testing.T) {
 			t.Errorf("stage %s never finished", st.Name)
 		}
 	}
-	if want := []string{stepImage, stepSystem, stepWork, stepConfig, stepVMM, stepAgent}; !slices.Equal(stages, want) {
+	if want := []string{stepImage, stepSystem, stepWork, stepNetwork, stepConfig, stepVMM, stepAgent}; !slices.Equal(stages, want) {
 		t.Errorf("stages %q", stages)
 	}
 	m := r.machines()[0].Spec

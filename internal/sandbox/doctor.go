@@ -24,6 +24,7 @@ func (s *Service) Doctor(ctx context.Context) []doctor.Finding {
 	} else {
 		out = append(out, doctor.Finding{Code: "disk", Severity: doctor.Pass, Title: "Room for VMs", Detail: s.paths.State})
 	}
+	out = append(out, s.checkDNS(ctx))
 	s.warnMu.Lock()
 	defer s.warnMu.Unlock()
 	for _, w := range s.warnings {

@@ -62,19 +62,20 @@ func removeShared() {
 
 // rig is an installation on a fake host, and the daemon that runs there, in this process.
 type rig struct {
-	t      *testing.T
-	dir    string
-	bundle string
-	world  *fakevmm.World
-	cfg    config.Config
-	paths  config.Paths
-	host   vm.Host
-	boot   string
-	agent  fakevmm.Agent
-	driver func(vmm.Driver) vmm.Driver // wraps the fake driver, if set
-	others []vmm.Driver                // beside it
-	commit func()                      // called at every boundary of the journal, if set
-	s      *Service
+	t        *testing.T
+	dir      string
+	bundle   string
+	world    *fakevmm.World
+	cfg      config.Config
+	paths    config.Paths
+	host     vm.Host
+	boot     string
+	agent    fakevmm.Agent
+	driver   func(vmm.Driver) vmm.Driver // wraps the fake driver, if set
+	others   []vmm.Driver                // beside it
+	networks func(NetworkHost) []Network
+	commit   func() // called at every boundary of the journal, if set
+	s        *Service
 }
 
 // newRig makes an installation without a daemon; start starts one.
@@ -103,6 +104,8 @@ func rigIn(t *testing.T, dir, world string) *rig {
 	}
 	r.cfg = config.Defaults(vm.Host{CPUs: 4, MemoryMiB: 8192})
 	r.cfg.RuntimeDir = r.bundle
+	r.cfg.DNSListenAddr = ""
+	r.networks = fakeNetworks(filepath.Join(dir, "network"))
 	r.cfg.BootTimeout, r.cfg.StopTimeout = patience, patience
 	r.cfg.DefaultDiskSize, r.cfg.DefaultSystemSize = vm.MinDiskBytes, vm.MinDiskBytes
 	r.host = vm.Host{CPUs: 4, MemoryMiB: 8192}
@@ -137,7 +140,8 @@ func (r *rig) open() error {
 	if r.driver != nil {
 		d = r.driver(d)
 	}
-	r.s = New(st, Options{Driver: d, Others: r.others, Config: r.cfg, Paths: r.paths, Host: r.host, Log: slog.New(slog.DiscardHandler)})
+	r.s = New(st, Options{Driver: d, Others: r.others, Config: r.cfg, Paths: r.paths, Host: r.host, Log: slog.New(slog.DiscardHandler),
+		Networks: r.networks})
 	return r.s.Reconcile(context.Background(), r.boot)
 }
 
@@ -365,7 +369,7 @@ func (r *rig) check() {
 		delete(machines, string(v.ID))
 		switch v.State {
 		case vm.Running:
-			want[stepConfig], want[stepVMM], want[stepAgent] = lifecycle.Ready, lifecycle.Ready, lifecycle.Ready
+			want[stepNetwork], want[stepConfig], want[stepVMM], want[stepAgent] = lifecycle.Ready, lifecycle.Ready, lifecycle.Ready, lifecycle.Ready
 			files["config.tar"] = true
 			runs = append(runs, v.ID.Short())
 			if !runs_ || m.PID() != v.PID {
@@ -415,6 +419,14 @@ func (r *rig) check() {
 	slices.Sort(runs)
 	if have := r.list(r.paths.VMs()); !slices.Equal(have, dirs) {
 		r.t.Errorf("VM directories %v, want %v", have, dirs)
+	}
+	attached := r.list(filepath.Join(r.dir, "network"))
+	for i := range attached {
+		attached[i] = vm.ID(attached[i]).Short()
+	}
+	slices.Sort(attached)
+	if !slices.Equal(attached, runs) {
+		r.t.Errorf("on the network are %v, want %v", attached, runs)
 	}
 	if have := r.list(filepath.Join(r.paths.State, "run")); !slices.Equal(have, runs) {
 		r.t.Errorf("run directories %v, want %v", have, runs)

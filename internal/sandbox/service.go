@@ -17,6 +17,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/cgroup"
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/console"
+	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
@@ -30,12 +31,17 @@ import (
 type Options struct {
 	Driver vmm.Driver // starts VMs
 	// Others find VMs that still run under the VMM that an earlier daemon chose, until they stop.
-	Others    []vmm.Driver
-	VMMNotice string // why this driver and not a faster one, "" if there is no faster one
-	Config    config.Config
-	Paths     config.Paths
-	Host      vm.Host
-	Log       *slog.Logger
+	Others []vmm.Driver
+	// Networks makes the kinds of network that VMs may be on: they are put on the first, the others have VMs of
+	// former daemons. nil: none.
+	Networks func(NetworkHost) []Network
+	// NetworkNotice says why there is none though one was asked for, "" if nothing is missing.
+	NetworkNotice string
+	VMMNotice     string // why this driver and not a faster one, "" if there is no faster one
+	Config        config.Config
+	Paths         config.Paths
+	Host          vm.Host
+	Log           *slog.Logger
 }
 
 // Service is the daemon's use cases. Safe for concurrent use.
@@ -58,6 +64,12 @@ type Service struct {
 	machines *machines
 	cgroups  *cgroup.Host
 	logs     *console.Keeper // nil if the host has no inotify instance left
+
+	network       *networkCapability
+	networks      []Network // of Options
+	networkNotice string
+	dns           *dns.Server // nil if none is wanted, or with dnsFault
+	dnsFault      error
 
 	bg       context.Context // background watchers of machines; ends with Close
 	bgStop   context.CancelFunc
@@ -84,6 +96,10 @@ func New(st *store.Store, o Options) *Service {
 	s.machines = &machines{service: s, byID: map[vm.ID]*machine{}}
 	s.cgroups = cgroup.New(s.store.InstallationID())
 	s.openLogKeeper()
+	s.network, s.networkNotice = &networkCapability{service: s}, o.NetworkNotice
+	if o.Networks != nil {
+		s.networks = o.Networks(s.networkHost())
+	}
 
 	parts := capabilities(s)
 	s.machines.parts = parts
@@ -92,6 +108,7 @@ func New(st *store.Store, o Options) *Service {
 		steps[i] = c
 	}
 	s.engine = lifecycle.New(s.store, steps...)
+	s.openDNS()
 	return s
 }
 
@@ -110,6 +127,12 @@ func (s *Service) Close(ctx context.Context) error {
 	}
 	if s.logs != nil {
 		err = errors.Join(err, s.logs.Close())
+	}
+	if s.dns != nil {
+		err = errors.Join(err, s.dns.Close())
+	}
+	for _, n := range s.networks {
+		err = errors.Join(err, n.Close(ctx))
 	}
 	return errors.Join(err, s.store.Close())
 }
@@ -181,6 +204,7 @@ type Status struct {
 	RuntimeDir        string // of the runtime bundle, whether or not one is there
 	Total, Running    int
 	OperationsRunning int
+	DNS               string // address of the server for .vm, "" if there is none
 	Warnings          []string
 }
 

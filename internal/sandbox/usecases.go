@@ -116,6 +116,7 @@ func (s *Service) fillIn(spec vm.Spec) vm.Spec {
 	if spec.SystemSize == 0 {
 		spec.SystemSize = d.SystemSize
 	}
+	spec.NAT = spec.NAT || s.cfg.DefaultNAT
 	return spec
 }
 
@@ -646,8 +647,14 @@ func (s *Service) Status(context.Context) (Status, error) {
 	if where, err := bundle.Locate(s.cfg.RuntimeDir); err == nil {
 		st.RuntimeDir = where.Dir
 	}
+	if s.dns != nil {
+		st.DNS = s.dns.Addr().String()
+	}
 	s.warnMu.Lock()
 	st.Warnings = append(st.Warnings, s.warnings...)
 	s.warnMu.Unlock()
+	if w := s.dnsWarning(); w != "" {
+		st.Warnings = append(st.Warnings, w)
+	}
 	return st, nil
 }

@@ -268,7 +268,7 @@ func (h *daemonHandler) GetStatus(ctx context.Context, _ *bangerv1.GetStatusRequ
 	}
 	return &bangerv1.GetStatusResponse{
 		Pid: int32(h.info.PID), Version: h.info.Version, ApiRevision: int32(h.info.Revision),
-		Socket: h.info.Socket, Log: h.info.Log, StateDir: h.info.StateDir, RuntimeDir: s.RuntimeDir,
+		Socket: h.info.Socket, Log: h.info.Log, StateDir: h.info.StateDir, RuntimeDir: s.RuntimeDir, DnsAddress: s.DNS,
 		Vmm: s.VMM, Accel: s.Accel, VmmNotice: s.VMMNotice, StartedAt: stamp(h.info.StartedAt),
 		VmsTotal: int32(s.Total), VmsRunning: int32(s.Running), OperationsRunning: int32(s.OperationsRunning),
 		Warnings:       append(append([]string(nil), h.info.Warnings...), s.Warnings...),

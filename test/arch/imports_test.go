@@ -34,7 +34,7 @@ var bans = []ban{
 	{"internal/vmm", module + "internal/", []string{"internal/fault", "internal/vmm", "internal/process", "internal/console", "internal/guest"}, "drivers run machines: they know no use case, store or API"},
 	{"internal/process", module, []string{"internal/fault"}, "a process is a process"},
 	{"internal/disk", module, []string{"internal/fault", "internal/ext4", "internal/vm"}, "disks are files: who they belong to is not theirs to know"},
-	{"internal/network/usernet", module, []string{"internal/fault", "internal/process", "internal/vmm/rundir"}, "a guest's network knows addresses and ports, and no VM"},
+	{"internal/network/usernet", module, []string{"internal/fault", "internal/vm", "internal/doctor", "internal/process", "internal/vmm/rundir", "internal/network"}, "a network knows VMs, and no use case, VMM or store"},
 	{"internal/dns", module, []string{"internal/fault"}, "the server is asked names: whose they are is not its to know"},
 	{"internal/store", module + "internal/", []string{"internal/fault", "internal/vm", "internal/image", "internal/operation", "internal/lifecycle"}, "the store keeps records, it runs nothing"},
 	{"internal/guest/pid1", module + "internal/", []string{"internal/fault", "internal/guest", "internal/vmm"}, "the guest program stays small"},

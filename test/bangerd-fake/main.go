@@ -36,6 +36,9 @@ func open(ctx context.Context, p config.Paths, c config.Config, log *slog.Logger
 	if err != nil {
 		return nil, err
 	}
+	if c.DNSListenAddr == config.Defaults(config.Host()).DNSListenAddr {
+		c.DNSListenAddr = "127.0.0.1:0" // tests run beside each other, and beside a daemon of the user's
+	}
 	return sandbox.Open(ctx, sandbox.Options{
 		Driver: fakevmm.New(world, fakeguest.Agent(dial, fakeguest.Boot()...)), VMMNotice: "nothing boots: machines are fake",
 		Config: c, Paths: p, Host: config.Host(), Log: log,

@@ -53,12 +53,19 @@ var loopback = netip.MustParsePrefix("127.0.0.0/8")
 // the slot's. Two users of a host get different ones, unless their installations' ids meet in one byte of a
 // hash; then they see it as ports that are taken.
 func PublishAddr(installation string, slot int) netip.Addr {
+	a := loopbackOf(installation).Addr().As4()
+	n := slot + 1 // no address ends in two zero bytes: it would look like a network's
+	a[2], a[3] = byte(n>>8), byte(n)
+	return netip.AddrFrom4(a)
+}
+
+// loopbackOf is the range that PublishAddr chooses from.
+func loopbackOf(installation string) netip.Prefix {
 	hash := uint32(2166136261) // FNV-1a
 	for _, c := range []byte(installation) {
 		hash = (hash ^ uint32(c)) * 16777619
 	}
-	n := slot + 1 // no address ends in two zero bytes: it would look like a network's
-	return netip.AddrFrom4([4]byte{127, byte(hash%254) + 1, byte(n >> 8), byte(n)})
+	return netip.PrefixFrom(netip.AddrFrom4([4]byte{127, byte(hash%254) + 1}), 16)
 }
 
 // Validate says what is wrong with a configuration: fault.Invalid.

@@ -1,0 +1,100 @@
+package usernet
+
+import (
+	"context"
+	"net/netip"
+	"path/filepath"
+
+	"git.thaloco.com/thaloco/banger/internal/doctor"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/network"
+	"git.thaloco.com/thaloco/banger/internal/process"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+)
+
+// Socket is the name of the socket for a VM's VMM, in the VM's run directory.
+const Socket = "net.sock"
+
+// Options say where VMs' networks are.
+type Options struct {
+	Dir    string       // for programs' files; made when it is needed
+	Plan   network.Plan // addresses; on a network of its own each guest could have the same, but people compare them
+	Ports  []uint16     // published of each VM
+	RunDir func(vm.ID) string
+	// Confine puts the program of a VM into a control group of its own; nil: the daemon's.
+	Confine func(v vm.VM) process.Cgroup
+}
+
+// Attacher puts VMs on the user network, each on one of its own. Safe for concurrent use, with one call a VM
+// at a time.
+type Attacher struct {
+	o    Options
+	host *Host
+}
+
+// NewAttacher returns the user network of an installation.
+func NewAttacher(o Options) *Attacher {
+	return &Attacher{o: o, host: NewHost(o.Dir, o.Plan.Installation)}
+}
+
+// Kind is vm.UserNetwork.
+func (a *Attacher) Kind() string { return vm.UserNetwork }
+
+// Restore ends the programs of VMs that are not in the database. Those of VMs that are go on.
+func (a *Attacher) Restore(ctx context.Context, vms []vm.VM) error {
+	known := make(map[string]bool, len(vms))
+	for _, v := range vms {
+		known[string(v.ID)] = true
+	}
+	_, err := a.host.Sweep(ctx, func(id string) bool { return known[id] })
+	return err
+}
+
+// Attach makes the VM's network, or changes how it is if it is there, and tells what its interface has. It takes the socket
+// for the VMM with it: its run directory must be there. fault.Exhausted if the plan has no address for it.
+func (a *Attacher) Attach(ctx context.Context, v vm.VM) (vm.Interface, error) {
+	i, err := a.o.Plan.Interface(v.Lease.Slot, MTU)
+	if err != nil {
+		return vm.Interface{}, err
+	}
+	i.Kind, i.TAP = vm.UserNetwork, ""
+	mac := a.o.Plan.MAC(v.Lease.Slot)
+	mac[0] ^= 4 // another one, of the same kind
+	c := Config{MAC: mac.String(), Guest4: i.IPv4, Gateway4: i.Gateway4, Guest6: i.IPv6, Gateway6: i.Gateway6, MTU: MTU,
+		Publish: PublishAddr(a.o.Plan.Installation, v.Lease.Slot)}
+	s := Settings{NAT: v.Spec.NAT, Ports: a.o.Ports}
+	var cgroup process.Cgroup
+	if a.o.Confine != nil {
+		cgroup = a.o.Confine(v)
+	}
+	return i, a.host.Start(ctx, string(v.ID), filepath.Join(a.o.RunDir(v.ID), Socket), c, s, cgroup)
+}
+
+// Apply changes the settings of a VM that runs. fault.Unavailable if its program has ended: nothing but a start of the VM
+// brings another one, since QEMU does not connect again.
+func (a *Attacher) Apply(ctx context.Context, v vm.VM) error {
+	_, err := a.host.Set(ctx, string(v.ID), Settings{NAT: v.Spec.NAT, Ports: a.o.Ports})
+	return err
+}
+
+// Detach takes the VM's network away. Fine if there is none.
+func (a *Attacher) Detach(ctx context.Context, v vm.VM) error { return a.host.Stop(ctx, string(v.ID)) }
+
+// Addresses are those by which the host reaches the VM.
+func (a *Attacher) Addresses(v vm.VM) []netip.Addr {
+	return []netip.Addr{PublishAddr(a.o.Plan.Installation, v.Lease.Slot)}
+}
+
+// Check looks at what the network needs from the host.
+func (a *Attacher) Check(context.Context) []doctor.Finding {
+	f := doctor.Finding{Code: "network", Severity: doctor.Pass, Title: "Network of VMs",
+		Detail: "without privilege: out through the daemon's user, in by " + loopbackOf(a.o.Plan.Installation).String()}
+	if _, err := hostResolvers(); err != nil {
+		f = doctor.FromError("network", f.Title, fault.Wrap(err, fault.Unavailable, "/etc/resolv.conf", "guests would resolve no names").
+			WithHint("see it: cat /etc/resolv.conf"))
+	}
+	return []doctor.Finding{f}
+}
+
+// Close lets go of the programs, which run on.
+func (a *Attacher) Close(context.Context) error { return nil }

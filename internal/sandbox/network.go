@@ -1,0 +1,181 @@
+package sandbox
+
+import (
+	"context"
+	"net/netip"
+	"os"
+	"path/filepath"
+
+	"git.thaloco.com/thaloco/banger/internal/cgroup"
+	"git.thaloco.com/thaloco/banger/internal/doctor"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/lifecycle"
+	"git.thaloco.com/thaloco/banger/internal/network/usernet"
+	"git.thaloco.com/thaloco/banger/internal/process"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+)
+
+// Network is a kind of network that VMs can be on. Each call can be repeated, and finds what a crash left by
+// the VM's id and lease alone.
+type Network interface {
+	// Kind is one of vm's kinds of network.
+	Kind() string
+	// Restore takes in what a former daemon left, given all VMs on record, and removes what belongs to none of them. It comes
+	// before everything else, and disturbs no VM that runs.
+	Restore(ctx context.Context, vms []vm.VM) error
+	// Attach puts a VM that does not run yet on the network, and tells what its interface has. Its run directory
+	// is there. fault.Exhausted if there is no address for it.
+	Attach(ctx context.Context, v vm.VM) (vm.Interface, error)
+	// Apply puts the network's part of the VM's spec in force while it runs.
+	Apply(ctx context.Context, v vm.VM) error
+	// Detach takes a VM off. Fine if it is not on.
+	Detach(ctx context.Context, v vm.VM) error
+	// Addresses are those by which the host reaches a VM that is on the network.
+	Addresses(v vm.VM) []netip.Addr
+	// Check looks at what the network needs from the host.
+	Check(ctx context.Context) []doctor.Finding
+	// Close lets go of the host. VMs keep their network.
+	Close(ctx context.Context) error
+}
+
+// NetworkHost is what a Network may need to know of the installation that it serves.
+type NetworkHost struct {
+	Installation string
+	RunDir       func(vm.ID) string
+	// Confine puts a program that serves a VM's network into a control group of its own.
+	Confine func(v vm.VM) process.Cgroup
+}
+
+func (s *Service) networkHost() NetworkHost {
+	return NetworkHost{Installation: s.store.InstallationID(), RunDir: s.runDir, Confine: func(v vm.VM) process.Cgroup {
+		return func(ctx context.Context, pid int) {
+			s.cgroups.Put(ctx, networkGroup(v.ID), "network of banger VM "+v.Name, networkLimits, pid)
+		}
+	}}
+}
+
+// networkLimits hold what serves one VM's network: a guest chooses how much it has to do.
+var networkLimits = cgroup.Limits{Memory: 1 << 30, CPUs: 2, Tasks: 256}
+
+// networkGroup names the control group of what serves a VM's network; the VMM's is named by the short id alone.
+func networkGroup(id vm.ID) string { return id.Short() + "n" }
+
+// networkCapability owns a VM's place on the network.
+type networkCapability struct{ service *Service }
+
+func (c *networkCapability) Name() string { return stepNetwork }
+
+// of is the network that a VM was put on, nil if on none or on one that this daemon does not know.
+func (c *networkCapability) of(v *vm.VM) Network {
+	if v.Interface == nil {
+		return nil
+	}
+	for _, n := range c.service.networks {
+		if n.Kind() == v.Interface.Kind {
+			return n
+		}
+	}
+	return nil
+}
+
+// Prepare puts the VM on the first network.
+func (c *networkCapability) Prepare(ctx context.Context, v *vm.VM) error {
+	s := c.service
+	v.Interface = nil
+	if len(s.networks) == 0 {
+		return nil
+	}
+	if err := os.MkdirAll(s.runDir(v.ID), 0o700); err != nil {
+		return fault.Wrap(err, fault.Internal, s.runDir(v.ID), "the run directory cannot be made")
+	}
+	i, err := s.networks[0].Attach(ctx, *v)
+	if err != nil {
+		return err
+	}
+	v.Interface = &i
+	return nil
+}
+
+// Observe puts in force what may have been asked for while no daemon was there. A VM that runs is not ended because its
+// network is broken; for one that does not, it is made anew.
+func (c *networkCapability) Observe(ctx context.Context, v *vm.VM) (bool, error) {
+	n := c.of(v)
+	if n == nil {
+		return true, nil
+	}
+	err := n.Apply(ctx, *v)
+	if err == nil {
+		return true, nil
+	}
+	runs, lookErr := c.service.machines.observe(ctx, v)
+	if lookErr != nil {
+		return false, lookErr
+	}
+	if runs {
+		c.service.warn("the network of %s does not answer; `banger vm restart %s` makes it anew", v.Name, v.Name)
+		c.service.log.Error("a VM's network does not answer", "vm", v.ID, "err", err)
+	}
+	return runs, nil
+}
+
+// Cleanup takes the VM off whatever network it may be on: what a crash left is on no record.
+func (c *networkCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.How) error {
+	for _, n := range c.service.networks {
+		if err := n.Detach(ctx, *v); err != nil {
+			return err
+		}
+	}
+	if err := c.service.cgroups.Remove(ctx, networkGroup(v.ID)); err != nil {
+		return err
+	}
+	// The VMM's step removes it after a VMM ran; this one may have made it for one that never did.
+	if err := os.RemoveAll(c.service.runDir(v.ID)); err != nil {
+		return fault.Wrap(err, fault.Internal, c.service.runDir(v.ID), "the run directory cannot be removed")
+	}
+	return nil
+}
+
+// Check asks the network that VMs are put on.
+func (c *networkCapability) Check(ctx context.Context) []doctor.Finding {
+	s := c.service
+	if len(s.networks) > 0 {
+		return s.networks[0].Check(ctx)
+	}
+	f := doctor.Finding{Code: "network", Severity: doctor.Pass, Title: "Network of VMs", Detail: "none; vm ssh works without one"}
+	if s.networkNotice != "" {
+		f.Severity, f.Detail, f.Fix = doctor.Warn, s.networkNotice, "set vmm = \"qemu\" in config.toml, then banger daemon stop"
+	}
+	return []doctor.Finding{f}
+}
+
+// GuestConfig is the interface as the guest is to configure it.
+func (c *networkCapability) GuestConfig(v *vm.VM, config *boot.Config) error {
+	i := v.Interface
+	if i == nil {
+		return nil
+	}
+	n := &boot.Network{MAC: i.MAC, MTU: i.MTU, Addresses: []netip.Prefix{i.IPv4}, DNS: []netip.Addr{i.Gateway4},
+		Routes: []boot.Route{{To: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Via: i.Gateway4}}}
+	if i.IPv6.IsValid() {
+		n.Addresses = append(n.Addresses, i.IPv6)
+		n.Routes = append(n.Routes, boot.Route{To: netip.PrefixFrom(netip.IPv6Unspecified(), 0), Via: i.Gateway6})
+	}
+	config.Network = n
+	return nil
+}
+
+// Machine attaches the interface.
+func (c *networkCapability) Machine(_ context.Context, v *vm.VM, spec *vmm.Spec) error {
+	i := v.Interface
+	if i == nil {
+		return nil
+	}
+	n := vmm.NIC{MAC: i.MAC, MTU: i.MTU, TAP: i.TAP}
+	if i.Kind == vm.UserNetwork {
+		n.Socket = filepath.Join(spec.RunDir, usernet.Socket)
+	}
+	spec.NICs = append(spec.NICs, n)
+	return nil
+}
