@@ -12,7 +12,7 @@ import (
 
 // networks says which networks VMs may be on, by the setting network and by what the VMM can do, and why there is none
 // though one was asked for.
-func networks(p config.Paths, c config.Config, d vmm.Driver) (make func(sandbox.NetworkHost) []sandbox.Network, notice string) {
+func networks(p config.Paths, c config.Config, d vmm.Driver) (open func(sandbox.NetworkHost) []sandbox.Network, notice string) {
 	switch {
 	case c.Network == config.NetworkNone:
 		return nil, ""

@@ -40,7 +40,7 @@ func findPlace() (place, error) {
 }
 
 // defaults are what `vm create` chooses, as text for its help.
-type defaults struct{ image, vcpu, memory, disk, system string }
+type defaults struct{ image, vcpu, memory, disk, system, nat string }
 
 // createDefaults reads the settings as the daemon would: no daemon is started for --help.
 func createDefaults() defaults {
@@ -53,11 +53,16 @@ func createDefaults() defaults {
 		}
 	}
 	say := func(value string) string { return fmt.Sprintf(" (default %s)", value) }
+	nat := ""
+	if c.DefaultNAT {
+		nat = say("yes")
+	}
 	return defaults{
 		image:  say("the one marked there"),
 		vcpu:   say(fmt.Sprint(c.DefaultVCPU)),
 		memory: say(formatBytes(c.DefaultMemoryMiB * vm.MiB)),
 		disk:   say(formatBytes(c.DefaultDiskSize)),
 		system: say(formatBytes(c.DefaultSystemSize)),
+		nat:    nat,
 	}
 }

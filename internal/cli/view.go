@@ -23,6 +23,9 @@ type vmView struct {
 	SystemBytes int64             `json:"system_bytes"`
 	Labels      map[string]string `json:"labels"`
 	Autostart   bool              `json:"autostart"`
+	NAT         bool              `json:"nat"`
+	Network     string            `json:"network,omitempty"`
+	Address     string            `json:"address,omitempty"`
 	CreatedAt   *time.Time        `json:"created_at"`
 	StartedAt   *time.Time        `json:"started_at,omitempty"`
 	StoppedAt   *time.Time        `json:"stopped_at,omitempty"`
@@ -43,6 +46,7 @@ type vmView struct {
 	VMMState             string           `json:"vmm_state,omitempty"`
 	Agent                string           `json:"agent,omitempty"`
 	Confinement          *confinementView `json:"confinement,omitempty"`
+	HostAddresses        []string         `json:"host_addresses,omitempty"`
 }
 
 type confinementView struct {
@@ -75,11 +79,12 @@ func viewVM(m *bangerv1.VM) *vmView {
 		ID: m.GetId(), Name: m.GetName(), State: m.GetState(), Desired: m.GetDesired(),
 		Image: m.GetImage(), ImageID: m.GetImageId(), VCPU: m.GetVcpu(), MemoryMiB: m.GetMemoryMib(),
 		DiskBytes: m.GetDiskBytes(), SystemBytes: m.GetSystemBytes(), Labels: m.GetLabels(), Autostart: m.GetAutostart(),
+		NAT: m.GetNat(), Network: m.GetNetwork(), Address: m.GetAddress(),
 		CreatedAt: timeOf(m.GetCreatedAt()), StartedAt: timeOf(m.GetStartedAt()), StoppedAt: timeOf(m.GetStoppedAt()),
 		VMM: m.GetVmm(), Accel: m.GetAccel(), PID: m.GetPid(), Note: m.GetNote(), Boot: []bootView{},
 		Kernel: m.GetKernel(), OperationID: m.GetOperationId(),
 		DiskAllocatedBytes: m.GetDiskAllocatedBytes(), SystemAllocatedBytes: m.GetSystemAllocatedBytes(),
-		Directory: m.GetDirectory(), Log: m.GetLog(), VMMState: m.GetVmmState(), Agent: m.GetAgent(),
+		Directory: m.GetDirectory(), Log: m.GetLog(), VMMState: m.GetVmmState(), Agent: m.GetAgent(), HostAddresses: m.GetHostAddresses(),
 	}
 	if v.Labels == nil {
 		v.Labels = map[string]string{}

@@ -36,6 +36,7 @@ func (a *app) createCommand() *cobra.Command {
 		disk           = &size{what: "--disk-size", parse: vm.ParseDiskSize}
 		system         = &size{what: "--system-size", parse: vm.ParseDiskSize}
 		labelled       = labels{}
+		nat            tristate
 		noStart, quiet bool
 	)
 	d := createDefaults()
@@ -59,7 +60,7 @@ the SSH server if it needs to. Sizes are written 4G, 4GiB or 512M.`,
 			}
 			return a.create(cmd.Context(), &bangerv1.CreateVMRequest{
 				Name: name, Image: image, Vcpu: vcpu.value, MemoryMib: memory.value,
-				DiskBytes: disk.value, SystemBytes: system.value, Labels: labelled, NoStart: noStart,
+				DiskBytes: disk.value, SystemBytes: system.value, Labels: labelled, NoStart: noStart, Nat: nat.value,
 			}, quiet)
 		},
 	}
@@ -72,6 +73,7 @@ the SSH server if it needs to. Sizes are written 4G, 4GiB or 512M.`,
 	f.Var(disk, "disk-size", "work disk, mounted at /root"+d.disk)
 	f.Var(system, "system-size", "system disk: everything written elsewhere"+d.system)
 	f.Var(labelled, "label", "label, can be repeated")
+	nat.add(f, "nat", "let it reach what the host reaches"+d.nat, "keep it from everything outside of the host")
 	f.BoolVar(&noStart, "no-start", false, "make it, do not start it")
 	f.BoolVarP(&quiet, "quiet", "q", false, "print nothing but the VM's name")
 	return cmd
@@ -240,6 +242,15 @@ func (a *app) printVM(v *bangerv1.VM) error {
 	if v.GetPid() > 0 {
 		add("pid", fmt.Sprint(v.GetPid()))
 	}
+	if v.GetNetwork() != "" {
+		way := "no way out"
+		if v.GetNat() {
+			way = "NAT"
+		}
+		add("network", v.GetNetwork()+", "+way)
+		add("address", v.GetAddress())
+	}
+	add("from the host", strings.Join(v.GetHostAddresses(), " "))
 	add("confinement", confinementText(v.GetConfinement()))
 	add("agent", v.GetAgent())
 	var stages []string

@@ -448,7 +448,8 @@ func validBridgeName(s string) bool {
 	}
 	for i, c := range []byte(s) {
 		letter := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z'
-		if !letter && (i == 0 || !(c >= '0' && c <= '9' || c == '.' || c == '-' || c == '_')) {
+		other := c >= '0' && c <= '9' || c == '.' || c == '-' || c == '_'
+		if !letter && (i == 0 || !other) {
 			return false
 		}
 	}

@@ -120,6 +120,17 @@ func (c *networkCapability) Observe(ctx context.Context, v *vm.VM) (bool, error)
 	return runs, nil
 }
 
+// ApplySettings puts NAT in force. A VM on no network has nothing to say about it.
+func (c *networkCapability) ApplySettings(ctx context.Context, v *vm.VM) error {
+	if n := c.of(v); n != nil {
+		return n.Apply(ctx, *v)
+	}
+	return nil
+}
+
+// HasAddress says whether the host reaches the VM by an address.
+func (c *networkCapability) HasAddress(v *vm.VM) bool { return len(c.service.addresses(v.Name)) > 0 }
+
 // Cleanup takes the VM off whatever network it may be on: what a crash left is on no record.
 func (c *networkCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.How) error {
 	for _, n := range c.service.networks {

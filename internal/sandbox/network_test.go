@@ -169,3 +169,27 @@ func TestNoNetwork(t *testing.T) {
 	}
 	r.done(r.s.Delete(r.ctx(), v.ID))
 }
+
+// TestNATOfARunningVM is on and off without a restart; a VM says at its birth that it is off.
+func TestNATOfARunningVM(t *testing.T) {
+	r := newRig(t)
+	r.start()
+	op := r.done(r.s.Create(r.ctx(), CreateRequest{Name: "web"}))
+	if !slices.ContainsFunc(op.Notices, func(n string) bool { return strings.Contains(n, "banger vm set web --nat") }) {
+		t.Errorf("notices: %q", op.Notices)
+	}
+	v := r.vm(vm.ID(op.VMID))
+	for on, says := range map[bool]string{true: "nat on", false: "nat off"} {
+		r.done(r.set(v.ID, vm.Change{NAT: &on}, false))
+		after := r.vm(v.ID)
+		allowed, err := os.ReadFile(filepath.Join(r.dir, "network", string(v.ID)))
+		if err != nil || string(allowed) != says || after.Spec.NAT != on || after.PID != v.PID {
+			t.Errorf("NAT %v: the network says %q, %v; the record %v", on, allowed, err, after.Spec.NAT)
+		}
+	}
+	on := true
+	op = r.done(r.s.Create(r.ctx(), CreateRequest{Name: "out", NAT: &on}))
+	if !r.vm(vm.ID(op.VMID)).Spec.NAT || len(op.Notices) > 0 {
+		t.Errorf("made with NAT: %v, %q", r.vm(vm.ID(op.VMID)).Spec.NAT, op.Notices)
+	}
+}

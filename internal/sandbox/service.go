@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -157,7 +158,8 @@ var errSuperseded = errors.New("a later stop or delete took over")
 type CreateRequest struct {
 	Name    string
 	Image   string
-	Spec    vm.Spec
+	Spec    vm.Spec // its NAT is not looked at
+	NAT     *bool   // nil: the default
 	NoStart bool
 }
 
@@ -178,6 +180,7 @@ type Detail struct {
 	VMMState        string
 	Agent           string // "answers", or why not
 	Confinement     *Confinement
+	Addresses       []netip.Addr // by which the host reaches it while it runs
 }
 
 // Event is one change. Exactly one field is set.

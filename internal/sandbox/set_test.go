@@ -107,7 +107,7 @@ func TestSetWithRestart(t *testing.T) {
 	for _, s := range op.Stages {
 		stages = append(stages, s.Name)
 	}
-	if got := strings.Join(stages, ", "); !strings.HasPrefix(got, "shutdown, vmm end, guest config removal, enlarge disks, guest config, vmm, agent") {
+	if got := strings.Join(stages, ", "); !strings.HasPrefix(got, "shutdown, vmm end, guest config removal, network removal, enlarge disks, network, guest config, vmm, agent") {
 		t.Errorf("stages: %s", got)
 	}
 	r.sized(v.ID, vm.GiB, vm.GiB)

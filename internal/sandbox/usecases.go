@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"strings"
 	"time"
@@ -67,6 +68,10 @@ func (s *Service) define(ctx context.Context, r CreateRequest) (v vm.VM, release
 		}
 	}
 	v.Spec = s.fillIn(r.Spec)
+	v.Spec.NAT = s.cfg.DefaultNAT
+	if r.NAT != nil {
+		v.Spec.NAT = *r.NAT
+	}
 	if err := v.Spec.Validate(s.host); err != nil {
 		return v, nil, err
 	}
@@ -116,7 +121,6 @@ func (s *Service) fillIn(spec vm.Spec) vm.Spec {
 	if spec.SystemSize == 0 {
 		spec.SystemSize = d.SystemSize
 	}
-	spec.NAT = spec.NAT || s.cfg.DefaultNAT
 	return spec
 }
 
@@ -139,6 +143,9 @@ func (s *Service) create(ctx context.Context, h *operation.Handle, v *vm.VM) err
 	}
 	for _, n := range v.Spec.Notices(s.host) {
 		h.Notice(n)
+	}
+	if len(s.networks) > 0 && !v.Spec.NAT {
+		h.Notice(fmt.Sprintf("it has no way out of the host; `banger vm set %s --nat` gives it one", v.Name))
 	}
 	if v.Desired == vm.WantStopped { // --no-start
 		if err := s.engine.UpDurable(ctx, v, h.Stage); err != nil {
@@ -468,7 +475,7 @@ func (s *Service) Show(ctx context.Context, ref string) (Detail, error) {
 	if err != nil {
 		return Detail{}, err
 	}
-	d := Detail{VM: v, Directory: s.vmDir(v.ID), Log: s.logFile(v.ID)}
+	d := Detail{VM: v, Directory: s.vmDir(v.ID), Log: s.logFile(v.ID), Addresses: s.addresses(v.Name)}
 	d.KernelVersion = s.KernelVersion(ctx, v.Pins.Kernel)
 	// A disk that is not there yet takes no room.
 	if d.DiskAllocated, err = disk.Allocated(s.workDisk(v.ID)); err != nil && !fault.Is(err, fault.NotFound) {

@@ -37,6 +37,10 @@ func vmMessage(v vm.VM) *bangerv1.VM {
 		DiskBytes: v.Spec.DiskSize, SystemBytes: v.Spec.SystemSize, Labels: v.Spec.Labels,
 		CreatedAt: stamp(v.CreatedAt), StartedAt: stampPtr(v.StartedAt), StoppedAt: stampPtr(v.StoppedAt),
 		Vmm: v.VMM, Accel: v.Accel, Pid: int32(v.PID), Note: v.Note, Autostart: v.Spec.Autostart,
+		Nat: v.Spec.NAT,
+	}
+	if i := v.Interface; i != nil {
+		m.Network, m.Address = i.Kind, i.IPv4.Addr().String()
 	}
 	for _, s := range v.Boot {
 		m.Boot = append(m.Boot, &bangerv1.Stage{Name: s.Name, AtMs: s.AtMS})
@@ -60,6 +64,9 @@ func detailMessage(d sandbox.Detail) *bangerv1.VM {
 	m.Log = d.Log
 	m.VmmState = d.VMMState
 	m.Agent = d.Agent
+	for _, a := range d.Addresses {
+		m.HostAddresses = append(m.HostAddresses, a.String())
+	}
 	if c := d.Confinement; c != nil {
 		m.Confinement = &bangerv1.Confinement{
 			Uid: int32(c.UID), NoNewPrivileges: c.NoNewPrivs, Seccomp: c.Seccomp,

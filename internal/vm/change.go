@@ -14,13 +14,14 @@ type Change struct {
 	DiskSize   *int64            `json:"disk_size,omitempty"`
 	SystemSize *int64            `json:"system_size,omitempty"`
 	Autostart  *bool             `json:"autostart,omitempty"`
+	NAT        *bool             `json:"nat,omitempty"`
 	Labels     map[string]string `json:"labels,omitempty"`      // set, beside those that are there
 	DropLabels []string          `json:"drop_labels,omitempty"` // keys; one that is not there is fine
 }
 
 // Empty says that nothing is to change.
 func (c Change) Empty() bool {
-	return c.VCPU == nil && c.MemoryMiB == nil && c.DiskSize == nil && c.SystemSize == nil && c.Autostart == nil &&
+	return c.VCPU == nil && c.MemoryMiB == nil && c.DiskSize == nil && c.SystemSize == nil && c.Autostart == nil && c.NAT == nil &&
 		len(c.Labels) == 0 && len(c.DropLabels) == 0
 }
 
@@ -33,6 +34,7 @@ func (c Change) Apply(s Spec, h Host) (Spec, error) {
 	set(&to.DiskSize, c.DiskSize)
 	set(&to.SystemSize, c.SystemSize)
 	set(&to.Autostart, c.Autostart)
+	set(&to.NAT, c.NAT)
 	to.Labels = maps.Clone(s.Labels)
 	if to.Labels == nil {
 		to.Labels = map[string]string{}
@@ -75,5 +77,5 @@ func NeedsStop(from, to Spec) []string {
 // Same says that two settings are equal.
 func Same(a, b Spec) bool {
 	return a.VCPU == b.VCPU && a.MemoryMiB == b.MemoryMiB && a.DiskSize == b.DiskSize && a.SystemSize == b.SystemSize &&
-		a.Autostart == b.Autostart && maps.Equal(a.Labels, b.Labels)
+		a.Autostart == b.Autostart && a.NAT == b.NAT && a.NetworkGroup == b.NetworkGroup && maps.Equal(a.Labels, b.Labels)
 }

@@ -166,7 +166,7 @@ func ValidateNetworkGroup(group string) error {
 		return nil
 	case len(group) > MaxName:
 		return bad("is %d characters long; the limit is %d", len(group), MaxName)
-	case strings.ContainsFunc(group, func(r rune) bool { return !(r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-') }):
+	case strings.Trim(group, "abcdefghijklmnopqrstuvwxyz0123456789-") != "":
 		return bad("has other characters than a-z, 0-9 and hyphens")
 	case group[0] == '-' || group[len(group)-1] == '-':
 		return bad("begins or ends with a hyphen")

@@ -139,14 +139,18 @@ type VM struct {
 	Kernel      string                 `protobuf:"bytes,21,opt,name=kernel,proto3" json:"kernel,omitempty"`                              // version
 	OperationId string                 `protobuf:"bytes,22,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"` // running operation, if any
 	Autostart   bool                   `protobuf:"varint,23,opt,name=autostart,proto3" json:"autostart,omitempty"`                       // started again after a reboot of the host that it ran in
+	Nat         bool                   `protobuf:"varint,24,opt,name=nat,proto3" json:"nat,omitempty"`                                   // it may reach what the host reaches
+	Network     string                 `protobuf:"bytes,25,opt,name=network,proto3" json:"network,omitempty"`                            // kind of network it was put on at its last start: bridge, user; empty: none
+	Address     string                 `protobuf:"bytes,26,opt,name=address,proto3" json:"address,omitempty"`                            // its own IPv4 address there
 	// Only in GetVM: they cost system calls.
 	DiskAllocatedBytes   int64        `protobuf:"varint,40,opt,name=disk_allocated_bytes,json=diskAllocatedBytes,proto3" json:"disk_allocated_bytes,omitempty"`
 	SystemAllocatedBytes int64        `protobuf:"varint,41,opt,name=system_allocated_bytes,json=systemAllocatedBytes,proto3" json:"system_allocated_bytes,omitempty"`
 	Directory            string       `protobuf:"bytes,42,opt,name=directory,proto3" json:"directory,omitempty"`
 	Log                  string       `protobuf:"bytes,43,opt,name=log,proto3" json:"log,omitempty"`
-	VmmState             string       `protobuf:"bytes,44,opt,name=vmm_state,json=vmmState,proto3" json:"vmm_state,omitempty"` // running, paused
-	Agent                string       `protobuf:"bytes,45,opt,name=agent,proto3" json:"agent,omitempty"`                       // "answers", or why not
-	Confinement          *Confinement `protobuf:"bytes,46,opt,name=confinement,proto3" json:"confinement,omitempty"`           // not set: no program of it runs
+	VmmState             string       `protobuf:"bytes,44,opt,name=vmm_state,json=vmmState,proto3" json:"vmm_state,omitempty"`                // running, paused
+	Agent                string       `protobuf:"bytes,45,opt,name=agent,proto3" json:"agent,omitempty"`                                      // "answers", or why not
+	Confinement          *Confinement `protobuf:"bytes,46,opt,name=confinement,proto3" json:"confinement,omitempty"`                          // not set: no program of it runs
+	HostAddresses        []string     `protobuf:"bytes,47,rep,name=host_addresses,json=hostAddresses,proto3" json:"host_addresses,omitempty"` // by which the host reaches it while it runs
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -342,6 +346,27 @@ func (x *VM) GetAutostart() bool {
 	return false
 }
 
+func (x *VM) GetNat() bool {
+	if x != nil {
+		return x.Nat
+	}
+	return false
+}
+
+func (x *VM) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *VM) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
 func (x *VM) GetDiskAllocatedBytes() int64 {
 	if x != nil {
 		return x.DiskAllocatedBytes
@@ -387,6 +412,13 @@ func (x *VM) GetAgent() string {
 func (x *VM) GetConfinement() *Confinement {
 	if x != nil {
 		return x.Confinement
+	}
+	return nil
+}
+
+func (x *VM) GetHostAddresses() []string {
+	if x != nil {
+		return x.HostAddresses
 	}
 	return nil
 }
@@ -916,6 +948,7 @@ type CreateVMRequest struct {
 	SystemBytes   int64             `protobuf:"varint,6,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
 	Labels        map[string]string `protobuf:"bytes,7,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	NoStart       bool              `protobuf:"varint,8,opt,name=no_start,json=noStart,proto3" json:"no_start,omitempty"` // make it, do not start it
+	Nat           *bool             `protobuf:"varint,9,opt,name=nat,proto3,oneof" json:"nat,omitempty"`                  // not set: the default
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1002,6 +1035,13 @@ func (x *CreateVMRequest) GetLabels() map[string]string {
 func (x *CreateVMRequest) GetNoStart() bool {
 	if x != nil {
 		return x.NoStart
+	}
+	return false
+}
+
+func (x *CreateVMRequest) GetNat() bool {
+	if x != nil && x.Nat != nil {
+		return *x.Nat
 	}
 	return false
 }
@@ -1422,6 +1462,7 @@ type SetVMRequest struct {
 	Labels        map[string]string `protobuf:"bytes,7,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // set, beside those that are there
 	DropLabels    []string          `protobuf:"bytes,8,rep,name=drop_labels,json=dropLabels,proto3" json:"drop_labels,omitempty"`                                                 // keys
 	Restart       bool              `protobuf:"varint,9,opt,name=restart,proto3" json:"restart,omitempty"`                                                                        // stop and start it if the change needs that
+	Nat           *bool             `protobuf:"varint,10,opt,name=nat,proto3,oneof" json:"nat,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1515,6 +1556,13 @@ func (x *SetVMRequest) GetDropLabels() []string {
 func (x *SetVMRequest) GetRestart() bool {
 	if x != nil {
 		return x.Restart
+	}
+	return false
+}
+
+func (x *SetVMRequest) GetNat() bool {
+	if x != nil && x.Nat != nil {
+		return *x.Nat
 	}
 	return false
 }
@@ -4176,7 +4224,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\asubject\x18\x03 \x01(\tR\asubject\x12\x18\n" +
 	"\amessage\x18\x04 \x01(\tR\amessage\x12\x12\n" +
 	"\x04hint\x18\x05 \x01(\tR\x04hint\x12\x14\n" +
-	"\x05cause\x18\x06 \x01(\tR\x05cause\"\x9d\b\n" +
+	"\x05cause\x18\x06 \x01(\tR\x05cause\"\x8a\t\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -4206,14 +4254,18 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x04boot\x18\x14 \x03(\v2\x10.banger.v1.StageR\x04boot\x12\x16\n" +
 	"\x06kernel\x18\x15 \x01(\tR\x06kernel\x12!\n" +
 	"\foperation_id\x18\x16 \x01(\tR\voperationId\x12\x1c\n" +
-	"\tautostart\x18\x17 \x01(\bR\tautostart\x120\n" +
+	"\tautostart\x18\x17 \x01(\bR\tautostart\x12\x10\n" +
+	"\x03nat\x18\x18 \x01(\bR\x03nat\x12\x18\n" +
+	"\anetwork\x18\x19 \x01(\tR\anetwork\x12\x18\n" +
+	"\aaddress\x18\x1a \x01(\tR\aaddress\x120\n" +
 	"\x14disk_allocated_bytes\x18( \x01(\x03R\x12diskAllocatedBytes\x124\n" +
 	"\x16system_allocated_bytes\x18) \x01(\x03R\x14systemAllocatedBytes\x12\x1c\n" +
 	"\tdirectory\x18* \x01(\tR\tdirectory\x12\x10\n" +
 	"\x03log\x18+ \x01(\tR\x03log\x12\x1b\n" +
 	"\tvmm_state\x18, \x01(\tR\bvmmState\x12\x14\n" +
 	"\x05agent\x18- \x01(\tR\x05agent\x128\n" +
-	"\vconfinement\x18. \x01(\v2\x16.banger.v1.ConfinementR\vconfinement\x1a9\n" +
+	"\vconfinement\x18. \x01(\v2\x16.banger.v1.ConfinementR\vconfinement\x12%\n" +
+	"\x0ehost_addresses\x18/ \x03(\tR\rhostAddresses\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xfa\x01\n" +
@@ -4267,7 +4319,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\n" +
 	"started_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x12;\n" +
 	"\vfinished_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"finishedAt\"\xc6\x02\n" +
+	"finishedAt\"\xe5\x02\n" +
 	"\x0fCreateVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x12\n" +
@@ -4278,10 +4330,12 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"disk_bytes\x18\x05 \x01(\x03R\tdiskBytes\x12!\n" +
 	"\fsystem_bytes\x18\x06 \x01(\x03R\vsystemBytes\x12>\n" +
 	"\x06labels\x18\a \x03(\v2&.banger.v1.CreateVMRequest.LabelsEntryR\x06labels\x12\x19\n" +
-	"\bno_start\x18\b \x01(\bR\anoStart\x1a9\n" +
+	"\bno_start\x18\b \x01(\bR\anoStart\x12\x15\n" +
+	"\x03nat\x18\t \x01(\bH\x00R\x03nat\x88\x01\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"F\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x06\n" +
+	"\x04_nat\"F\n" +
 	"\x10CreateVMResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\" \n" +
 	"\x0eStartVMRequest\x12\x0e\n" +
@@ -4300,7 +4354,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"F\n" +
 	"\x10DeleteVMResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\xc3\x03\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\xe2\x03\n" +
 	"\fSetVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\x04vcpu\x18\x02 \x01(\x05H\x00R\x04vcpu\x88\x01\x01\x12\"\n" +
@@ -4313,7 +4367,9 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x06labels\x18\a \x03(\v2#.banger.v1.SetVMRequest.LabelsEntryR\x06labels\x12\x1f\n" +
 	"\vdrop_labels\x18\b \x03(\tR\n" +
 	"dropLabels\x12\x18\n" +
-	"\arestart\x18\t \x01(\bR\arestart\x1a9\n" +
+	"\arestart\x18\t \x01(\bR\arestart\x12\x15\n" +
+	"\x03nat\x18\n" +
+	" \x01(\bH\x05R\x03nat\x88\x01\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\a\n" +
@@ -4322,7 +4378,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\v_disk_bytesB\x0f\n" +
 	"\r_system_bytesB\f\n" +
 	"\n" +
-	"_autostart\"C\n" +
+	"_autostartB\x06\n" +
+	"\x04_nat\"C\n" +
 	"\rSetVMResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"%\n" +
 	"\x0fGetStatsRequest\x12\x12\n" +
@@ -4744,6 +4801,7 @@ func file_banger_v1_banger_proto_init() {
 	if File_banger_v1_banger_proto != nil {
 		return
 	}
+	file_banger_v1_banger_proto_msgTypes[8].OneofWrappers = []any{}
 	file_banger_v1_banger_proto_msgTypes[18].OneofWrappers = []any{}
 	file_banger_v1_banger_proto_msgTypes[64].OneofWrappers = []any{
 		(*WatchResponse_Snapshot)(nil),

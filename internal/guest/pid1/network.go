@@ -96,12 +96,12 @@ func configure(name string, n *boot.Network) error {
 	}
 	for _, a := range n.Addresses {
 		// A kernel without IPv6 is no failure of the boot.
-		if err := c.addAddress(index, a); err != nil && !(a.Addr().Is6() && withoutIPv6(err)) {
+		if err := c.addAddress(index, a); err != nil && (a.Addr().Is4() || !withoutIPv6(err)) {
 			return fmt.Errorf("give %s the address %s: %w", name, a, err)
 		}
 	}
 	for _, r := range n.Routes {
-		if err := c.addRoute(index, r.To, r.Via); err != nil && !(r.To.Addr().Is6() && withoutIPv6(err)) {
+		if err := c.addRoute(index, r.To, r.Via); err != nil && (r.To.Addr().Is4() || !withoutIPv6(err)) {
 			return fmt.Errorf("route to %s by %s: %w", r.To, r.Via, err)
 		}
 	}

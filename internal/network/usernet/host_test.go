@@ -135,7 +135,7 @@ func TestSweep(t *testing.T) {
 	// A program says who it is with its arguments, which exec(2) sets: it must have come so far.
 	until(t, "the program", func() bool {
 		s, err := h.Status(t.Context(), "lost")
-		return err == nil && s.Settings.Ports == nil
+		return err == nil && s.Ports == nil
 	})
 	ended, err := h.Sweep(t.Context(), func(id string) bool { return id == "known" })
 	if err != nil || !slices.Equal(ended, []string{"lost"}) {
