@@ -22,7 +22,7 @@ func (a *app) vmCommand() *cobra.Command {
   banger vm ssh calm-otter`,
 	})
 	cmd.AddCommand(
-		a.createCommand(), a.listCommand(), a.showCommand(), a.sshCommand(), a.execCommand(),
+		a.createCommand(), a.listCommand(), a.showCommand(), a.sshCommand(), a.execCommand(), a.cpCommand(),
 		a.startCommand(), a.stopCommand(), a.restartCommand(), a.setCommand(), a.statsCommand(), a.portsCommand(), a.trimCommand(), a.killCommand(), a.deleteCommand(),
 	)
 	return cmd

@@ -125,6 +125,8 @@ func dialed(guests Dialer, req bangerv1.DialRequest) (func(context.Context) (net
 		return func(ctx context.Context) (net.Conn, error) { return guests.DialGuest(ctx, id, req.Port) }, nil
 	case bangerv1.DialExec:
 		return func(ctx context.Context) (net.Conn, error) { return guests.DialAgent(ctx, id, agent.KindExec) }, nil
+	case bangerv1.DialCopy:
+		return func(ctx context.Context) (net.Conn, error) { return guests.DialAgent(ctx, id, agent.KindCopy) }, nil
 	}
 	return nil, fault.New(fault.Invalid, "", "guests have no service %q", req.Service)
 }

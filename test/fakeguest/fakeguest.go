@@ -37,6 +37,9 @@ func Agent(dial Dial, reports ...string) fakevmm.Agent {
 			_ = g.Console(boot.FatalLine("config", err.Error())) // the machine may be gone; then nobody reads it
 			return
 		}
+		if err := os.MkdirAll(g.Spec().RunDir+"/guest/root", 0o700); err != nil {
+			return
+		}
 		stages := &agentd.Stages{}
 		for i, name := range reports {
 			stages.Reach(agentd.Stage{Name: name, At: time.Duration(i+1) * time.Millisecond})
@@ -59,6 +62,8 @@ func Agent(dial Dial, reports ...string) fakevmm.Agent {
 			Ports: func(context.Context) (*agentv1.PortsResponse, error) { return ports(), nil },
 			Trim:  func(context.Context) (*agentv1.TrimResponse, error) { return trim(g) },
 			Exec:  run,
+			// Files of a fake guest lie in its run directory, and go with the machine.
+			Files: func(path string) string { return g.Spec().RunDir + "/guest" + agentd.LocalPath(path) },
 			DialTCP: func(ctx context.Context, port int) (net.Conn, error) {
 				if dial == nil {
 					return nil, syscall.ECONNREFUSED

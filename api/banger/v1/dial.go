@@ -15,16 +15,19 @@ const MaxDialLine = 4096
 type DialRequest struct {
 	VMID string `json:"vm_id"`
 	Port int    `json:"port,omitempty"` // 1..65535, on the guest's loopback
-	// Service is asked of the guest's agent instead of a port: DialExec. Nothing is waited for.
+	// Service is asked of the guest's agent instead of a port: DialExec or DialCopy. Nothing is waited for.
 	Service string `json:"service,omitempty"`
 	// Wait lets the daemon wait until something listens, for WaitMS milliseconds (0: two minutes).
 	Wait   bool  `json:"wait,omitempty"`
 	WaitMS int64 `json:"wait_ms,omitempty"`
 }
 
-// DialExec is the service that runs a command. What its stream carries is for the Go client alone to know:
-// see its Exec.
-const DialExec = "exec"
+// The services. What such a stream carries is for the Go client alone to know: see its Exec, CopyTo
+// and CopyFrom.
+const (
+	DialExec = "exec" // runs a command
+	DialCopy = "cp"   // copies files
+)
 
 // DialAnswer is the daemon's answer. Without Fault the stream is there.
 type DialAnswer struct {

@@ -15,6 +15,7 @@ import (
 //	tcp <port> wait       a TCP connection to the guest's loopback; "wait": once something listens
 //	tcp <port> nowait     there. Answered by "ok" or "err <text>", then the bytes follow
 //	exec                  a command: answered likewise, then the frames of package exec
+//	cp                    files: answered likewise, then the frames of package files
 //	cut <stream>          gives up the yamux stream of that number. A stream's Close says only "no
 //	                      more from me", and yamux offers no reset
 const (
@@ -30,6 +31,7 @@ const (
 	KindHTTP Kind = "http"
 	KindTCP  Kind = "tcp"
 	KindExec Kind = "exec"
+	KindCopy Kind = "cp"
 	KindCut  Kind = "cut"
 )
 
@@ -61,7 +63,7 @@ func ParseHeader(line string) (Header, error) {
 	bad := fmt.Errorf("%q is not the header of a stream", line)
 	fields := strings.Split(line, " ")
 	switch Kind(fields[0]) {
-	case KindHTTP, KindExec:
+	case KindHTTP, KindExec, KindCopy:
 		if len(fields) == 1 {
 			return Header{Kind: Kind(fields[0])}, nil
 		}

@@ -192,7 +192,7 @@ func (s *Session) DialTCP(ctx context.Context, port int, wait bool) (net.Conn, e
 	return s.dial(ctx, subject, Header{Kind: KindTCP, Port: port, Wait: wait})
 }
 
-// DialStream opens a stream of another kind that the agent answers: KindExec. As with
+// DialStream opens a stream of another kind that the agent answers: KindExec or KindCopy. As with
 // DialTCP it has a CloseWrite, and without Mux it is the very connection that the link dialled.
 // fault.VersionSkew, with what is missing, if the agent is of a version that does not know the kind.
 func (s *Session) DialStream(ctx context.Context, kind Kind) (net.Conn, error) {

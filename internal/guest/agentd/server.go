@@ -1,9 +1,9 @@
 // Package agentd owns the guest's end of agent sessions: it lets in who knows the VM's secret,
-// serves the API of api/banger/agent/v1, runs commands, and forwards TCP to the guest's loopback.
+// serves the API of api/banger/agent/v1, runs commands, takes and gives files, and forwards TCP to the guest's loopback.
 //
 // The server touches the machine it runs on only through a Guest, so that the in-memory VMM runs
 // the very same server inside a test. What a real guest does is in Run (live.go). It never writes
-// to a disk, and keeps no ticker running: an idle guest stays idle.
+// to a disk of its own accord, and keeps no ticker running: an idle guest stays idle.
 package agentd
 
 import (
@@ -54,6 +54,8 @@ type Guest struct {
 	DialTCP func(ctx context.Context, port int) (net.Conn, error)
 	// Exec starts a command. An error that is fs.ErrNotExist says that there is no such program.
 	Exec func(exec.Request) (*Process, error)
+	// Files says where a path of the guest is on this machine; copies go there.
+	Files func(path string) string
 }
 
 // features names what this guest can do beyond the API's first calls.
@@ -61,6 +63,9 @@ func (g *Guest) features() []string {
 	var names []string
 	if g.Exec != nil {
 		names = append(names, string(agent.KindExec))
+	}
+	if g.Files != nil {
+		names = append(names, string(agent.KindCopy))
 	}
 	return names
 }
@@ -200,6 +205,8 @@ func (s *Server) stream(ctx context.Context, conn net.Conn, cuts *cutter) {
 		s.forward(ctx, conn, header)
 	case agent.KindExec:
 		s.exec(ctx, conn)
+	case agent.KindCopy:
+		s.copy(ctx, conn)
 	case agent.KindCut:
 		if cuts != nil {
 			cuts.cut(header.Stream)

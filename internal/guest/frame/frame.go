@@ -17,8 +17,15 @@ import (
 // Max bounds a frame's payload in bytes.
 const Max = 256 << 10
 
-// headerSize is a kind and a length (big endian, 32 bits).
-const headerSize = 5
+// HeaderSize is a kind and a length (big endian, 32 bits), in bytes.
+const HeaderSize = 5
+
+// PutHeader writes the header of a frame with n bytes of payload, at most Max, into the first
+// HeaderSize bytes of b: for those who have the payload behind it already.
+func PutHeader(b []byte, kind byte, n int) {
+	b[0] = kind
+	binary.BigEndian.PutUint32(b[1:HeaderSize], uint32(n))
+}
 
 // Writer writes frames, each in one write of w. Safe for concurrent use.
 type Writer struct {
@@ -37,9 +44,8 @@ func (w *Writer) Write(kind byte, payload []byte) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.buffer = append(w.buffer[:0], kind, 0, 0, 0, 0)
-	binary.BigEndian.PutUint32(w.buffer[1:], uint32(len(payload)))
-	w.buffer = append(w.buffer, payload...)
+	w.buffer = append(append(w.buffer[:0], make([]byte, HeaderSize)...), payload...)
+	PutHeader(w.buffer, kind, len(payload))
 	_, err := w.w.Write(w.buffer)
 	return err
 }
@@ -56,7 +62,7 @@ func NewReader(r io.Reader) *Reader { return &Reader{r: bufio.NewReaderSize(r, 6
 // Next returns the next frame; its payload is good until the next call. io.EOF at the end between two
 // frames, io.ErrUnexpectedEOF inside of one.
 func (r *Reader) Next() (kind byte, payload []byte, err error) {
-	var header [headerSize]byte
+	var header [HeaderSize]byte
 	if _, err := io.ReadFull(r.r, header[:]); err != nil {
 		return 0, nil, err
 	}

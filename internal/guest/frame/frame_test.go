@@ -50,7 +50,7 @@ func FuzzNext(f *testing.F) {
 			if err != nil {
 				break
 			}
-			total += headerSize + len(p)
+			total += HeaderSize + len(p)
 		}
 		if total > len(data) || cap(r.buffer) > Max {
 			t.Errorf("%d bytes of frames from %d, %d kept", total, len(data), cap(r.buffer))
