@@ -397,8 +397,11 @@ func FuzzReceive(f *testing.F) {
 		}
 	}
 	f.Add(b.Bytes())
+	base := f.TempDir()
 	f.Fuzz(func(t *testing.T, data []byte) {
-		dir := t.TempDir()
+		dir, err := os.MkdirTemp(base, "")
+		must(t, err)
+		defer os.RemoveAll(dir)
 		must(t, os.Mkdir(dir+"/target", 0o755))
 		r, err := receive(frame.NewReader(bytes.NewReader(data)), dir+"/target", "source", Options{}, false)
 		if r.Bytes > int64(len(data)) || err == nil && r.Files == 0 {
