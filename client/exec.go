@@ -55,13 +55,16 @@ func (c *Client) Exec(ctx context.Context, vmID string, command Command, s Comma
 
 // dialService opens a stream of a service of a guest's agent. Its reads and writes end with its Close.
 func (c *Client) dialService(ctx context.Context, vmID, service string) (*os.File, error) {
-	f, err := c.dialStream(ctx, bangerv1.DialRequest{VMID: vmID, Service: service})
+	return c.polled(c.dialStream(ctx, bangerv1.DialRequest{VMID: vmID, Service: service}))
+}
+
+// polled gives a stream as a file of its own that the runtime polls, whatever mode the descriptor came
+// in: only then does Close end a read.
+func (*Client) polled(f *os.File, err error) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	// A file of its own that the runtime polls, whatever mode the descriptor came in: only then does
-	// Close end a read.
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err == nil {
 		err = unix.SetNonblock(fd, true)

@@ -23,6 +23,7 @@ func (a *app) vmCommand() *cobra.Command {
 	})
 	cmd.AddCommand(
 		a.createCommand(), a.listCommand(), a.showCommand(), a.sshCommand(), a.execCommand(), a.cpCommand(),
+		a.forwardCommand(), a.logsCommand(), a.waitCommand(),
 		a.startCommand(), a.stopCommand(), a.restartCommand(), a.setCommand(), a.statsCommand(), a.portsCommand(), a.trimCommand(), a.killCommand(), a.deleteCommand(),
 	)
 	return cmd

@@ -149,6 +149,24 @@ func (h *vmHandler) GetSSHTarget(ctx context.Context, r *bangerv1.GetSSHTargetRe
 	}, nil
 }
 
+func (h *vmHandler) ReadLog(ctx context.Context, r *bangerv1.ReadLogRequest, stream *connect.ServerStream[bangerv1.ReadLogResponse]) error {
+	v, err := h.svc.Resolve(ctx, r.GetId())
+	if err != nil {
+		return err
+	}
+	request := sandbox.LogRequest{Lines: -1, Follow: r.GetFollow(), VMM: r.GetVmm(), Plain: r.GetPlain()}
+	if r.Tail != nil {
+		if request.Lines = int(r.GetTail()); request.Lines < 0 {
+			return fault.New(fault.Invalid, "", "%d is no number of lines", request.Lines)
+		}
+	}
+	return streamed(ctx, h.info.Ending, func(ctx context.Context) error {
+		return h.svc.ReadLog(ctx, v.ID, request, func(b []byte) error {
+			return stream.Send(&bangerv1.ReadLogResponse{Data: b})
+		})
+	})
+}
+
 type imageHandler struct{ svc Machines }
 
 func (h *imageHandler) ListImages(ctx context.Context, _ *bangerv1.ListImagesRequest) (*bangerv1.ListImagesResponse, error) {

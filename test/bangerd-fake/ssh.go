@@ -19,11 +19,16 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/vmm/fakevmm"
 )
 
-// dial serves web pages on ports 8080 and, by TLS, 8443 of a fake guest, and port 22, with the host key and the authorized key that the guest was
-// given on its config drive.
+// dial serves web pages on ports 8080 and, by TLS, 8443 of a fake guest, port 22 with the host key and the
+// authorized key that the guest was given on its config drive, and port 7, which echoes.
 func dial(_ context.Context, g *fakevmm.Guest, port int) (net.Conn, error) {
 	var serve func(net.Conn)
 	switch port {
+	case 7:
+		serve = func(c net.Conn) {
+			defer c.Close()
+			_, _ = io.Copy(c, c)
+		}
 	case 22:
 		server, err := sshConfig(g.Spec())
 		if err != nil {
@@ -42,7 +47,7 @@ func dial(_ context.Context, g *fakevmm.Guest, port int) (net.Conn, error) {
 	}
 	var ends [2]net.Conn
 	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "ssh")
+		f := os.NewFile(uintptr(fd), "guest port")
 		ends[i], err = net.FileConn(f)
 		_ = f.Close()
 		if err != nil {

@@ -3143,6 +3143,126 @@ func (x *GetSSHTargetResponse) GetRemind() bool {
 	return false
 }
 
+type ReadLogRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`            // a reference
+	Tail          *int32                 `protobuf:"varint,2,opt,name=tail,proto3,oneof" json:"tail,omitempty"` // so many lines from the end; not set: all
+	Follow        bool                   `protobuf:"varint,3,opt,name=follow,proto3" json:"follow,omitempty"`
+	Vmm           bool                   `protobuf:"varint,4,opt,name=vmm,proto3" json:"vmm,omitempty"`     // only lines in the form of the VMM's and banger's own, which a guest can print as well
+	Plain         bool                   `protobuf:"varint,5,opt,name=plain,proto3" json:"plain,omitempty"` // for a terminal: without anything that one acts upon
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadLogRequest) Reset() {
+	*x = ReadLogRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadLogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadLogRequest) ProtoMessage() {}
+
+func (x *ReadLogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadLogRequest.ProtoReflect.Descriptor instead.
+func (*ReadLogRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *ReadLogRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ReadLogRequest) GetTail() int32 {
+	if x != nil && x.Tail != nil {
+		return *x.Tail
+	}
+	return 0
+}
+
+func (x *ReadLogRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+func (x *ReadLogRequest) GetVmm() bool {
+	if x != nil {
+		return x.Vmm
+	}
+	return false
+}
+
+func (x *ReadLogRequest) GetPlain() bool {
+	if x != nil {
+		return x.Plain
+	}
+	return false
+}
+
+type ReadLogResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadLogResponse) Reset() {
+	*x = ReadLogResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadLogResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadLogResponse) ProtoMessage() {}
+
+func (x *ReadLogResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadLogResponse.ProtoReflect.Descriptor instead.
+func (*ReadLogResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *ReadLogResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 type ListImagesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3151,7 +3271,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3163,7 +3283,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3176,7 +3296,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
 }
 
 type ListImagesResponse struct {
@@ -3188,7 +3308,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3200,7 +3320,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3213,7 +3333,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -3232,7 +3352,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[48]
+	mi := &file_banger_v1_banger_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3244,7 +3364,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[48]
+	mi := &file_banger_v1_banger_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3257,7 +3377,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -3276,7 +3396,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[49]
+	mi := &file_banger_v1_banger_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3288,7 +3408,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[49]
+	mi := &file_banger_v1_banger_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3301,7 +3421,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -3319,7 +3439,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[50]
+	mi := &file_banger_v1_banger_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3331,7 +3451,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[50]
+	mi := &file_banger_v1_banger_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3344,7 +3464,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{50}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{52}
 }
 
 type ListOperationsResponse struct {
@@ -3356,7 +3476,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[51]
+	mi := &file_banger_v1_banger_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3368,7 +3488,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[51]
+	mi := &file_banger_v1_banger_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3381,7 +3501,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{51}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -3400,7 +3520,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[52]
+	mi := &file_banger_v1_banger_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3412,7 +3532,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[52]
+	mi := &file_banger_v1_banger_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3425,7 +3545,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{52}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -3444,7 +3564,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[53]
+	mi := &file_banger_v1_banger_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3456,7 +3576,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[53]
+	mi := &file_banger_v1_banger_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3469,7 +3589,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{53}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -3488,7 +3608,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[54]
+	mi := &file_banger_v1_banger_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3500,7 +3620,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[54]
+	mi := &file_banger_v1_banger_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3513,7 +3633,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{54}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -3532,7 +3652,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[55]
+	mi := &file_banger_v1_banger_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3544,7 +3664,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[55]
+	mi := &file_banger_v1_banger_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3557,7 +3677,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{55}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -3575,7 +3695,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[56]
+	mi := &file_banger_v1_banger_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3587,7 +3707,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[56]
+	mi := &file_banger_v1_banger_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3600,7 +3720,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{56}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{58}
 }
 
 type GetStatusResponse struct {
@@ -3628,7 +3748,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[57]
+	mi := &file_banger_v1_banger_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3640,7 +3760,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[57]
+	mi := &file_banger_v1_banger_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3653,7 +3773,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{57}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *GetStatusResponse) GetPid() int32 {
@@ -3783,7 +3903,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[58]
+	mi := &file_banger_v1_banger_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3795,7 +3915,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[58]
+	mi := &file_banger_v1_banger_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3808,7 +3928,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{58}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{60}
 }
 
 type ShutdownResponse struct {
@@ -3819,7 +3939,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[59]
+	mi := &file_banger_v1_banger_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3831,7 +3951,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[59]
+	mi := &file_banger_v1_banger_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3844,7 +3964,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{59}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{61}
 }
 
 type RunDoctorRequest struct {
@@ -3855,7 +3975,7 @@ type RunDoctorRequest struct {
 
 func (x *RunDoctorRequest) Reset() {
 	*x = RunDoctorRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[60]
+	mi := &file_banger_v1_banger_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3867,7 +3987,7 @@ func (x *RunDoctorRequest) String() string {
 func (*RunDoctorRequest) ProtoMessage() {}
 
 func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[60]
+	mi := &file_banger_v1_banger_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3880,7 +4000,7 @@ func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorRequest.ProtoReflect.Descriptor instead.
 func (*RunDoctorRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{60}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{62}
 }
 
 type RunDoctorResponse struct {
@@ -3892,7 +4012,7 @@ type RunDoctorResponse struct {
 
 func (x *RunDoctorResponse) Reset() {
 	*x = RunDoctorResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[61]
+	mi := &file_banger_v1_banger_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3904,7 +4024,7 @@ func (x *RunDoctorResponse) String() string {
 func (*RunDoctorResponse) ProtoMessage() {}
 
 func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[61]
+	mi := &file_banger_v1_banger_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3917,7 +4037,7 @@ func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorResponse.ProtoReflect.Descriptor instead.
 func (*RunDoctorResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{61}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RunDoctorResponse) GetFindings() []*Finding {
@@ -3940,7 +4060,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_banger_v1_banger_proto_msgTypes[62]
+	mi := &file_banger_v1_banger_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3952,7 +4072,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[62]
+	mi := &file_banger_v1_banger_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3965,7 +4085,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{62}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *Finding) GetCode() string {
@@ -4011,7 +4131,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[63]
+	mi := &file_banger_v1_banger_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4023,7 +4143,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[63]
+	mi := &file_banger_v1_banger_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4036,7 +4156,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{63}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{65}
 }
 
 type WatchResponse struct {
@@ -4054,7 +4174,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[64]
+	mi := &file_banger_v1_banger_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4066,7 +4186,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[64]
+	mi := &file_banger_v1_banger_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4079,7 +4199,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{64}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -4164,7 +4284,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_banger_v1_banger_proto_msgTypes[65]
+	mi := &file_banger_v1_banger_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4176,7 +4296,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[65]
+	mi := &file_banger_v1_banger_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4189,7 +4309,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{65}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Snapshot) GetVms() []*VM {
@@ -4495,7 +4615,16 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\ridentity_file\x18\x02 \x01(\tR\fidentityFile\x12\x19\n" +
 	"\bhost_key\x18\x03 \x01(\tR\ahostKey\x12$\n" +
 	"\x0ehost_key_alias\x18\x04 \x01(\tR\fhostKeyAlias\x12\x16\n" +
-	"\x06remind\x18\x05 \x01(\bR\x06remind\"\x13\n" +
+	"\x06remind\x18\x05 \x01(\bR\x06remind\"\x82\x01\n" +
+	"\x0eReadLogRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
+	"\x04tail\x18\x02 \x01(\x05H\x00R\x04tail\x88\x01\x01\x12\x16\n" +
+	"\x06follow\x18\x03 \x01(\bR\x06follow\x12\x10\n" +
+	"\x03vmm\x18\x04 \x01(\bR\x03vmm\x12\x14\n" +
+	"\x05plain\x18\x05 \x01(\bR\x05plainB\a\n" +
+	"\x05_tail\"%\n" +
+	"\x0fReadLogResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x13\n" +
 	"\x11ListImagesRequest\">\n" +
 	"\x12ListImagesResponse\x12(\n" +
 	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images\"%\n" +
@@ -4565,7 +4694,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\n" +
 	"operations\x18\x02 \x03(\v2\x14.banger.v1.OperationR\n" +
 	"operations\x12(\n" +
-	"\x06images\x18\x03 \x03(\v2\x10.banger.v1.ImageR\x06images2\x8a\b\n" +
+	"\x06images\x18\x03 \x03(\v2\x10.banger.v1.ImageR\x06images2\xce\b\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -4582,7 +4711,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\bGetStats\x12\x1a.banger.v1.GetStatsRequest\x1a\x1b.banger.v1.GetStatsResponse\x12C\n" +
 	"\bGetPorts\x12\x1a.banger.v1.GetPortsRequest\x1a\x1b.banger.v1.GetPortsResponse\x12=\n" +
 	"\x06TrimVM\x12\x18.banger.v1.TrimVMRequest\x1a\x19.banger.v1.TrimVMResponse\x12O\n" +
-	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse2Y\n" +
+	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse\x12B\n" +
+	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x012Y\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
 	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse2\xed\x02\n" +
@@ -4609,7 +4739,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 69)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 71)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                   // 0: banger.v1.Fault
 	(*VM)(nil),                      // 1: banger.v1.VM
@@ -4657,60 +4787,62 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*GetDefaultsResponse)(nil),     // 43: banger.v1.GetDefaultsResponse
 	(*GetSSHTargetRequest)(nil),     // 44: banger.v1.GetSSHTargetRequest
 	(*GetSSHTargetResponse)(nil),    // 45: banger.v1.GetSSHTargetResponse
-	(*ListImagesRequest)(nil),       // 46: banger.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),      // 47: banger.v1.ListImagesResponse
-	(*GetOperationRequest)(nil),     // 48: banger.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 49: banger.v1.GetOperationResponse
-	(*ListOperationsRequest)(nil),   // 50: banger.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 51: banger.v1.ListOperationsResponse
-	(*WatchOperationRequest)(nil),   // 52: banger.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 53: banger.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 54: banger.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 55: banger.v1.CancelOperationResponse
-	(*GetStatusRequest)(nil),        // 56: banger.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),       // 57: banger.v1.GetStatusResponse
-	(*ShutdownRequest)(nil),         // 58: banger.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 59: banger.v1.ShutdownResponse
-	(*RunDoctorRequest)(nil),        // 60: banger.v1.RunDoctorRequest
-	(*RunDoctorResponse)(nil),       // 61: banger.v1.RunDoctorResponse
-	(*Finding)(nil),                 // 62: banger.v1.Finding
-	(*WatchRequest)(nil),            // 63: banger.v1.WatchRequest
-	(*WatchResponse)(nil),           // 64: banger.v1.WatchResponse
-	(*Snapshot)(nil),                // 65: banger.v1.Snapshot
-	nil,                             // 66: banger.v1.VM.LabelsEntry
-	nil,                             // 67: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                             // 68: banger.v1.SetVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 69: google.protobuf.Timestamp
+	(*ReadLogRequest)(nil),          // 46: banger.v1.ReadLogRequest
+	(*ReadLogResponse)(nil),         // 47: banger.v1.ReadLogResponse
+	(*ListImagesRequest)(nil),       // 48: banger.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),      // 49: banger.v1.ListImagesResponse
+	(*GetOperationRequest)(nil),     // 50: banger.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),    // 51: banger.v1.GetOperationResponse
+	(*ListOperationsRequest)(nil),   // 52: banger.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),  // 53: banger.v1.ListOperationsResponse
+	(*WatchOperationRequest)(nil),   // 54: banger.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),  // 55: banger.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),  // 56: banger.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil), // 57: banger.v1.CancelOperationResponse
+	(*GetStatusRequest)(nil),        // 58: banger.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),       // 59: banger.v1.GetStatusResponse
+	(*ShutdownRequest)(nil),         // 60: banger.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 61: banger.v1.ShutdownResponse
+	(*RunDoctorRequest)(nil),        // 62: banger.v1.RunDoctorRequest
+	(*RunDoctorResponse)(nil),       // 63: banger.v1.RunDoctorResponse
+	(*Finding)(nil),                 // 64: banger.v1.Finding
+	(*WatchRequest)(nil),            // 65: banger.v1.WatchRequest
+	(*WatchResponse)(nil),           // 66: banger.v1.WatchResponse
+	(*Snapshot)(nil),                // 67: banger.v1.Snapshot
+	nil,                             // 68: banger.v1.VM.LabelsEntry
+	nil,                             // 69: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                             // 70: banger.v1.SetVMRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 71: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	66, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	69, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	69, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	69, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	68, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	71, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	71, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	71, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,  // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,  // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,  // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,  // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	69, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	69, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	71, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	71, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,  // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	69, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	69, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	71, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	71, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,  // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
-	69, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	69, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	67, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	71, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	71, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	69, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,  // 18: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 19: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 20: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 21: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 22: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	68, // 23: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	70, // 23: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	6,  // 24: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22, // 25: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,  // 26: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	69, // 27: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	71, // 27: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23, // 28: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24, // 29: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,  // 30: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -4733,9 +4865,9 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,  // 47: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	6,  // 48: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	6,  // 49: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	69, // 50: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	62, // 51: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
-	65, // 52: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
+	71, // 50: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	64, // 51: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
+	67, // 52: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
 	1,  // 53: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
 	6,  // 54: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
 	1,  // 55: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
@@ -4756,41 +4888,43 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	27, // 70: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
 	31, // 71: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
 	44, // 72: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46, // 73: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	48, // 74: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	50, // 75: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	52, // 76: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	54, // 77: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	56, // 78: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	58, // 79: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	60, // 80: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	63, // 81: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	9,  // 82: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11, // 83: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13, // 84: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15, // 85: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17, // 86: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19, // 87: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34, // 88: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36, // 89: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38, // 90: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40, // 91: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43, // 92: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21, // 93: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28, // 94: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32, // 95: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45, // 96: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47, // 97: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	49, // 98: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	51, // 99: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	53, // 100: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	55, // 101: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	57, // 102: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	59, // 103: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	61, // 104: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	64, // 105: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	82, // [82:106] is the sub-list for method output_type
-	58, // [58:82] is the sub-list for method input_type
+	46, // 73: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	48, // 74: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	50, // 75: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52, // 76: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54, // 77: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56, // 78: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58, // 79: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60, // 80: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62, // 81: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65, // 82: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	9,  // 83: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11, // 84: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13, // 85: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15, // 86: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17, // 87: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19, // 88: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34, // 89: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36, // 90: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38, // 91: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40, // 92: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43, // 93: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21, // 94: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28, // 95: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32, // 96: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45, // 97: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47, // 98: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	49, // 99: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	51, // 100: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53, // 101: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55, // 102: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57, // 103: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59, // 104: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61, // 105: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63, // 106: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66, // 107: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	83, // [83:108] is the sub-list for method output_type
+	58, // [58:83] is the sub-list for method input_type
 	58, // [58:58] is the sub-list for extension type_name
 	58, // [58:58] is the sub-list for extension extendee
 	0,  // [0:58] is the sub-list for field type_name
@@ -4803,7 +4937,8 @@ func file_banger_v1_banger_proto_init() {
 	}
 	file_banger_v1_banger_proto_msgTypes[8].OneofWrappers = []any{}
 	file_banger_v1_banger_proto_msgTypes[18].OneofWrappers = []any{}
-	file_banger_v1_banger_proto_msgTypes[64].OneofWrappers = []any{
+	file_banger_v1_banger_proto_msgTypes[46].OneofWrappers = []any{}
+	file_banger_v1_banger_proto_msgTypes[66].OneofWrappers = []any{
 		(*WatchResponse_Snapshot)(nil),
 		(*WatchResponse_Vm)(nil),
 		(*WatchResponse_VmDeleted)(nil),
@@ -4815,7 +4950,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   69,
+			NumMessages:   71,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

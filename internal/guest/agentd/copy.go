@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
@@ -23,6 +24,7 @@ func (s *Server) copy(ctx context.Context, stream net.Conn) {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = stream.Close() })
 	defer stop()
+	defer debug.FreeOSMemory() // the buffers of a copy are more than all else that an agent holds
 	if files.Serve(stream, s.guest.Files) != nil {
 		return // the stream is over
 	}

@@ -29,9 +29,15 @@ func TestCopy(t *testing.T) {
 			do       func(conn files.Conn) (files.Result, error)
 			at, want string
 		}{
-			{func(c files.Conn) (files.Result, error) { return files.Put(within(t), c, dir+"/data", "there", files.Options{}) }, dir + "/there", ""},
-			{func(c files.Conn) (files.Result, error) { return files.Get(within(t), c, "there", dir+"/back", files.Options{}) }, dir + "/back", ""},
-			{func(c files.Conn) (files.Result, error) { return files.Put(within(t), c, dir+"/data", "no/where", files.Options{}) }, "", "open " + dir + "/no: no such file or directory"},
+			{func(c files.Conn) (files.Result, error) {
+				return files.Put(within(t), c, dir+"/data", "there", files.Options{})
+			}, dir + "/there", ""},
+			{func(c files.Conn) (files.Result, error) {
+				return files.Get(within(t), c, "there", dir+"/back", files.Options{})
+			}, dir + "/back", ""},
+			{func(c files.Conn) (files.Result, error) {
+				return files.Put(within(t), c, dir+"/data", "no/where", files.Options{})
+			}, "", "open " + dir + "/no: no such file or directory"},
 		} {
 			conn, err := s.DialStream(within(t), agent.KindCopy)
 			if err != nil {

@@ -17,8 +17,16 @@ var escapes = regexp.MustCompile(`\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]
 // nothing that a terminal would act upon, or that would make text look like other text.
 func Printable(s string) string {
 	s = s[:min(len(s), 4*maxPrintable)] // before the work, which need not be done for megabytes
-	s = escapes.ReplaceAllString(s, "")
-	s = strings.Map(func(r rune) rune {
+	s = Visible(s)
+	if len(s) > maxPrintable {
+		s = strings.ToValidUTF8(s[:maxPrintable], "") + "..."
+	}
+	return strings.TrimSpace(s)
+}
+
+// Visible is what Printable keeps of a line of any length, its indentation included.
+func Visible(s string) string {
+	return strings.Map(func(r rune) rune {
 		switch {
 		case r == '\t' || r == '\n':
 			return ' '
@@ -26,9 +34,5 @@ func Printable(s string) string {
 			return -1
 		}
 		return r
-	}, s)
-	if len(s) > maxPrintable {
-		s = strings.ToValidUTF8(s[:maxPrintable], "") + "..."
-	}
-	return strings.TrimSpace(s)
+	}, escapes.ReplaceAllString(s, ""))
 }

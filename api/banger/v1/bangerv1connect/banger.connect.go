@@ -76,6 +76,8 @@ const (
 	VMServiceTrimVMProcedure = "/banger.v1.VMService/TrimVM"
 	// VMServiceGetSSHTargetProcedure is the fully-qualified name of the VMService's GetSSHTarget RPC.
 	VMServiceGetSSHTargetProcedure = "/banger.v1.VMService/GetSSHTarget"
+	// VMServiceReadLogProcedure is the fully-qualified name of the VMService's ReadLog RPC.
+	VMServiceReadLogProcedure = "/banger.v1.VMService/ReadLog"
 	// ImageServiceListImagesProcedure is the fully-qualified name of the ImageService's ListImages RPC.
 	ImageServiceListImagesProcedure = "/banger.v1.ImageService/ListImages"
 	// OperationServiceGetOperationProcedure is the fully-qualified name of the OperationService's
@@ -130,6 +132,9 @@ type VMServiceClient interface {
 	// GetSSHTarget tells how to enter a VM by SSH: whom to log in as, with which key, and which host
 	// key to expect. It neither connects nor waits.
 	GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error)
+	// ReadLog sends a VM's log: its console, and what its VMM says. With follow it goes on with what is
+	// written, over stops and starts, until the VM is deleted or the caller goes.
+	ReadLog(context.Context, *v1.ReadLogRequest) (*connect.ServerStreamForClient[v1.ReadLogResponse], error)
 }
 
 // NewVMServiceClient constructs a client for the banger.v1.VMService service. By default, it uses
@@ -233,6 +238,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("GetSSHTarget")),
 			connect.WithClientOptions(opts...),
 		),
+		readLog: connect.NewClient[v1.ReadLogRequest, v1.ReadLogResponse](
+			httpClient,
+			baseURL+VMServiceReadLogProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("ReadLog")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -253,6 +264,7 @@ type vMServiceClient struct {
 	getPorts     *connect.Client[v1.GetPortsRequest, v1.GetPortsResponse]
 	trimVM       *connect.Client[v1.TrimVMRequest, v1.TrimVMResponse]
 	getSSHTarget *connect.Client[v1.GetSSHTargetRequest, v1.GetSSHTargetResponse]
+	readLog      *connect.Client[v1.ReadLogRequest, v1.ReadLogResponse]
 }
 
 // CreateVM calls banger.v1.VMService.CreateVM.
@@ -390,6 +402,11 @@ func (c *vMServiceClient) GetSSHTarget(ctx context.Context, req *v1.GetSSHTarget
 	return nil, err
 }
 
+// ReadLog calls banger.v1.VMService.ReadLog.
+func (c *vMServiceClient) ReadLog(ctx context.Context, req *v1.ReadLogRequest) (*connect.ServerStreamForClient[v1.ReadLogResponse], error) {
+	return c.readLog.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // VMServiceHandler is an implementation of the banger.v1.VMService service.
 type VMServiceHandler interface {
 	// CreateVM admits a VM (name, slot, record) and starts it.
@@ -420,6 +437,9 @@ type VMServiceHandler interface {
 	// GetSSHTarget tells how to enter a VM by SSH: whom to log in as, with which key, and which host
 	// key to expect. It neither connects nor waits.
 	GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error)
+	// ReadLog sends a VM's log: its console, and what its VMM says. With follow it goes on with what is
+	// written, over stops and starts, until the VM is deleted or the caller goes.
+	ReadLog(context.Context, *v1.ReadLogRequest, *connect.ServerStream[v1.ReadLogResponse]) error
 }
 
 // NewVMServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -519,6 +539,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("GetSSHTarget")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceReadLogHandler := connect.NewServerStreamHandlerSimple(
+		VMServiceReadLogProcedure,
+		svc.ReadLog,
+		connect.WithSchema(vMServiceMethods.ByName("ReadLog")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/banger.v1.VMService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case VMServiceCreateVMProcedure:
@@ -551,6 +577,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceTrimVMHandler.ServeHTTP(w, r)
 		case VMServiceGetSSHTargetProcedure:
 			vMServiceGetSSHTargetHandler.ServeHTTP(w, r)
+		case VMServiceReadLogProcedure:
+			vMServiceReadLogHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -618,6 +646,10 @@ func (UnimplementedVMServiceHandler) TrimVM(context.Context, *v1.TrimVMRequest) 
 
 func (UnimplementedVMServiceHandler) GetSSHTarget(context.Context, *v1.GetSSHTargetRequest) (*v1.GetSSHTargetResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.GetSSHTarget is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) ReadLog(context.Context, *v1.ReadLogRequest, *connect.ServerStream[v1.ReadLogResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.ReadLog is not implemented"))
 }
 
 // ImageServiceClient is a client for the banger.v1.ImageService service.
