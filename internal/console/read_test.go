@@ -32,7 +32,7 @@ func TestLastLines(t *testing.T) {
 func TestOwn(t *testing.T) {
 	for line, want := range map[string]bool{
 		"2026-01-02T03:04:05.123456789 [anonymous-instance:main] Running Firecracker v1.12.1": true,
-		"qemu-system-x86_64: terminating on signal 15":                                       true, StartMark + "now": true,
+		"qemu-system-x86_64: terminating on signal 15":                                        true, StartMark + "now": true,
 		"[    0.000000] Linux version": false, "": false, "see qemu-system-x86_64: x": false,
 	} {
 		if Own([]byte(line)) != want {
