@@ -101,7 +101,7 @@ func (a *app) wait(ctx context.Context, ref string, g goal, timeout time.Duratio
 	}
 	reached, last, err := awaitState(bounded, c, v, g)
 	switch {
-	case bounded.Err() != nil:
+	case bounded.Err() != nil, fault.Is(err, fault.Timeout): // the daemon may notice first
 		return late("is " + last)
 	case err != nil:
 		return err

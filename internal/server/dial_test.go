@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -222,9 +223,9 @@ func TestDialTimeout(t *testing.T) {
 // daemon. An agent that cannot do it is named with what to type.
 func TestExecOverTheDialSocket(t *testing.T) {
 	host, inside := guest(t)
-	lacks := false
+	var lacks atomic.Bool
 	c, _, end := daemonWith(t, &fake{dialAgent: func(_ context.Context, id vm.ID, service agent.Kind) (net.Conn, error) {
-		if lacks {
+		if lacks.Load() {
 			return nil, fault.New(fault.VersionSkew, "calm-otter", "its agent lacks it").WithHint("banger vm restart calm-otter")
 		}
 		if id != "aa12" || service != agent.KindExec {
@@ -232,12 +233,12 @@ func TestExecOverTheDialSocket(t *testing.T) {
 		}
 		return host, nil
 	}})
-	lacks = true
+	lacks.Store(true)
 	_, err := c.Exec(t.Context(), "aa12", client.Command{Args: []string{"true"}}, client.CommandStreams{})
 	if !fault.Is(err, fault.VersionSkew) || fault.HintOf(err) != "banger vm restart calm-otter" {
 		t.Errorf("got %v", err)
 	}
-	lacks = false
+	lacks.Store(false)
 	go func() {
 		r, w := frame.NewReader(inside), frame.NewWriter(inside)
 		kind, payload, err := r.Next()

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -199,6 +200,10 @@ func TestExecTerminal(t *testing.T) {
 // TestExecIsHungUp leaves commands without a host: nothing of their session stays, not even what
 // ignores it; what made a session of its own does.
 func TestExecIsHungUp(t *testing.T) {
+	// Under nohup(1) commands of this process would ignore SIGHUP; a signal that is caught here is as usual in them.
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, syscall.SIGHUP)
+	defer signal.Stop(caught)
 	links(t, realExec(), func(t *testing.T, link vmm.Link) {
 		s := open(t, link)
 		var both sync.WaitGroup // five seconds each
