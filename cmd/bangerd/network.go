@@ -4,20 +4,28 @@ import (
 	"net/netip"
 
 	"git.thaloco.com/thaloco/banger/internal/config"
+	"git.thaloco.com/thaloco/banger/internal/hostnet"
 	"git.thaloco.com/thaloco/banger/internal/network"
+	"git.thaloco.com/thaloco/banger/internal/network/bridge"
 	"git.thaloco.com/thaloco/banger/internal/network/usernet"
 	"git.thaloco.com/thaloco/banger/internal/sandbox"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
-// networks says which networks VMs may be on, by the setting network and by what the VMM can do, and why there is none
-// though one was asked for.
-func networks(p config.Paths, c config.Config, d vmm.Driver) (open func(sandbox.NetworkHost) []sandbox.Network, notice string) {
+// networks says which networks VMs may be on, by the setting network, by what the VMM can do and by who runs the daemon, and why
+// there is none though one was asked for. The first is for VMs that start; VMs that were started on another are taken off it.
+func networks(p config.Paths, c config.Config, d vmm.Driver, uid int) (open func(sandbox.NetworkHost) []sandbox.Network, notice string) {
+	sockets := d.Features().NICSockets
 	switch {
 	case c.Network == config.NetworkNone:
 		return nil, ""
-	case !d.Features().NICSockets:
-		return nil, "none: " + d.Name() + " attaches a network only with root's help, which is not there yet; vm ssh works without one"
+	case c.Network == config.NetworkBridge && uid != 0:
+		return nil, "none: the daemon is not root, and a bridge takes root; network = \"user\" in config.toml takes no privilege"
+	case c.Network == config.NetworkBridge:
+	case !sockets && uid == 0:
+		return nil, "none: " + d.Name() + " has no user network; network = \"bridge\" in config.toml gives it one"
+	case !sockets:
+		return nil, "none: " + d.Name() + " attaches a network only with root's help; vm ssh works without one"
 	}
 	return func(h sandbox.NetworkHost) []sandbox.Network {
 		plan := network.Plan{Installation: h.Installation, IPv4: c.CIDR}
@@ -28,8 +36,18 @@ func networks(p config.Paths, c config.Config, d vmm.Driver) (open func(sandbox.
 		default:
 			plan.IPv6 = netip.MustParsePrefix(c.IPv6CIDR) // as the setting was checked to be
 		}
-		return []sandbox.Network{usernet.NewAttacher(usernet.Options{
+		all := []sandbox.Network{usernet.NewAttacher(usernet.Options{
 			Dir: p.Networks(), Plan: plan, Ports: c.PublishedPorts, RunDir: h.RunDir, Confine: h.Confine,
 		})}
+		if c.Network == config.NetworkBridge {
+			host, err := hostnet.Open(hostnet.Settings{Plan: plan, Bridge: c.BridgeName, Owner: uid})
+			if err != nil { // no netlink at all: whatever VMs start on says it again
+				h.Log.Error("the bridge network cannot be used", "err", err)
+				return nil
+			}
+			options := bridge.Options{Plan: plan, Bridge: c.BridgeName, Pool: c.TapPoolSize, Free: h.FreeSlots, Log: h.Log}
+			all = append([]sandbox.Network{bridge.New(host, options)}, all...)
+		}
+		return all
 	}, ""
 }

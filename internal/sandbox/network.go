@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -22,9 +23,9 @@ import (
 type Network interface {
 	// Kind is one of vm's kinds of network.
 	Kind() string
-	// Restore takes in what a former daemon left, given all VMs on record, and removes what belongs to none of them. It comes
-	// before everything else, and disturbs no VM that runs.
-	Restore(ctx context.Context, vms []vm.VM) error
+	// Restore takes in what a former daemon left, given the VMs that may still be on the network, some of which may run, and
+	// removes what belongs to none of them. It comes before everything else, and disturbs no VM that runs.
+	Restore(ctx context.Context, attached []vm.VM) error
 	// Attach puts a VM that does not run yet on the network, and tells what its interface has. Its run directory
 	// is there. fault.Exhausted if there is no address for it.
 	Attach(ctx context.Context, v vm.VM) (vm.Interface, error)
@@ -44,12 +45,15 @@ type Network interface {
 type NetworkHost struct {
 	Installation string
 	RunDir       func(vm.ID) string
+	// FreeSlots are those of the leases that the next n VMs will get.
+	FreeSlots func(n int) []int
+	Log       *slog.Logger
 	// Confine puts a program that serves a VM's network into a control group of its own.
 	Confine func(v vm.VM) process.Cgroup
 }
 
 func (s *Service) networkHost() NetworkHost {
-	return NetworkHost{Installation: s.store.InstallationID(), RunDir: s.runDir, Confine: func(v vm.VM) process.Cgroup {
+	return NetworkHost{Installation: s.store.InstallationID(), RunDir: s.runDir, FreeSlots: s.store.FreeSlots, Log: s.log, Confine: func(v vm.VM) process.Cgroup {
 		return func(ctx context.Context, pid int) {
 			s.cgroups.Put(ctx, networkGroup(v.ID), "network of banger VM "+v.Name, networkLimits, pid)
 		}
@@ -61,6 +65,27 @@ var networkLimits = cgroup.Limits{Memory: 1 << 30, CPUs: 2, Tasks: 256}
 
 // networkGroup names the control group of what serves a VM's network; the VMM's is named by the short id alone.
 func networkGroup(id vm.ID) string { return id.Short() + "n" }
+
+// restoreNetworks hands the networks the VMs that may still be on them, before anything is done to any.
+func (s *Service) restoreNetworks(ctx context.Context, rebooted bool) {
+	for _, n := range s.networks {
+		var attached []vm.VM
+		for _, v := range s.store.VMs() {
+			if rebooted { // a host that was booted has nothing of what there was
+				break
+			}
+			steps, err := s.store.Steps(ctx, v.ID)
+			// One that was being attached has no record of it yet: whatever it has must not be taken for another's.
+			if err != nil || steps[stepNetwork] != "" && (v.Interface == nil || v.Interface.Kind == n.Kind()) {
+				attached = append(attached, v)
+			}
+		}
+		if err := n.Restore(ctx, attached); err != nil { // VMs that run are no worse off than before
+			s.warn("what is left of the %s network could not be taken in: %v", n.Kind(), err)
+			s.log.Error("what is left of a network could not be taken in", "network", n.Kind(), "err", err)
+		}
+	}
+}
 
 // networkCapability owns a VM's place on the network.
 type networkCapability struct{ service *Service }

@@ -58,12 +58,7 @@ func (s *Service) Reconcile(ctx context.Context, bootID string) error {
 		}
 		pending[vm.ID(op.VMID)] = op
 	}
-	for _, n := range s.networks {
-		if err := n.Restore(ctx, s.store.VMs()); err != nil { // VMs that run are no worse off than before
-			s.warn("what is left of the %s network could not be taken in: %v", n.Kind(), err)
-			s.log.Error("what is left of a network could not be taken in", "network", n.Kind(), "err", err)
-		}
-	}
+	s.restoreNetworks(ctx, rebooted)
 	for _, v := range s.store.VMs() {
 		op, interrupted := pending[v.ID]
 		delete(pending, v.ID)

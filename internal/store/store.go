@@ -356,6 +356,19 @@ func (s *Store) Forget(ctx context.Context, id vm.ID) error {
 	}, func() { s.deleted(id) })
 }
 
+// FreeSlots returns the n smallest slots that no VM has: those that the next VMs will get.
+func (s *Store) FreeSlots(n int) []int {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	out := make([]int, 0, n)
+	for slot := 0; len(out) < n; slot++ {
+		if !s.slots.has(slot) {
+			out = append(out, slot)
+		}
+	}
+	return out
+}
+
 // VM returns a record by id.
 func (s *Store) VM(id vm.ID) (vm.VM, bool) {
 	s.mu.RLock()
@@ -545,6 +558,8 @@ func (b *bitmap) set(n int) {
 }
 
 func (b bitmap) clear(n int) { b[n/64] &^= 1 << (n % 64) }
+
+func (b bitmap) has(n int) bool { return n/64 < len(b) && b[n/64]&(1<<(n%64)) != 0 }
 
 // firstClear is the smallest number that is not in the set.
 func (b bitmap) firstClear() int {
