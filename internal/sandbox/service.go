@@ -64,6 +64,7 @@ type Service struct {
 	images   *images
 	machines *machines
 	cgroups  *cgroup.Host
+	ssh      *sshFile
 	logs     *console.Keeper // nil if the host has no inotify instance left
 
 	network       *networkCapability
@@ -90,9 +91,10 @@ func New(st *store.Store, o Options) *Service {
 		func(op operation.Operation, err error) {
 			s.log.Error("the end of an operation could not be recorded", "op", op.ID, "vm", op.VMID, "err", err)
 		})
+	s.ssh = newSSHFile(s)
 	s.store.Subscribe(
-		func(v vm.VM) { s.hub.publish(Event{VM: &v}) },
-		func(id vm.ID) { s.hub.publish(Event{Deleted: id}) })
+		func(v vm.VM) { s.hub.publish(Event{VM: &v}); s.ssh.look() },
+		func(id vm.ID) { s.hub.publish(Event{Deleted: id}); s.ssh.look() })
 	s.images = &images{store: s.store, cfg: o.Config, paths: o.Paths, mu: newCtxLock()}
 	s.machines = &machines{service: s, byID: map[vm.ID]*machine{}}
 	s.cgroups = cgroup.New(s.store.InstallationID())
@@ -101,6 +103,8 @@ func New(st *store.Store, o Options) *Service {
 	if o.Networks != nil {
 		s.networks = o.Networks(s.networkHost())
 	}
+	s.ssh.look()
+	s.watchers.Go(func() { s.ssh.keep(s.bg) })
 
 	parts := capabilities(s)
 	s.machines.parts = parts

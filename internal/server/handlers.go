@@ -144,8 +144,8 @@ func (h *vmHandler) GetSSHTarget(ctx context.Context, r *bangerv1.GetSSHTargetRe
 		return nil, err
 	}
 	return &bangerv1.GetSSHTargetResponse{
-		User: "root", IdentityFile: target.IdentityFile, HostKey: target.HostKey,
-		HostKeyAlias: string(v.ID) + ".banger", Remind: target.Remind,
+		User: sandbox.SSHUser, IdentityFile: target.IdentityFile, HostKey: target.HostKey,
+		HostKeyAlias: sandbox.HostKeyAlias(v.ID), Remind: target.Remind,
 	}, nil
 }
 
@@ -311,4 +311,28 @@ func (h *daemonHandler) Watch(ctx context.Context, _ *bangerv1.WatchRequest, str
 	return streamed(ctx, h.info.Ending, func(ctx context.Context) error {
 		return h.svc.Watch(ctx, func(e sandbox.Event) error { return stream.Send(eventMessage(e, byDefault)) })
 	})
+}
+
+func sshConfigMessage(c sandbox.SSHConfig) *bangerv1.SSHConfig {
+	return &bangerv1.SSHConfig{Path: c.Path, Text: c.Text, Installed: c.Installed, Included: c.Included}
+}
+
+func (h *daemonHandler) GetSSHConfig(ctx context.Context, r *bangerv1.GetSSHConfigRequest) (*bangerv1.GetSSHConfigResponse, error) {
+	c, err := h.svc.SSHConfig(ctx, r.GetProgram())
+	if err != nil {
+		return nil, err
+	}
+	return &bangerv1.GetSSHConfigResponse{Config: sshConfigMessage(c)}, nil
+}
+
+func (h *daemonHandler) InstallSSHConfig(ctx context.Context, r *bangerv1.InstallSSHConfigRequest) (*bangerv1.InstallSSHConfigResponse, error) {
+	c, err := h.svc.InstallSSHConfig(ctx, r.GetProgram(), r.GetInclude())
+	if err != nil {
+		return nil, err
+	}
+	return &bangerv1.InstallSSHConfigResponse{Config: sshConfigMessage(c)}, nil
+}
+
+func (h *daemonHandler) RemoveSSHConfig(ctx context.Context, _ *bangerv1.RemoveSSHConfigRequest) (*bangerv1.RemoveSSHConfigResponse, error) {
+	return &bangerv1.RemoveSSHConfigResponse{}, h.svc.RemoveSSHConfig(ctx)
 }

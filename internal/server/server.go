@@ -59,6 +59,9 @@ type Host interface {
 	Watch(ctx context.Context, send func(sandbox.Event) error) error
 	Doctor(ctx context.Context) []doctor.Finding
 	Status(ctx context.Context) (sandbox.Status, error)
+	SSHConfig(ctx context.Context, program string) (sandbox.SSHConfig, error)
+	InstallSSHConfig(ctx context.Context, program string, include bool) (sandbox.SSHConfig, error)
+	RemoveSSHConfig(ctx context.Context) error
 }
 
 // Dialer opens streams to guests, for the dial socket.

@@ -4333,6 +4333,330 @@ func (x *Snapshot) GetImages() []*Image {
 	return nil
 }
 
+type SSHConfig struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // of banger's own file
+	Text          string                 `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"` // what is in it, or would be
+	Installed     bool                   `protobuf:"varint,3,opt,name=installed,proto3" json:"installed,omitempty"`
+	Included      bool                   `protobuf:"varint,4,opt,name=included,proto3" json:"included,omitempty"` // by ~/.ssh/config
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SSHConfig) Reset() {
+	*x = SSHConfig{}
+	mi := &file_banger_v1_banger_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SSHConfig) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SSHConfig) ProtoMessage() {}
+
+func (x *SSHConfig) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SSHConfig.ProtoReflect.Descriptor instead.
+func (*SSHConfig) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *SSHConfig) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *SSHConfig) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *SSHConfig) GetInstalled() bool {
+	if x != nil {
+		return x.Installed
+	}
+	return false
+}
+
+func (x *SSHConfig) GetIncluded() bool {
+	if x != nil {
+		return x.Included
+	}
+	return false
+}
+
+type GetSSHConfigRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Program       string                 `protobuf:"bytes,1,opt,name=program,proto3" json:"program,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSSHConfigRequest) Reset() {
+	*x = GetSSHConfigRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSSHConfigRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSSHConfigRequest) ProtoMessage() {}
+
+func (x *GetSSHConfigRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSSHConfigRequest.ProtoReflect.Descriptor instead.
+func (*GetSSHConfigRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *GetSSHConfigRequest) GetProgram() string {
+	if x != nil {
+		return x.Program
+	}
+	return ""
+}
+
+type GetSSHConfigResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Config        *SSHConfig             `protobuf:"bytes,1,opt,name=config,proto3" json:"config,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSSHConfigResponse) Reset() {
+	*x = GetSSHConfigResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSSHConfigResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSSHConfigResponse) ProtoMessage() {}
+
+func (x *GetSSHConfigResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSSHConfigResponse.ProtoReflect.Descriptor instead.
+func (*GetSSHConfigResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *GetSSHConfigResponse) GetConfig() *SSHConfig {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+type InstallSSHConfigRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Program       string                 `protobuf:"bytes,1,opt,name=program,proto3" json:"program,omitempty"`  // as above; absolute
+	Include       bool                   `protobuf:"varint,2,opt,name=include,proto3" json:"include,omitempty"` // put the line into ~/.ssh/config
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InstallSSHConfigRequest) Reset() {
+	*x = InstallSSHConfigRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InstallSSHConfigRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InstallSSHConfigRequest) ProtoMessage() {}
+
+func (x *InstallSSHConfigRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InstallSSHConfigRequest.ProtoReflect.Descriptor instead.
+func (*InstallSSHConfigRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *InstallSSHConfigRequest) GetProgram() string {
+	if x != nil {
+		return x.Program
+	}
+	return ""
+}
+
+func (x *InstallSSHConfigRequest) GetInclude() bool {
+	if x != nil {
+		return x.Include
+	}
+	return false
+}
+
+type InstallSSHConfigResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Config        *SSHConfig             `protobuf:"bytes,1,opt,name=config,proto3" json:"config,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InstallSSHConfigResponse) Reset() {
+	*x = InstallSSHConfigResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InstallSSHConfigResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InstallSSHConfigResponse) ProtoMessage() {}
+
+func (x *InstallSSHConfigResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InstallSSHConfigResponse.ProtoReflect.Descriptor instead.
+func (*InstallSSHConfigResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *InstallSSHConfigResponse) GetConfig() *SSHConfig {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+type RemoveSSHConfigRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveSSHConfigRequest) Reset() {
+	*x = RemoveSSHConfigRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveSSHConfigRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveSSHConfigRequest) ProtoMessage() {}
+
+func (x *RemoveSSHConfigRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveSSHConfigRequest.ProtoReflect.Descriptor instead.
+func (*RemoveSSHConfigRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{73}
+}
+
+type RemoveSSHConfigResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveSSHConfigResponse) Reset() {
+	*x = RemoveSSHConfigResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveSSHConfigResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveSSHConfigResponse) ProtoMessage() {}
+
+func (x *RemoveSSHConfigResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveSSHConfigResponse.ProtoReflect.Descriptor instead.
+func (*RemoveSSHConfigResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{74}
+}
+
 var File_banger_v1_banger_proto protoreflect.FileDescriptor
 
 const file_banger_v1_banger_proto_rawDesc = "" +
@@ -4694,7 +5018,23 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\n" +
 	"operations\x18\x02 \x03(\v2\x14.banger.v1.OperationR\n" +
 	"operations\x12(\n" +
-	"\x06images\x18\x03 \x03(\v2\x10.banger.v1.ImageR\x06images2\xce\b\n" +
+	"\x06images\x18\x03 \x03(\v2\x10.banger.v1.ImageR\x06images\"m\n" +
+	"\tSSHConfig\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\x12\x1c\n" +
+	"\tinstalled\x18\x03 \x01(\bR\tinstalled\x12\x1a\n" +
+	"\bincluded\x18\x04 \x01(\bR\bincluded\"/\n" +
+	"\x13GetSSHConfigRequest\x12\x18\n" +
+	"\aprogram\x18\x01 \x01(\tR\aprogram\"D\n" +
+	"\x14GetSSHConfigResponse\x12,\n" +
+	"\x06config\x18\x01 \x01(\v2\x14.banger.v1.SSHConfigR\x06config\"M\n" +
+	"\x17InstallSSHConfigRequest\x12\x18\n" +
+	"\aprogram\x18\x01 \x01(\tR\aprogram\x12\x18\n" +
+	"\ainclude\x18\x02 \x01(\bR\ainclude\"H\n" +
+	"\x18InstallSSHConfigResponse\x12,\n" +
+	"\x06config\x18\x01 \x01(\v2\x14.banger.v1.SSHConfigR\x06config\"\x18\n" +
+	"\x16RemoveSSHConfigRequest\"\x19\n" +
+	"\x17RemoveSSHConfigResponse2\xce\b\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -4720,12 +5060,15 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\fGetOperation\x12\x1e.banger.v1.GetOperationRequest\x1a\x1f.banger.v1.GetOperationResponse\x12U\n" +
 	"\x0eListOperations\x12 .banger.v1.ListOperationsRequest\x1a!.banger.v1.ListOperationsResponse\x12W\n" +
 	"\x0eWatchOperation\x12 .banger.v1.WatchOperationRequest\x1a!.banger.v1.WatchOperationResponse0\x01\x12X\n" +
-	"\x0fCancelOperation\x12!.banger.v1.CancelOperationRequest\x1a\".banger.v1.CancelOperationResponse2\xa2\x02\n" +
+	"\x0fCancelOperation\x12!.banger.v1.CancelOperationRequest\x1a\".banger.v1.CancelOperationResponse2\xaa\x04\n" +
 	"\rDaemonService\x12F\n" +
 	"\tGetStatus\x12\x1b.banger.v1.GetStatusRequest\x1a\x1c.banger.v1.GetStatusResponse\x12C\n" +
 	"\bShutdown\x12\x1a.banger.v1.ShutdownRequest\x1a\x1b.banger.v1.ShutdownResponse\x12F\n" +
 	"\tRunDoctor\x12\x1b.banger.v1.RunDoctorRequest\x1a\x1c.banger.v1.RunDoctorResponse\x12<\n" +
-	"\x05Watch\x12\x17.banger.v1.WatchRequest\x1a\x18.banger.v1.WatchResponse0\x01B7Z5git.thaloco.com/thaloco/banger/api/banger/v1;bangerv1b\x06proto3"
+	"\x05Watch\x12\x17.banger.v1.WatchRequest\x1a\x18.banger.v1.WatchResponse0\x01\x12O\n" +
+	"\fGetSSHConfig\x12\x1e.banger.v1.GetSSHConfigRequest\x1a\x1f.banger.v1.GetSSHConfigResponse\x12[\n" +
+	"\x10InstallSSHConfig\x12\".banger.v1.InstallSSHConfigRequest\x1a#.banger.v1.InstallSSHConfigResponse\x12X\n" +
+	"\x0fRemoveSSHConfig\x12!.banger.v1.RemoveSSHConfigRequest\x1a\".banger.v1.RemoveSSHConfigResponseB7Z5git.thaloco.com/thaloco/banger/api/banger/v1;bangerv1b\x06proto3"
 
 var (
 	file_banger_v1_banger_proto_rawDescOnce sync.Once
@@ -4739,110 +5082,117 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 71)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
 var file_banger_v1_banger_proto_goTypes = []any{
-	(*Fault)(nil),                   // 0: banger.v1.Fault
-	(*VM)(nil),                      // 1: banger.v1.VM
-	(*Confinement)(nil),             // 2: banger.v1.Confinement
-	(*Failure)(nil),                 // 3: banger.v1.Failure
-	(*Stage)(nil),                   // 4: banger.v1.Stage
-	(*Image)(nil),                   // 5: banger.v1.Image
-	(*Operation)(nil),               // 6: banger.v1.Operation
-	(*OperationStage)(nil),          // 7: banger.v1.OperationStage
-	(*CreateVMRequest)(nil),         // 8: banger.v1.CreateVMRequest
-	(*CreateVMResponse)(nil),        // 9: banger.v1.CreateVMResponse
-	(*StartVMRequest)(nil),          // 10: banger.v1.StartVMRequest
-	(*StartVMResponse)(nil),         // 11: banger.v1.StartVMResponse
-	(*StopVMRequest)(nil),           // 12: banger.v1.StopVMRequest
-	(*StopVMResponse)(nil),          // 13: banger.v1.StopVMResponse
-	(*RestartVMRequest)(nil),        // 14: banger.v1.RestartVMRequest
-	(*RestartVMResponse)(nil),       // 15: banger.v1.RestartVMResponse
-	(*DeleteVMRequest)(nil),         // 16: banger.v1.DeleteVMRequest
-	(*DeleteVMResponse)(nil),        // 17: banger.v1.DeleteVMResponse
-	(*SetVMRequest)(nil),            // 18: banger.v1.SetVMRequest
-	(*SetVMResponse)(nil),           // 19: banger.v1.SetVMResponse
-	(*GetStatsRequest)(nil),         // 20: banger.v1.GetStatsRequest
-	(*GetStatsResponse)(nil),        // 21: banger.v1.GetStatsResponse
-	(*VMStats)(nil),                 // 22: banger.v1.VMStats
-	(*HostStats)(nil),               // 23: banger.v1.HostStats
-	(*GuestStats)(nil),              // 24: banger.v1.GuestStats
-	(*GuestDisk)(nil),               // 25: banger.v1.GuestDisk
-	(*GuestInterface)(nil),          // 26: banger.v1.GuestInterface
-	(*GetPortsRequest)(nil),         // 27: banger.v1.GetPortsRequest
-	(*GetPortsResponse)(nil),        // 28: banger.v1.GetPortsResponse
-	(*VMPorts)(nil),                 // 29: banger.v1.VMPorts
-	(*Port)(nil),                    // 30: banger.v1.Port
-	(*TrimVMRequest)(nil),           // 31: banger.v1.TrimVMRequest
-	(*TrimVMResponse)(nil),          // 32: banger.v1.TrimVMResponse
-	(*KillVMRequest)(nil),           // 33: banger.v1.KillVMRequest
-	(*KillVMResponse)(nil),          // 34: banger.v1.KillVMResponse
-	(*GetVMRequest)(nil),            // 35: banger.v1.GetVMRequest
-	(*GetVMResponse)(nil),           // 36: banger.v1.GetVMResponse
-	(*ListVMsRequest)(nil),          // 37: banger.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),         // 38: banger.v1.ListVMsResponse
-	(*ResolveVMsRequest)(nil),       // 39: banger.v1.ResolveVMsRequest
-	(*ResolveVMsResponse)(nil),      // 40: banger.v1.ResolveVMsResponse
-	(*ResolvedVM)(nil),              // 41: banger.v1.ResolvedVM
-	(*GetDefaultsRequest)(nil),      // 42: banger.v1.GetDefaultsRequest
-	(*GetDefaultsResponse)(nil),     // 43: banger.v1.GetDefaultsResponse
-	(*GetSSHTargetRequest)(nil),     // 44: banger.v1.GetSSHTargetRequest
-	(*GetSSHTargetResponse)(nil),    // 45: banger.v1.GetSSHTargetResponse
-	(*ReadLogRequest)(nil),          // 46: banger.v1.ReadLogRequest
-	(*ReadLogResponse)(nil),         // 47: banger.v1.ReadLogResponse
-	(*ListImagesRequest)(nil),       // 48: banger.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),      // 49: banger.v1.ListImagesResponse
-	(*GetOperationRequest)(nil),     // 50: banger.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 51: banger.v1.GetOperationResponse
-	(*ListOperationsRequest)(nil),   // 52: banger.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 53: banger.v1.ListOperationsResponse
-	(*WatchOperationRequest)(nil),   // 54: banger.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 55: banger.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 56: banger.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 57: banger.v1.CancelOperationResponse
-	(*GetStatusRequest)(nil),        // 58: banger.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),       // 59: banger.v1.GetStatusResponse
-	(*ShutdownRequest)(nil),         // 60: banger.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 61: banger.v1.ShutdownResponse
-	(*RunDoctorRequest)(nil),        // 62: banger.v1.RunDoctorRequest
-	(*RunDoctorResponse)(nil),       // 63: banger.v1.RunDoctorResponse
-	(*Finding)(nil),                 // 64: banger.v1.Finding
-	(*WatchRequest)(nil),            // 65: banger.v1.WatchRequest
-	(*WatchResponse)(nil),           // 66: banger.v1.WatchResponse
-	(*Snapshot)(nil),                // 67: banger.v1.Snapshot
-	nil,                             // 68: banger.v1.VM.LabelsEntry
-	nil,                             // 69: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                             // 70: banger.v1.SetVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 71: google.protobuf.Timestamp
+	(*Fault)(nil),                    // 0: banger.v1.Fault
+	(*VM)(nil),                       // 1: banger.v1.VM
+	(*Confinement)(nil),              // 2: banger.v1.Confinement
+	(*Failure)(nil),                  // 3: banger.v1.Failure
+	(*Stage)(nil),                    // 4: banger.v1.Stage
+	(*Image)(nil),                    // 5: banger.v1.Image
+	(*Operation)(nil),                // 6: banger.v1.Operation
+	(*OperationStage)(nil),           // 7: banger.v1.OperationStage
+	(*CreateVMRequest)(nil),          // 8: banger.v1.CreateVMRequest
+	(*CreateVMResponse)(nil),         // 9: banger.v1.CreateVMResponse
+	(*StartVMRequest)(nil),           // 10: banger.v1.StartVMRequest
+	(*StartVMResponse)(nil),          // 11: banger.v1.StartVMResponse
+	(*StopVMRequest)(nil),            // 12: banger.v1.StopVMRequest
+	(*StopVMResponse)(nil),           // 13: banger.v1.StopVMResponse
+	(*RestartVMRequest)(nil),         // 14: banger.v1.RestartVMRequest
+	(*RestartVMResponse)(nil),        // 15: banger.v1.RestartVMResponse
+	(*DeleteVMRequest)(nil),          // 16: banger.v1.DeleteVMRequest
+	(*DeleteVMResponse)(nil),         // 17: banger.v1.DeleteVMResponse
+	(*SetVMRequest)(nil),             // 18: banger.v1.SetVMRequest
+	(*SetVMResponse)(nil),            // 19: banger.v1.SetVMResponse
+	(*GetStatsRequest)(nil),          // 20: banger.v1.GetStatsRequest
+	(*GetStatsResponse)(nil),         // 21: banger.v1.GetStatsResponse
+	(*VMStats)(nil),                  // 22: banger.v1.VMStats
+	(*HostStats)(nil),                // 23: banger.v1.HostStats
+	(*GuestStats)(nil),               // 24: banger.v1.GuestStats
+	(*GuestDisk)(nil),                // 25: banger.v1.GuestDisk
+	(*GuestInterface)(nil),           // 26: banger.v1.GuestInterface
+	(*GetPortsRequest)(nil),          // 27: banger.v1.GetPortsRequest
+	(*GetPortsResponse)(nil),         // 28: banger.v1.GetPortsResponse
+	(*VMPorts)(nil),                  // 29: banger.v1.VMPorts
+	(*Port)(nil),                     // 30: banger.v1.Port
+	(*TrimVMRequest)(nil),            // 31: banger.v1.TrimVMRequest
+	(*TrimVMResponse)(nil),           // 32: banger.v1.TrimVMResponse
+	(*KillVMRequest)(nil),            // 33: banger.v1.KillVMRequest
+	(*KillVMResponse)(nil),           // 34: banger.v1.KillVMResponse
+	(*GetVMRequest)(nil),             // 35: banger.v1.GetVMRequest
+	(*GetVMResponse)(nil),            // 36: banger.v1.GetVMResponse
+	(*ListVMsRequest)(nil),           // 37: banger.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),          // 38: banger.v1.ListVMsResponse
+	(*ResolveVMsRequest)(nil),        // 39: banger.v1.ResolveVMsRequest
+	(*ResolveVMsResponse)(nil),       // 40: banger.v1.ResolveVMsResponse
+	(*ResolvedVM)(nil),               // 41: banger.v1.ResolvedVM
+	(*GetDefaultsRequest)(nil),       // 42: banger.v1.GetDefaultsRequest
+	(*GetDefaultsResponse)(nil),      // 43: banger.v1.GetDefaultsResponse
+	(*GetSSHTargetRequest)(nil),      // 44: banger.v1.GetSSHTargetRequest
+	(*GetSSHTargetResponse)(nil),     // 45: banger.v1.GetSSHTargetResponse
+	(*ReadLogRequest)(nil),           // 46: banger.v1.ReadLogRequest
+	(*ReadLogResponse)(nil),          // 47: banger.v1.ReadLogResponse
+	(*ListImagesRequest)(nil),        // 48: banger.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),       // 49: banger.v1.ListImagesResponse
+	(*GetOperationRequest)(nil),      // 50: banger.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),     // 51: banger.v1.GetOperationResponse
+	(*ListOperationsRequest)(nil),    // 52: banger.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),   // 53: banger.v1.ListOperationsResponse
+	(*WatchOperationRequest)(nil),    // 54: banger.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),   // 55: banger.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),   // 56: banger.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil),  // 57: banger.v1.CancelOperationResponse
+	(*GetStatusRequest)(nil),         // 58: banger.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),        // 59: banger.v1.GetStatusResponse
+	(*ShutdownRequest)(nil),          // 60: banger.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 61: banger.v1.ShutdownResponse
+	(*RunDoctorRequest)(nil),         // 62: banger.v1.RunDoctorRequest
+	(*RunDoctorResponse)(nil),        // 63: banger.v1.RunDoctorResponse
+	(*Finding)(nil),                  // 64: banger.v1.Finding
+	(*WatchRequest)(nil),             // 65: banger.v1.WatchRequest
+	(*WatchResponse)(nil),            // 66: banger.v1.WatchResponse
+	(*Snapshot)(nil),                 // 67: banger.v1.Snapshot
+	(*SSHConfig)(nil),                // 68: banger.v1.SSHConfig
+	(*GetSSHConfigRequest)(nil),      // 69: banger.v1.GetSSHConfigRequest
+	(*GetSSHConfigResponse)(nil),     // 70: banger.v1.GetSSHConfigResponse
+	(*InstallSSHConfigRequest)(nil),  // 71: banger.v1.InstallSSHConfigRequest
+	(*InstallSSHConfigResponse)(nil), // 72: banger.v1.InstallSSHConfigResponse
+	(*RemoveSSHConfigRequest)(nil),   // 73: banger.v1.RemoveSSHConfigRequest
+	(*RemoveSSHConfigResponse)(nil),  // 74: banger.v1.RemoveSSHConfigResponse
+	nil,                              // 75: banger.v1.VM.LabelsEntry
+	nil,                              // 76: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 77: banger.v1.SetVMRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),    // 78: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	68, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	71, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	71, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	71, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	75, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	78, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	78, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	78, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,  // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,  // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,  // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,  // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	71, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	71, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	78, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	78, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,  // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	71, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	71, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	78, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	78, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,  // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
-	71, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	71, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	69, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	78, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	78, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	76, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,  // 18: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 19: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 20: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 21: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 22: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	70, // 23: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	77, // 23: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	6,  // 24: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22, // 25: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,  // 26: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	71, // 27: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	78, // 27: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23, // 28: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24, // 29: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,  // 30: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -4865,7 +5215,7 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,  // 47: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	6,  // 48: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	6,  // 49: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	71, // 50: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	78, // 50: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
 	64, // 51: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
 	67, // 52: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
 	1,  // 53: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
@@ -4873,61 +5223,69 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	1,  // 55: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
 	6,  // 56: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
 	5,  // 57: banger.v1.Snapshot.images:type_name -> banger.v1.Image
-	8,  // 58: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10, // 59: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12, // 60: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14, // 61: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16, // 62: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18, // 63: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33, // 64: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35, // 65: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37, // 66: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39, // 67: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42, // 68: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20, // 69: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27, // 70: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31, // 71: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44, // 72: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46, // 73: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	48, // 74: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	50, // 75: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52, // 76: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54, // 77: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56, // 78: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58, // 79: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60, // 80: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62, // 81: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65, // 82: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	9,  // 83: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11, // 84: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13, // 85: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15, // 86: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17, // 87: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19, // 88: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34, // 89: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36, // 90: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38, // 91: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40, // 92: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43, // 93: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21, // 94: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28, // 95: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32, // 96: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45, // 97: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47, // 98: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	49, // 99: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	51, // 100: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53, // 101: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55, // 102: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57, // 103: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59, // 104: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61, // 105: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63, // 106: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66, // 107: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	83, // [83:108] is the sub-list for method output_type
-	58, // [58:83] is the sub-list for method input_type
-	58, // [58:58] is the sub-list for extension type_name
-	58, // [58:58] is the sub-list for extension extendee
-	0,  // [0:58] is the sub-list for field type_name
+	68, // 58: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	68, // 59: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	8,  // 60: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10, // 61: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12, // 62: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14, // 63: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16, // 64: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18, // 65: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33, // 66: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35, // 67: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37, // 68: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39, // 69: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42, // 70: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20, // 71: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27, // 72: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31, // 73: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44, // 74: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46, // 75: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	48, // 76: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	50, // 77: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52, // 78: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54, // 79: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56, // 80: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58, // 81: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60, // 82: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62, // 83: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65, // 84: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	69, // 85: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	71, // 86: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	73, // 87: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	9,  // 88: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11, // 89: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13, // 90: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15, // 91: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17, // 92: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19, // 93: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34, // 94: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36, // 95: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38, // 96: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40, // 97: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43, // 98: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21, // 99: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28, // 100: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32, // 101: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45, // 102: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47, // 103: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	49, // 104: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	51, // 105: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53, // 106: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55, // 107: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57, // 108: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59, // 109: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61, // 110: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63, // 111: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66, // 112: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	70, // 113: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	72, // 114: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	74, // 115: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	88, // [88:116] is the sub-list for method output_type
+	60, // [60:88] is the sub-list for method input_type
+	60, // [60:60] is the sub-list for extension type_name
+	60, // [60:60] is the sub-list for extension extendee
+	0,  // [0:60] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -4950,7 +5308,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   71,
+			NumMessages:   78,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

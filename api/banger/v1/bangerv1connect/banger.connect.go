@@ -100,6 +100,15 @@ const (
 	DaemonServiceRunDoctorProcedure = "/banger.v1.DaemonService/RunDoctor"
 	// DaemonServiceWatchProcedure is the fully-qualified name of the DaemonService's Watch RPC.
 	DaemonServiceWatchProcedure = "/banger.v1.DaemonService/Watch"
+	// DaemonServiceGetSSHConfigProcedure is the fully-qualified name of the DaemonService's
+	// GetSSHConfig RPC.
+	DaemonServiceGetSSHConfigProcedure = "/banger.v1.DaemonService/GetSSHConfig"
+	// DaemonServiceInstallSSHConfigProcedure is the fully-qualified name of the DaemonService's
+	// InstallSSHConfig RPC.
+	DaemonServiceInstallSSHConfigProcedure = "/banger.v1.DaemonService/InstallSSHConfig"
+	// DaemonServiceRemoveSSHConfigProcedure is the fully-qualified name of the DaemonService's
+	// RemoveSSHConfig RPC.
+	DaemonServiceRemoveSSHConfigProcedure = "/banger.v1.DaemonService/RemoveSSHConfig"
 )
 
 // VMServiceClient is a client for the banger.v1.VMService service.
@@ -900,6 +909,12 @@ type DaemonServiceClient interface {
 	RunDoctor(context.Context, *v1.RunDoctorRequest) (*v1.RunDoctorResponse, error)
 	// Watch sends the whole state first, then each change.
 	Watch(context.Context, *v1.WatchRequest) (*connect.ServerStreamForClient[v1.WatchResponse], error)
+	// GetSSHConfig tells what the user's SSH configuration has, or would have, of banger.
+	GetSSHConfig(context.Context, *v1.GetSSHConfigRequest) (*v1.GetSSHConfigResponse, error)
+	// InstallSSHConfig writes banger's own file in ~/.ssh, which the daemon keeps from then on.
+	InstallSSHConfig(context.Context, *v1.InstallSSHConfigRequest) (*v1.InstallSSHConfigResponse, error)
+	// RemoveSSHConfig takes that file, and the line that includes it, away.
+	RemoveSSHConfig(context.Context, *v1.RemoveSSHConfigRequest) (*v1.RemoveSSHConfigResponse, error)
 }
 
 // NewDaemonServiceClient constructs a client for the banger.v1.DaemonService service. By default,
@@ -937,15 +952,36 @@ func NewDaemonServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(daemonServiceMethods.ByName("Watch")),
 			connect.WithClientOptions(opts...),
 		),
+		getSSHConfig: connect.NewClient[v1.GetSSHConfigRequest, v1.GetSSHConfigResponse](
+			httpClient,
+			baseURL+DaemonServiceGetSSHConfigProcedure,
+			connect.WithSchema(daemonServiceMethods.ByName("GetSSHConfig")),
+			connect.WithClientOptions(opts...),
+		),
+		installSSHConfig: connect.NewClient[v1.InstallSSHConfigRequest, v1.InstallSSHConfigResponse](
+			httpClient,
+			baseURL+DaemonServiceInstallSSHConfigProcedure,
+			connect.WithSchema(daemonServiceMethods.ByName("InstallSSHConfig")),
+			connect.WithClientOptions(opts...),
+		),
+		removeSSHConfig: connect.NewClient[v1.RemoveSSHConfigRequest, v1.RemoveSSHConfigResponse](
+			httpClient,
+			baseURL+DaemonServiceRemoveSSHConfigProcedure,
+			connect.WithSchema(daemonServiceMethods.ByName("RemoveSSHConfig")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // daemonServiceClient implements DaemonServiceClient.
 type daemonServiceClient struct {
-	getStatus *connect.Client[v1.GetStatusRequest, v1.GetStatusResponse]
-	shutdown  *connect.Client[v1.ShutdownRequest, v1.ShutdownResponse]
-	runDoctor *connect.Client[v1.RunDoctorRequest, v1.RunDoctorResponse]
-	watch     *connect.Client[v1.WatchRequest, v1.WatchResponse]
+	getStatus        *connect.Client[v1.GetStatusRequest, v1.GetStatusResponse]
+	shutdown         *connect.Client[v1.ShutdownRequest, v1.ShutdownResponse]
+	runDoctor        *connect.Client[v1.RunDoctorRequest, v1.RunDoctorResponse]
+	watch            *connect.Client[v1.WatchRequest, v1.WatchResponse]
+	getSSHConfig     *connect.Client[v1.GetSSHConfigRequest, v1.GetSSHConfigResponse]
+	installSSHConfig *connect.Client[v1.InstallSSHConfigRequest, v1.InstallSSHConfigResponse]
+	removeSSHConfig  *connect.Client[v1.RemoveSSHConfigRequest, v1.RemoveSSHConfigResponse]
 }
 
 // GetStatus calls banger.v1.DaemonService.GetStatus.
@@ -980,6 +1016,33 @@ func (c *daemonServiceClient) Watch(ctx context.Context, req *v1.WatchRequest) (
 	return c.watch.CallServerStream(ctx, connect.NewRequest(req))
 }
 
+// GetSSHConfig calls banger.v1.DaemonService.GetSSHConfig.
+func (c *daemonServiceClient) GetSSHConfig(ctx context.Context, req *v1.GetSSHConfigRequest) (*v1.GetSSHConfigResponse, error) {
+	response, err := c.getSSHConfig.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// InstallSSHConfig calls banger.v1.DaemonService.InstallSSHConfig.
+func (c *daemonServiceClient) InstallSSHConfig(ctx context.Context, req *v1.InstallSSHConfigRequest) (*v1.InstallSSHConfigResponse, error) {
+	response, err := c.installSSHConfig.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// RemoveSSHConfig calls banger.v1.DaemonService.RemoveSSHConfig.
+func (c *daemonServiceClient) RemoveSSHConfig(ctx context.Context, req *v1.RemoveSSHConfigRequest) (*v1.RemoveSSHConfigResponse, error) {
+	response, err := c.removeSSHConfig.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // DaemonServiceHandler is an implementation of the banger.v1.DaemonService service.
 type DaemonServiceHandler interface {
 	GetStatus(context.Context, *v1.GetStatusRequest) (*v1.GetStatusResponse, error)
@@ -988,6 +1051,12 @@ type DaemonServiceHandler interface {
 	RunDoctor(context.Context, *v1.RunDoctorRequest) (*v1.RunDoctorResponse, error)
 	// Watch sends the whole state first, then each change.
 	Watch(context.Context, *v1.WatchRequest, *connect.ServerStream[v1.WatchResponse]) error
+	// GetSSHConfig tells what the user's SSH configuration has, or would have, of banger.
+	GetSSHConfig(context.Context, *v1.GetSSHConfigRequest) (*v1.GetSSHConfigResponse, error)
+	// InstallSSHConfig writes banger's own file in ~/.ssh, which the daemon keeps from then on.
+	InstallSSHConfig(context.Context, *v1.InstallSSHConfigRequest) (*v1.InstallSSHConfigResponse, error)
+	// RemoveSSHConfig takes that file, and the line that includes it, away.
+	RemoveSSHConfig(context.Context, *v1.RemoveSSHConfigRequest) (*v1.RemoveSSHConfigResponse, error)
 }
 
 // NewDaemonServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1021,6 +1090,24 @@ func NewDaemonServiceHandler(svc DaemonServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(daemonServiceMethods.ByName("Watch")),
 		connect.WithHandlerOptions(opts...),
 	)
+	daemonServiceGetSSHConfigHandler := connect.NewUnaryHandlerSimple(
+		DaemonServiceGetSSHConfigProcedure,
+		svc.GetSSHConfig,
+		connect.WithSchema(daemonServiceMethods.ByName("GetSSHConfig")),
+		connect.WithHandlerOptions(opts...),
+	)
+	daemonServiceInstallSSHConfigHandler := connect.NewUnaryHandlerSimple(
+		DaemonServiceInstallSSHConfigProcedure,
+		svc.InstallSSHConfig,
+		connect.WithSchema(daemonServiceMethods.ByName("InstallSSHConfig")),
+		connect.WithHandlerOptions(opts...),
+	)
+	daemonServiceRemoveSSHConfigHandler := connect.NewUnaryHandlerSimple(
+		DaemonServiceRemoveSSHConfigProcedure,
+		svc.RemoveSSHConfig,
+		connect.WithSchema(daemonServiceMethods.ByName("RemoveSSHConfig")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/banger.v1.DaemonService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case DaemonServiceGetStatusProcedure:
@@ -1031,6 +1118,12 @@ func NewDaemonServiceHandler(svc DaemonServiceHandler, opts ...connect.HandlerOp
 			daemonServiceRunDoctorHandler.ServeHTTP(w, r)
 		case DaemonServiceWatchProcedure:
 			daemonServiceWatchHandler.ServeHTTP(w, r)
+		case DaemonServiceGetSSHConfigProcedure:
+			daemonServiceGetSSHConfigHandler.ServeHTTP(w, r)
+		case DaemonServiceInstallSSHConfigProcedure:
+			daemonServiceInstallSSHConfigHandler.ServeHTTP(w, r)
+		case DaemonServiceRemoveSSHConfigProcedure:
+			daemonServiceRemoveSSHConfigHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1054,4 +1147,16 @@ func (UnimplementedDaemonServiceHandler) RunDoctor(context.Context, *v1.RunDocto
 
 func (UnimplementedDaemonServiceHandler) Watch(context.Context, *v1.WatchRequest, *connect.ServerStream[v1.WatchResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.DaemonService.Watch is not implemented"))
+}
+
+func (UnimplementedDaemonServiceHandler) GetSSHConfig(context.Context, *v1.GetSSHConfigRequest) (*v1.GetSSHConfigResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.DaemonService.GetSSHConfig is not implemented"))
+}
+
+func (UnimplementedDaemonServiceHandler) InstallSSHConfig(context.Context, *v1.InstallSSHConfigRequest) (*v1.InstallSSHConfigResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.DaemonService.InstallSSHConfig is not implemented"))
+}
+
+func (UnimplementedDaemonServiceHandler) RemoveSSHConfig(context.Context, *v1.RemoveSSHConfigRequest) (*v1.RemoveSSHConfigResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.DaemonService.RemoveSSHConfig is not implemented"))
 }
