@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
@@ -33,6 +34,9 @@ func Run(ctx context.Context, version string, restarts int) error {
 	// What is freed goes back soon: an idle agent is to cost the guest little, and it is never busy
 	// enough for the collector's time to matter.
 	debug.SetGCPercent(25)
+	// The supervisor ignores SIGHUP, and what is ignored stays so in everything that is started: a command
+	// could not be hung up. A signal that is caught is not passed on. Nobody reads it here.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP)
 	live := &live{state: state, restarts: restarts, userspace: "starting", listening: make(chan struct{})}
 	live.bootID, err = bootID()
 	if err != nil {

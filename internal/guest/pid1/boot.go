@@ -115,6 +115,9 @@ func (b *booter) mountKernel() error {
 		{"proc", "/proc", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
 		{"sysfs", "/sys", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
 		{"devtmpfs", "/dev", unix.MS_NOSUID, "mode=0755"},
+		// As systemd mounts it (its mount_setup, which leaves alone what is mounted), but before: the
+		// agent gives commands terminals as soon as it answers.
+		{"devpts", "/dev/pts", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=0620,gid=5"},
 		{"tmpfs", "/run", unix.MS_NOSUID | unix.MS_NODEV, "mode=0755,size=20%"},
 	} {
 		if err := os.MkdirAll(m.at, 0o755); err != nil {
