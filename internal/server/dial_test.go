@@ -239,7 +239,10 @@ func TestExecOverTheDialSocket(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	lacks.Store(false)
+	done := make(chan struct{})
+	defer func() { <-done }()
 	go func() {
+		defer close(done)
 		r, w := frame.NewReader(inside), frame.NewWriter(inside)
 		kind, payload, err := r.Next()
 		if request, bad := exec.ParseRequest(payload); err != nil || bad != nil || kind != exec.KindRequest || len(request.Args) != 2 {
