@@ -266,7 +266,8 @@ func (h *host) processes() map[int]string {
 		pid, _ := strconv.Atoi(filepath.Base(dir))
 		line, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
 		env, _ := os.ReadFile(filepath.Join(dir, "environ"))
-		if pid != os.Getpid() && (bytes.Contains(line, []byte(h.state)) || bytes.Contains(env, []byte("BANGER_STATE_DIR="+h.state+"\x00"))) {
+		cwd, _ := os.Readlink(filepath.Join(dir, "cwd")) // the network's program carries the state directory nowhere else
+		if pid != os.Getpid() && (strings.HasPrefix(cwd, h.state+"/net/") || bytes.Contains(line, []byte(h.state)) || bytes.Contains(env, []byte("BANGER_STATE_DIR="+h.state+"\x00"))) {
 			found[pid] = strings.TrimSpace(strings.ReplaceAll(string(line), "\x00", " "))
 		}
 	}
@@ -289,6 +290,8 @@ func (h *host) end() {
 			h.t.Logf("the daemon's log:\n%s", tail(log, 30))
 		}
 		consoles, _ := filepath.Glob(filepath.Join(h.state, "vms/*/*.log"))
+		networks, _ := filepath.Glob(filepath.Join(h.state, "net/*/*.log"))
+		consoles = append(consoles, networks...)
 		for _, f := range consoles {
 			log, _ := os.ReadFile(f)
 			h.t.Logf("%s:\n%s", f, tail(log, 15))
@@ -316,7 +319,7 @@ func (h *host) end() {
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
 	if len(left) == 0 {
-		for _, dir := range []string{"run", "vms"} {
+		for _, dir := range []string{"run", "vms", "net"} {
 			if entries, _ := os.ReadDir(filepath.Join(h.state, dir)); len(entries) > 0 {
 				h.t.Errorf("left behind: %s/%s/%s", h.state, dir, entries[0].Name())
 			}

@@ -14,10 +14,11 @@ import (
 	"testing"
 )
 
-// TestOrdinaryUser is the life of a VM for a user in no special group, without sudo.
-func TestOrdinaryUser(t *testing.T) {
+// newOrdinaryUser is an installation in the home of a user who is in no special group, and that user.
+func newOrdinaryUser(t *testing.T, settings ...string) (*host, *user.User) {
+	t.Helper()
 	if os.Getuid() != 0 {
-		t.Skip("every test here runs as an ordinary user already")
+		t.Skip("only root can make a user; every test here runs as an ordinary user already")
 	}
 	name := fmt.Sprintf("banger-e2e-%d", os.Getpid())
 	dir, err := os.MkdirTemp("", "u")
@@ -51,13 +52,20 @@ func TestOrdinaryUser(t *testing.T) {
 	run(t, "chown", "-R", fmt.Sprintf("%d:%d", uid, gid), home)
 
 	t.Cleanup(func() { _ = os.RemoveAll(fmt.Sprintf("/tmp/banger-%d", uid)) }) // after the host's end, which makes it again
-	h := newHostIn(t, filepath.Join(home, "e2e"))
+	h := newHostIn(t, filepath.Join(home, "e2e"), settings...)
 	run(t, "chown", "-R", fmt.Sprintf("%d:%d", uid, gid), filepath.Join(home, "e2e"))
 	h.program = filepath.Join(prefix, "bin/banger")
 	h.sys = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
-	h.env = []string{"HOME=" + home, "PATH=/usr/bin:/bin", "USER=" + name, "BANGER_STATE_DIR=" + h.state,
+	h.env = []string{"HOME=" + home, "PATH=/usr/bin:/bin", "USER=" + name, "BANGER_STATE_DIR=" + h.state, "BANGER_CONFIG=" + filepath.Join(home, "e2e", "config.toml"),
 		"BANGER_TEST_RUN=" + os.Getenv("BANGER_TEST_RUN"), "GOCOVERDIR=" + os.Getenv("GOCOVERDIR")} // no XDG_RUNTIME_DIR: as after su
 
+	return h, u
+}
+
+// TestOrdinaryUser is the life of a VM for a user in no special group, without sudo.
+func TestOrdinaryUser(t *testing.T) {
+	h, u := newOrdinaryUser(t)
+	uid, _ := strconv.Atoi(u.Uid)
 	socket := strings.TrimSpace(h.do("daemon", "socket"))
 	if want := fmt.Sprintf("/tmp/banger-%d/", uid); !strings.HasPrefix(socket, want) {
 		t.Errorf("the socket is %s, want it under %s", socket, want)

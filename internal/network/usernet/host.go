@@ -73,7 +73,7 @@ func (h *Host) Start(ctx context.Context, id, socket string, c Config, s Setting
 	p, err := process.Start(ctx, process.Command{
 		// Not its path: the file may have been replaced by an upgrade.
 		Path: "/proc/self/exe", Args: []string{Program, h.marker(id), string(argument)}, Marker: h.marker(id),
-		Dir: h.of(id), Log: h.Log(id), Pidfile: filepath.Join(h.of(id), pidfile),
+		Env: []string{"LC_ALL=C"}, Dir: h.of(id), Log: h.Log(id), Pidfile: filepath.Join(h.of(id), pidfile),
 		Files: []*os.File{vmm, control}, Cgroup: cgroup,
 	})
 	if err != nil {

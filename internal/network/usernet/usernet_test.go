@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -368,17 +367,9 @@ func TestPings(t *testing.T) {
 	}
 }
 
-// TestEchoReply wants the guest to be told what it asked for. The host's own loopback stands for the world.
+// TestEchoReply wants the guest to be told what it asked for. TestPing asks.
 func TestEchoReply(t *testing.T) {
 	r := newRig(t, Settings{NAT: true})
-	for _, a := range []string{"127.0.0.1", "::1"} {
-		if err := r.ask(netip.MustParseAddr(a), 7, []byte("payload")); err != nil {
-			if errors.Is(err, os.ErrPermission) || strings.Contains(err.Error(), "permitted") || strings.Contains(err.Error(), "cannot assign") || strings.Contains(err.Error(), "not supported") {
-				t.Skipf("this user may not send pings: %v", err)
-			}
-			t.Errorf("%s: %v", a, err)
-		}
-	}
 	for _, to := range []netip.Addr{world4, world6} {
 		frame := r.echoReply("\x02\x00\x00\x00\x00\x05", to, 0x1234, 7, []byte("payload"))
 		if !isEchoReply(frame, to) {

@@ -1,0 +1,231 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// The test's own internet: two network namespaces and a wire between them.
+const (
+	hostAddr  = "10.99.0.1" // of the namespace that the daemon and its VMs are in
+	worldAddr = "10.99.0.2" // of the other one, where a server and a resolver are
+)
+
+// ownNetwork puts this goroutine's thread, and all programs that it starts, into a network namespace of their own, with its own
+// /etc/resolv.conf, and serves there. The thread ends with the test.
+func ownNetwork(t *testing.T) {
+	t.Helper()
+	runtime.LockOSThread() // never unlocked
+	must := func(what string, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+	must("make a network namespace", unix.Unshare(unix.CLONE_NEWNET|unix.CLONE_NEWNS))
+	must("keep mounts to ourselves", unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	resolv := filepath.Join(t.TempDir(), "resolv.conf")
+	must("write resolv.conf", os.WriteFile(resolv, []byte("nameserver "+worldAddr+"\n"), 0o644))
+	must("make it readable", os.Chmod(filepath.Dir(resolv), 0o755))
+	must("mount resolv.conf", unix.Mount(resolv, "/etc/resolv.conf", "", unix.MS_BIND, ""))
+	ours, err := os.Open("/proc/thread-self/ns/net")
+	must("open the namespace", err)
+	defer ours.Close()
+
+	ready := make(chan error, 1)
+	end := make(chan struct{})
+	t.Cleanup(func() { close(end) })
+	go func() {
+		runtime.LockOSThread()
+		ready <- func() error {
+			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+				return err
+			}
+			veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "world"}, PeerName: "uplink", PeerNamespace: netlink.NsFd(ours.Fd())}
+			if err := netlink.LinkAdd(veth); err != nil {
+				return err
+			}
+			if err := address("lo", ""); err != nil {
+				return err
+			}
+			if err := address("world", worldAddr+"/24"); err != nil {
+				return err
+			}
+			l, err := net.Listen("tcp", worldAddr+":8080")
+			if err != nil {
+				return err
+			}
+			u, err := net.ListenPacket("udp", worldAddr+":53")
+			if err != nil {
+				return err
+			}
+			go func() { <-end; _, _ = l.Close(), u.Close() }()
+			go func() {
+				_ = http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					_, _ = fmt.Fprintf(w, "the world, to %s\n", r.RemoteAddr[:strings.LastIndex(r.RemoteAddr, ":")])
+				}))
+			}()
+			go func() {
+				_ = dns.ActivateAndServe(nil, u, dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+					m := new(dns.Msg).SetReply(q)
+					if q.Question[0].Name == "server.example." && q.Question[0].Qtype == dns.TypeA {
+						rr, _ := dns.NewRR("server.example. 60 IN A " + worldAddr)
+						m.Answer = append(m.Answer, rr)
+					}
+					_ = w.WriteMsg(m)
+				}))
+			}()
+			return nil
+		}()
+		<-end
+	}()
+	must("make the world", <-ready)
+	must("bring lo up", address("lo", ""))
+	must("bring the uplink up", address("uplink", hostAddr+"/24"))
+}
+
+// address brings a link of this thread's namespace up, with an address if there is one.
+func address(link, cidr string) error {
+	l, err := netlink.LinkByName(link)
+	if err != nil {
+		return err
+	}
+	if cidr != "" {
+		a, err := netlink.ParseAddr(cidr)
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrAdd(l, a); err != nil {
+			return err
+		}
+	}
+	return netlink.LinkSetUp(l)
+}
+
+// TestUserNetwork is the network of a user without any privilege: out, in by a published port, names both ways,
+// and nothing of it lost when the daemon is restarted.
+func TestUserNetwork(t *testing.T) {
+	if os.Getenv("BANGER_E2E_VMM") == "firecracker" {
+		t.Skip("Firecracker has no user network")
+	}
+	h, _ := newOrdinaryUser(t, "default_nat = true", `network = "user"`, `vmm = "qemu"`)
+	ownNetwork(t)
+	l, err := net.Listen("tcp", ":8080") // the host's own server, which guests must not get to
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		_ = http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "the host") }))
+	}()
+	h.create("web")
+
+	get := func(url string) string { return h.in("web", "curl -sS --max-time 20 "+url+" 2>&1 || true") }
+	if got := get("http://" + worldAddr + ":8080/"); got != "the world, to "+hostAddr {
+		t.Errorf("out by address: %q", got)
+	}
+	if got := get("http://server.example:8080/"); got != "the world, to "+hostAddr {
+		t.Errorf("out by name: %q", got)
+	}
+	for _, own := range []string{hostAddr, "127.0.0.1", "172.16.88.1"} {
+		if got := get("http://" + own + ":8080/"); strings.Contains(got, "the host") || !strings.Contains(got, "curl:") {
+			t.Errorf("the host's own %s: %q", own, got)
+		}
+	}
+	if got := h.in("web", "systemctl is-system-running --wait || systemctl list-units --failed --no-legend"); got != "running" {
+		t.Errorf("the guest's services: %s", got)
+	}
+
+	// In: by the VM's name, which the daemon's server has.
+	h.in("web", "mkdir -p /srv/www && echo hello from web > /srv/www/index.html && systemd-run --quiet python3 -m http.server --protocol HTTP/1.1 --directory /srv/www 3000")
+	status := h.do("daemon", "status", "-o", "json")
+	server := between(status, `"dns_address": "`, `"`)
+	lookup := func() string {
+		t.Helper()
+		c := dns.Client{Timeout: callTime}
+		m, _, err := c.Exchange(new(dns.Msg).SetQuestion("web.vm.", dns.TypeA), server)
+		if err != nil || len(m.Answer) != 1 {
+			t.Fatalf("web.vm at %q: %v, %v", server, m, err)
+		}
+		return m.Answer[0].(*dns.A).A.String()
+	}
+	at := lookup()
+	if !strings.HasPrefix(at, "127.") {
+		t.Errorf("web.vm is %s", at)
+	}
+	var conn net.Conn
+	for deadline := time.Now().Add(callTime); ; time.Sleep(200 * time.Millisecond) { // until Python listens
+		if conn, err = net.Dial("tcp", at+":3000"); err == nil {
+			if err = request(conn); err == nil {
+				break
+			}
+			_ = conn.Close()
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the published port: %v", err)
+		}
+	}
+	defer conn.Close()
+
+	h.do("daemon", "stop")
+	if err := request(conn); err != nil {
+		t.Errorf("a connection, with the daemon gone: %v", err)
+	}
+	h.do("vm", "list")
+	if err := request(conn); err != nil {
+		t.Errorf("a connection, with the next daemon: %v", err)
+	}
+	if again := lookup(); again != at {
+		t.Errorf("web.vm was %s, and is %s", at, again)
+	}
+	if got := get("http://server.example:8080/"); got != "the world, to "+hostAddr {
+		t.Errorf("out, with the next daemon: %q", got)
+	}
+	h.do("vm", "stop", "web")
+	if c, err := net.Dial("tcp", at+":3000"); err == nil {
+		_ = c.Close()
+		t.Error("the port of a stopped VM still is published")
+	}
+	h.do("vm", "delete", "web")
+}
+
+// request asks the guest's server for its page, on a connection that stays open.
+func request(conn net.Conn) error {
+	if err := conn.SetDeadline(time.Now().Add(callTime)); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: web\r\n\r\n"); err != nil {
+		return err
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || string(body) != "hello from web\n" {
+		return fmt.Errorf("%s: %q, %w", resp.Status, body, err)
+	}
+	return nil
+}
+
+func between(s, before, after string) string {
+	_, s, _ = strings.Cut(s, before)
+	s, _, _ = strings.Cut(s, after)
+	return s
+}
