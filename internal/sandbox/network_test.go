@@ -193,3 +193,13 @@ func TestNATOfARunningVM(t *testing.T) {
 		t.Errorf("made with NAT: %v, %q", r.vm(vm.ID(op.VMID)).Spec.NAT, op.Notices)
 	}
 }
+
+// TestDefaultNetworkGroup is what a new VM is in.
+func TestDefaultNetworkGroup(t *testing.T) {
+	r := newRig(t)
+	r.cfg.DefaultNetworkGroup = "team-web"
+	r.start()
+	if v := r.create("web"); v.Spec.NetworkGroup != "team-web" {
+		t.Errorf("a new VM is in the group %q", v.Spec.NetworkGroup)
+	}
+}

@@ -68,7 +68,7 @@ func (s *Service) define(ctx context.Context, r CreateRequest) (v vm.VM, release
 		}
 	}
 	v.Spec = s.fillIn(r.Spec)
-	v.Spec.NAT = s.cfg.DefaultNAT
+	v.Spec.NAT, v.Spec.NetworkGroup = s.cfg.DefaultNAT, s.cfg.DefaultNetworkGroup
 	if r.NAT != nil {
 		v.Spec.NAT = *r.NAT
 	}
