@@ -22,7 +22,7 @@ func (a *app) vmCommand() *cobra.Command {
   banger vm ssh calm-otter`,
 	})
 	cmd.AddCommand(
-		a.createCommand(), a.listCommand(), a.showCommand(), a.sshCommand(), a.execCommand(), a.cpCommand(),
+		a.createCommand(), a.runCommand(), a.listCommand(), a.showCommand(), a.sshCommand(), a.execCommand(), a.cpCommand(),
 		a.forwardCommand(), a.logsCommand(), a.waitCommand(),
 		a.startCommand(), a.stopCommand(), a.restartCommand(), a.setCommand(), a.statsCommand(), a.portsCommand(), a.trimCommand(), a.killCommand(), a.deleteCommand(),
 	)
@@ -31,16 +31,9 @@ func (a *app) vmCommand() *cobra.Command {
 
 func (a *app) createCommand() *cobra.Command {
 	var (
-		name, image    string
-		vcpu           = &count{what: "virtual CPUs"}
-		memory         = &size{what: "--memory", parse: vm.ParseMemory}
-		disk           = &size{what: "--disk-size", parse: vm.ParseDiskSize}
-		system         = &size{what: "--system-size", parse: vm.ParseDiskSize}
-		labelled       = labels{}
-		nat            tristate
+		flags          *createFlags
 		noStart, quiet bool
 	)
-	d := createDefaults()
 	cmd := &cobra.Command{
 		Use:   "create [flags]",
 		Short: "Make a VM and start it",
@@ -56,25 +49,16 @@ the SSH server if it needs to. Sizes are written 4G, 4GiB or 512M.`,
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if cmd.Flags().Changed("name") && name == "" {
-				return usage(cmd, "--name is empty: leave it out to get a name")
+			r, err := flags.request(cmd)
+			if err != nil {
+				return err
 			}
-			return a.create(cmd.Context(), &bangerv1.CreateVMRequest{
-				Name: name, Image: image, Vcpu: vcpu.value, MemoryMib: memory.value,
-				DiskBytes: disk.value, SystemBytes: system.value, Labels: labelled, NoStart: noStart, Nat: nat.value,
-			}, quiet)
+			r.NoStart = noStart
+			return a.create(cmd.Context(), r, quiet)
 		},
 	}
+	flags = addCreateFlags(cmd)
 	f := cmd.Flags()
-	f.SortFlags = false
-	f.Var((*text)(&name), "name", "a-z, 0-9 and hyphens (default a generated one, adjective-animal)")
-	f.Var((*text)(&image), "image", "image to make it from, as banger image list shows them"+d.image)
-	f.Var(vcpu, "vcpu", "virtual CPUs"+d.vcpu)
-	f.Var(memory, "memory", "memory; a number alone is MiB"+d.memory)
-	f.Var(disk, "disk-size", "work disk, mounted at /root"+d.disk)
-	f.Var(system, "system-size", "system disk: everything written elsewhere"+d.system)
-	f.Var(labelled, "label", "label, can be repeated")
-	nat.add(f, "nat", "let it reach what the host reaches"+d.nat, "keep it from everything outside of the host")
 	f.BoolVar(&noStart, "no-start", false, "make it, do not start it")
 	f.BoolVarP(&quiet, "quiet", "q", false, "print nothing but the VM's name")
 	return cmd
