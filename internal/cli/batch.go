@@ -90,10 +90,13 @@ func (a *app) batch(cmd *cobra.Command, refs []string, done string, do task) err
 			p.mu.Lock()
 			p.clear()
 		}
-		if a.json {
-			views = append(views, viewResult(r))
-		} else {
+		switch {
+		case !a.json:
 			a.printResult(r, done, said)
+		case a.output == outputName && r.err != nil: // names have no room for it
+			a.printError(r.err)
+		default:
+			views = append(views, viewResult(r))
 		}
 		if p != nil {
 			p.mu.Unlock()

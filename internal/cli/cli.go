@@ -30,11 +30,12 @@ type app struct {
 	stdout, stderr io.Writer
 	now            func() time.Time
 
-	json     bool // --output json
-	color    bool // on stdout
-	errColor bool // on stderr
-	outTTY   bool // stdout is a terminal
-	errTTY   bool // stderr is a terminal: progress may redraw
+	output   string // --output
+	json     bool   // a value is printed, and not text for people
+	color    bool   // on stdout
+	errColor bool   // on stderr
+	outTTY   bool   // stdout is a terminal
+	errTTY   bool   // stderr is a terminal: progress may redraw
 
 	place  func() (place, error)
 	client *client.Client // made by connect
@@ -85,9 +86,9 @@ func wantsJSON(args []string) bool {
 		switch {
 		case arg == "--":
 			return false
-		case arg == "--output=json", arg == "-ojson", arg == "-o=json":
+		case arg == "--output=json", arg == "-ojson", arg == "-o=json", arg == "--output=yaml", arg == "-oyaml", arg == "-o=yaml":
 			return true
-		case (arg == "--output" || arg == "-o") && i+1 < len(args) && args[i+1] == "json":
+		case (arg == "--output" || arg == "-o") && i+1 < len(args) && (args[i+1] == outputJSON || args[i+1] == outputYAML):
 			return true
 		}
 	}
@@ -130,17 +131,14 @@ an SSH session and files that stay. The daemon starts by itself when it is neede
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
-	output := newChoice("table", "table", "json")
-	root.PersistentFlags().VarP(output, "output", "o", "what to print: table or json")
-	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
-		a.json = output.value == "json"
-		return nil
-	}
+	output := newOutput()
+	root.PersistentFlags().VarP(output, "output", "o", "what to print")
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return a.setOutput(cmd, output.value) }
 	root.SetFlagErrorFunc(flagError)
 	root.AddGroup(&cobra.Group{ID: "main", Title: "Commands:"})
 	root.SetHelpCommandGroupID("main")
 	for _, cmd := range []*cobra.Command{
-		a.vmCommand(), a.imageCommand(), a.operationCommand(), a.daemonCommand(), a.doctorCommand(), a.sshConfigCommand(), a.versionCommand(),
+		a.vmCommand(), a.imageCommand(), a.operationCommand(), a.daemonCommand(), a.doctorCommand(), a.sshConfigCommand(), a.schemaCommand(), a.versionCommand(),
 	} {
 		cmd.GroupID = "main"
 		root.AddCommand(cmd)
@@ -150,9 +148,13 @@ an SSH session and files that stay. The daemon starts by itself when it is neede
 	return root
 }
 
+// groupAnnotation marks commands that only have subcommands.
+const groupAnnotation = "group"
+
 // group makes a command that only has subcommands: alone it prints its help, and a word it does
 // not know is a usage error with the nearest ones it does.
 func group(cmd *cobra.Command) *cobra.Command {
+	cmd.Annotations = map[string]string{groupAnnotation: "yes"}
 	cmd.Args = cobra.ArbitraryArgs
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if len(args) == 0 {

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
+	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/version"
 )
@@ -37,7 +38,7 @@ func (a *app) daemonCommand() *cobra.Command {
 					return err
 				}
 				if a.json {
-					return a.printJSON(map[string]string{"socket": p.socket})
+					return a.printJSON(socketView{p.socket})
 				}
 				fmt.Fprintln(a.stdout, p.socket)
 				return nil
@@ -142,7 +143,7 @@ func (a *app) daemonStop(ctx context.Context) error {
 		return err
 	}
 	if a.json {
-		return a.printJSON(map[string]bool{"was_running": was})
+		return a.printJSON(stoppedView{was})
 	}
 	if was {
 		fmt.Fprintln(a.stdout, "stopped; VMs run on, and the next command starts the daemon again")
@@ -216,44 +217,30 @@ func (a *app) imageCommand() *cobra.Command {
 		Use: "image", Short: "Look at the images that VMs are made from",
 		Example: `  banger image list`,
 	})
-	cmd.AddCommand(&cobra.Command{
+	cmd.AddCommand(listing(a, &cobra.Command{
 		Use: "list", Aliases: []string{"ls"}, Short: "List all images",
-		Example: `  banger image list`,
-		Args:    noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.connect()
-			if err != nil {
-				return err
-			}
-			resp, err := c.Images.ListImages(cmd.Context(), &bangerv1.ListImagesRequest{})
-			if err != nil {
-				return err
-			}
-			if a.json {
-				views := []imageView{}
-				for _, im := range resp.GetImages() {
-					views = append(views, viewImage(im))
-				}
-				return a.printJSON(views)
-			}
-			if len(resp.GetImages()) == 0 {
-				fmt.Fprintln(a.stderr, "No images. banger doctor says why")
-				return nil
-			}
-			var rows [][]cell
+		Example: `  banger image list
+  banger image list --sort -size_bytes --output wide`,
+	}, list[imageView]{
+		fetch: func(ctx context.Context, c *client.Client) ([]imageView, error) {
+			resp, err := c.Images.ListImages(ctx, &bangerv1.ListImagesRequest{})
+			var views []imageView
 			for _, im := range resp.GetImages() {
-				isDefault := ""
-				if im.GetIsDefault() {
-					isDefault = "default"
-				}
-				rows = append(rows, []cell{
-					{text: im.GetName()}, {text: shortID(im.GetId())}, {text: formatBytes(im.GetSizeBytes())},
-					{text: formatAge(a.now(), im.GetCreatedAt())}, {text: isDefault},
-				})
+				views = append(views, viewImage(im))
 			}
-			return table(a.stdout, a.color, []string{"NAME", "ID", "SIZE", "CREATED", ""}, rows)
+			return views, err
 		},
-	})
+		columns: []column[imageView]{
+			{title: "NAME", of: func(v imageView) cell { return cell{text: v.Name} }},
+			{title: "ID", of: func(v imageView) cell { return cell{text: shortID(v.ID)} }},
+			{title: "SIZE", of: func(v imageView) cell { return cell{text: formatBytes(v.SizeBytes)} }},
+			{title: "KERNEL", wide: true, of: func(v imageView) cell { return cell{text: orDash(v.Kernel)} }},
+			{title: "SOURCE", wide: true, of: func(v imageView) cell { return cell{text: orDash(v.Source)} }},
+			{title: "CREATED", of: func(v imageView) cell { return cell{text: ageOf(a.now(), v.CreatedAt)} }},
+			{title: "", of: func(v imageView) cell { return cell{text: map[bool]string{true: "default"}[v.IsDefault]} }},
+		},
+		empty: "No images. banger doctor says why",
+	}))
 	return cmd
 }
 
@@ -269,12 +256,7 @@ func (a *app) operationCommand() *cobra.Command {
 		return nil
 	}
 	cmd.AddCommand(
-		&cobra.Command{
-			Use: "list", Aliases: []string{"ls"}, Short: "List running operations and the latest ended ones",
-			Example: `  banger operation list`,
-			Args:    noArgs,
-			RunE:    func(cmd *cobra.Command, _ []string) error { return a.operationList(cmd.Context()) },
-		},
+		a.operationListCommand(),
 		&cobra.Command{
 			Use: "watch OPERATION", Short: "Follow an operation until it ends",
 			Example: `  banger operation watch 0b9f2c4d`,
@@ -329,39 +311,53 @@ func (a *app) operationCommand() *cobra.Command {
 	return cmd
 }
 
-func (a *app) operationList(ctx context.Context) error {
-	c, err := a.connect()
-	if err != nil {
-		return err
-	}
-	resp, err := c.Operations.ListOperations(ctx, &bangerv1.ListOperationsRequest{})
-	if err != nil {
-		return err
-	}
-	if a.json {
-		views := []operationView{}
-		for _, op := range resp.GetOperations() {
-			views = append(views, viewOperation(op))
-		}
-		return a.printJSON(views)
-	}
-	if len(resp.GetOperations()) == 0 {
-		fmt.Fprintln(a.stderr, "No operations")
-		return nil
-	}
-	var rows [][]cell
-	for _, op := range resp.GetOperations() {
-		end := a.now()
-		if op.GetFinishedAt() != nil {
-			end = op.GetFinishedAt().AsTime()
-		}
-		rows = append(rows, []cell{
-			{text: op.GetId()}, {text: op.GetKind()}, {text: op.GetVmName()},
-			{text: op.GetState(), color: stateColor(op.GetState())},
-			{text: formatAge(a.now(), op.GetCreatedAt())}, {text: formatTook(end.Sub(op.GetCreatedAt().AsTime()))},
-		})
-	}
-	return table(a.stdout, a.color, []string{"ID", "KIND", "VM", "STATE", "STARTED", "TOOK"}, rows)
+func (a *app) operationListCommand() *cobra.Command {
+	return listing(a, &cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List running operations and the latest ended ones",
+		Example: `  banger operation list
+  banger operation list --filter state=running --watch
+  banger operation list --filter state=failed -o json | jq -r '.[].error.message'`,
+	}, list[operationView]{
+		fetch: func(ctx context.Context, c *client.Client) ([]operationView, error) {
+			resp, err := c.Operations.ListOperations(ctx, &bangerv1.ListOperationsRequest{})
+			var views []operationView
+			for _, op := range resp.GetOperations() {
+				views = append(views, viewOperation(op))
+			}
+			return views, err
+		},
+		columns: []column[operationView]{
+			{title: "ID", of: func(v operationView) cell { return cell{text: v.ID} }},
+			{title: "KIND", of: func(v operationView) cell { return cell{text: v.Kind} }},
+			{title: "VM", of: func(v operationView) cell { return cell{text: v.VMName} }},
+			{title: "STATE", of: func(v operationView) cell { return cell{text: v.State, color: stateColor(v.State)} }},
+			{title: "STARTED", of: func(v operationView) cell { return cell{text: ageOf(a.now(), v.CreatedAt)} }},
+			{title: "TOOK", of: func(v operationView) cell {
+				end := a.now()
+				if v.FinishedAt != nil {
+					end = *v.FinishedAt
+				}
+				if v.CreatedAt == nil {
+					return cell{text: "-"}
+				}
+				return cell{text: formatTook(end.Sub(*v.CreatedAt))}
+			}},
+			{title: "STAGE", wide: true, of: func(v operationView) cell {
+				if len(v.Stages) == 0 {
+					return cell{text: "-"}
+				}
+				return cell{text: v.Stages[len(v.Stages)-1].Name}
+			}},
+			{title: "ERROR", wide: true, rare: true, of: func(v operationView) cell {
+				if v.Error == nil {
+					return cell{}
+				}
+				text, _, _ := strings.Cut(v.Error.Message, "\n")
+				return cell{text: text}
+			}},
+		},
+		empty: "No operations",
+	})
 }
 
 func (a *app) versionCommand() *cobra.Command {
@@ -370,11 +366,7 @@ func (a *app) versionCommand() *cobra.Command {
 		Example: `  banger version`,
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			view := struct {
-				Version     string `json:"version"`
-				APIRevision int    `json:"api_revision"`
-				Daemon      string `json:"daemon_version,omitempty"`
-			}{version.String(), bangerv1.Revision, ""}
+			view := versionView{Version: version.String(), APIRevision: bangerv1.Revision}
 			// The daemon is a bonus: the version is printed even where no daemon can be found.
 			if c, err := a.connectWith(false); err == nil {
 				if running, err := c.Running(cmd.Context()); err == nil && running {

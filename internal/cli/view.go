@@ -196,3 +196,21 @@ type findingView struct {
 	Detail   string `json:"detail,omitempty"`
 	Fix      string `json:"fix,omitempty"`
 }
+
+type socketView struct {
+	Socket string `json:"socket"`
+}
+
+type stoppedView struct {
+	WasRunning bool `json:"was_running"`
+}
+
+type versionView struct {
+	Version     string `json:"version"`
+	APIRevision int    `json:"api_revision"`
+	Daemon      string `json:"daemon_version,omitempty"`
+}
+
+type logView struct {
+	Log string `json:"log"`
+}
