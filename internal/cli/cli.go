@@ -30,6 +30,7 @@ type app struct {
 	stdout, stderr io.Writer
 	now            func() time.Time
 
+	args     []string
 	output   string // --output
 	json     bool   // a value is printed, and not text for people
 	color    bool   // on stdout
@@ -61,7 +62,7 @@ func (a *app) run(args []string) int {
 	defer context.AfterFunc(ctx, stop)()
 
 	// Errors of parsing must be JSON, too, and come before the flag is parsed.
-	a.json = wantsJSON(args)
+	a.json, a.args = wantsJSON(args), args
 	root := a.root()
 	root.SetArgs(args)
 	root.SetOut(a.stdout)
@@ -129,7 +130,7 @@ an SSH session and files that stay. The daemon starts by itself when it is neede
   banger vm list`,
 		SilenceUsage:      true,
 		SilenceErrors:     true,
-		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
 	output := newOutput()
 	root.PersistentFlags().VarP(output, "output", "o", "what to print")
@@ -138,13 +139,15 @@ an SSH session and files that stay. The daemon starts by itself when it is neede
 	root.AddGroup(&cobra.Group{ID: "main", Title: "Commands:"})
 	root.SetHelpCommandGroupID("main")
 	for _, cmd := range []*cobra.Command{
-		a.vmCommand(), a.imageCommand(), a.operationCommand(), a.daemonCommand(), a.doctorCommand(), a.sshConfigCommand(), a.schemaCommand(), a.versionCommand(),
+		a.vmCommand(), a.imageCommand(), a.operationCommand(), a.daemonCommand(), a.doctorCommand(), a.sshConfigCommand(), a.schemaCommand(), a.completionCommand(), a.versionCommand(),
 	} {
 		cmd.GroupID = "main"
 		root.AddCommand(cmd)
 	}
 	root.AddCommand(a.internalCommand())
 	group(root)
+	a.complete(root)
+	_ = root.RegisterFlagCompletionFunc("output", a.outputCompletion) // cannot fail: it is there, once
 	return root
 }
 

@@ -47,6 +47,7 @@ var printed = map[string]any{
 	"banger ssh-config install": sshConfigView{},
 	"banger ssh-config remove":  nil,
 	"banger version":            versionView{},
+	"banger completion":         nil,
 	"banger schema":             schemaView{},
 }
 
@@ -141,22 +142,30 @@ func eachCommand(c *cobra.Command, visit func(*cobra.Command)) {
 func describe(c *cobra.Command) commandSchema {
 	s := commandSchema{
 		Command: c.CommandPath(), Aliases: append([]string{}, c.Aliases...), Summary: c.Short, Usage: c.UseLine(),
-		Arguments: arguments(c.Use), Flags: flagSchemas(c.LocalNonPersistentFlags()), Examples: []string{}, Outputs: []string{outputTable},
+		Arguments: arguments(c.Use), Flags: flagSchemas(c.LocalNonPersistentFlags()), Examples: []string{}, Outputs: outputsOf(c),
 	}
 	for line := range strings.Lines(c.Example) {
 		s.Examples = append(s.Examples, strings.TrimSpace(line))
 	}
-	if c.Annotations[wideAnnotation] != "" {
-		s.Outputs = append(s.Outputs, outputWide)
-	}
 	if view := reflect.TypeOf(printed[c.CommandPath()]); view != nil {
-		s.Outputs = append(s.Outputs, outputJSON, outputYAML)
-		if hasNames(view) {
-			s.Outputs = append(s.Outputs, outputName)
-		}
 		s.Output = jsonSchema(view)
 	}
 	return s
+}
+
+// outputsOf are the values of --output that a command has.
+func outputsOf(c *cobra.Command) []string {
+	out := []string{outputTable}
+	if c.Annotations[wideAnnotation] != "" {
+		out = append(out, outputWide)
+	}
+	if view := reflect.TypeOf(printed[c.CommandPath()]); view != nil {
+		out = append(out, outputJSON, outputYAML)
+		if hasNames(view) {
+			out = append(out, outputName)
+		}
+	}
+	return out
 }
 
 // arguments reads a usage line, e.g. "ssh VM [-- COMMAND...]".
