@@ -63,12 +63,10 @@ func (a *app) run(args []string) int {
 
 	// Errors of parsing must be JSON, too, and come before the flag is parsed.
 	a.json, a.args = wantsJSON(args), args
-	root := a.root()
-	root.SetArgs(args)
-	root.SetOut(a.stdout)
-	root.SetErr(a.stderr)
-	root.SetIn(a.stdin)
-	err := root.ExecuteContext(ctx)
+	err := a.execute(ctx, args)
+	if a.restartsFor(ctx, err) { // nothing was done yet: such a daemon refuses every call
+		err = a.execute(ctx, args)
+	}
 	if a.client != nil {
 		a.client.Close()
 	}
@@ -80,6 +78,16 @@ func (a *app) run(args []string) int {
 	}
 	a.printError(err)
 	return exitCode(err)
+}
+
+// execute runs the command line once.
+func (a *app) execute(ctx context.Context, args []string) error {
+	root := a.root()
+	root.SetArgs(args)
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+	root.SetIn(a.stdin)
+	return root.ExecuteContext(ctx)
 }
 
 func wantsJSON(args []string) bool {

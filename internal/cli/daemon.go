@@ -3,6 +3,8 @@ package cli
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -44,13 +46,7 @@ func (a *app) daemonCommand() *cobra.Command {
 				return nil
 			},
 		},
-		&cobra.Command{
-			Use: "stop", Short: "Stop the daemon; VMs run on",
-			Long:    "Stop the daemon. VMs run on, and the next command starts the daemon again, which finds them.",
-			Example: `  banger daemon stop`,
-			Args:    noArgs,
-			RunE:    func(cmd *cobra.Command, _ []string) error { return a.daemonStop(cmd.Context()) },
-		},
+		a.daemonStopCommand(), a.daemonRestartCommand(), a.daemonLogsCommand(),
 	)
 	return cmd
 }
@@ -81,19 +77,32 @@ func (a *app) daemonStatus(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	view = daemonView{
+	view = a.viewDaemon(s)
+	if a.json {
+		return a.printJSON(view)
+	}
+	return a.printDaemon(view)
+}
+
+func (a *app) viewDaemon(s *bangerv1.GetStatusResponse) daemonView {
+	view := daemonView{
 		Running: true, PID: s.GetPid(), Version: s.GetVersion(), APIRevision: s.GetApiRevision(), Socket: s.GetSocket(),
 		Log: s.GetLog(), StateDir: s.GetStateDir(), RuntimeDir: s.GetRuntimeDir(), DNSAddress: s.GetDnsAddress(),
 		VMM: s.GetVmm(), Accel: s.GetAccel(), VMMNotice: s.GetVmmNotice(), StartedAt: timeOf(s.GetStartedAt()),
 		VMsTotal: s.GetVmsTotal(), VMsRunning: s.GetVmsRunning(), OperationsRunning: s.GetOperationsRunning(),
 		Warnings: append([]string{}, s.GetWarnings()...), InstallationID: s.GetInstallationId(),
+		VMMVersion: s.GetVmmVersion(), Network: s.GetNetwork(), Images: s.GetImages(), VMsByState: s.GetVmsByState(),
+		UptimeMS: max(0, a.now().Sub(s.GetStartedAt().AsTime()).Milliseconds()),
 	}
 	if view.APIRevision != bangerv1.Revision {
-		view.Warnings = append(view.Warnings, fmt.Sprintf("this banger speaks API revision %d, the daemon %d: banger daemon stop, then any command starts the daemon that fits", bangerv1.Revision, view.APIRevision))
+		view.Warnings = append(view.Warnings, fmt.Sprintf("this banger speaks API revision %d, the daemon %d: banger daemon restart starts the daemon that fits (VMs keep running)", bangerv1.Revision, view.APIRevision))
+	} else if view.Version != version.String() {
+		view.Warnings = append(view.Warnings, fmt.Sprintf("this banger is %s, the daemon %s: banger daemon restart starts the daemon that fits (VMs keep running)", version.String(), view.Version))
 	}
-	if a.json {
-		return a.printJSON(view)
-	}
+	return view
+}
+
+func (a *app) printDaemon(view daemonView) error {
 	var rows [][]cell
 	add := func(key, value string) {
 		if value != "" {
@@ -103,10 +112,16 @@ func (a *app) daemonStatus(ctx context.Context) error {
 	add("status", "running")
 	add("pid", fmt.Sprint(view.PID))
 	add("version", view.Version)
-	add("started", formatAge(a.now(), s.GetStartedAt()))
-	add("vmm", strings.TrimSpace(view.VMM+" "+view.Accel))
+	add("uptime", formatSpan(time.Duration(view.UptimeMS)*time.Millisecond))
+	add("vmm", strings.Join(strings.Fields(view.VMM+" "+view.VMMVersion+" "+view.Accel), " "))
 	add("notice", view.VMMNotice)
-	add("vms", fmt.Sprintf("%d, %d running", view.VMsTotal, view.VMsRunning))
+	network := view.Network
+	if network == "" {
+		network = "none"
+	}
+	add("network", network)
+	add("vms", statesText(view))
+	add("images", fmt.Sprint(view.Images))
 	if view.OperationsRunning > 0 {
 		add("operations", fmt.Sprintf("%d running", view.OperationsRunning))
 	}
@@ -125,32 +140,13 @@ func (a *app) daemonStatus(ctx context.Context) error {
 	return table(a.stdout, a.color, nil, rows)
 }
 
-// stopTimeout is longer than the daemon's own bounds for its calls and operations.
-const stopTimeout = 40 * time.Second
-
-func (a *app) daemonStop(ctx context.Context) error {
-	c, err := a.connectWith(false)
-	if err != nil {
-		return err
+// statesText is how many VMs there are, and in which states: "3, 2 running, 1 stopped".
+func statesText(view daemonView) string {
+	text := fmt.Sprint(view.VMsTotal)
+	for _, state := range slices.Sorted(maps.Keys(view.VMsByState)) {
+		text += fmt.Sprintf(", %d %s", view.VMsByState[state], state)
 	}
-	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
-	defer cancel()
-	p := a.progress("daemon", false)
-	p.wait("ending")
-	was, err := c.Shutdown(ctx)
-	p.end()
-	if err != nil {
-		return err
-	}
-	if a.json {
-		return a.printJSON(stoppedView{was})
-	}
-	if was {
-		fmt.Fprintln(a.stdout, "stopped; VMs run on, and the next command starts the daemon again")
-	} else {
-		fmt.Fprintln(a.stdout, "was not running")
-	}
-	return nil
+	return text
 }
 
 func (a *app) doctorCommand() *cobra.Command {

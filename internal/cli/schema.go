@@ -42,6 +42,8 @@ var printed = map[string]any{
 	"banger daemon status":      daemonView{},
 	"banger daemon socket":      socketView{},
 	"banger daemon stop":        stoppedView{},
+	"banger daemon restart":     daemonView{},
+	"banger daemon logs":        nil, // the log's own lines
 	"banger doctor":             []findingView{},
 	"banger ssh-config":         sshConfigView{},
 	"banger ssh-config install": sshConfigView{},

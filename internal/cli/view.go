@@ -187,6 +187,12 @@ type daemonView struct {
 	OperationsRunning int32      `json:"operations_running"`
 	Warnings          []string   `json:"warnings"`
 	InstallationID    string     `json:"installation_id,omitempty"`
+
+	UptimeMS   int64            `json:"uptime_ms,omitempty"`
+	VMMVersion string           `json:"vmm_version,omitempty"`
+	Network    string           `json:"network,omitempty"`
+	Images     int32            `json:"images"`
+	VMsByState map[string]int32 `json:"vms_by_state,omitempty"`
 }
 
 type findingView struct {
@@ -202,7 +208,8 @@ type socketView struct {
 }
 
 type stoppedView struct {
-	WasRunning bool `json:"was_running"`
+	WasRunning bool         `json:"was_running"`
+	VMs        []resultView `json:"vms,omitempty"` // with --all
 }
 
 type versionView struct {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -463,6 +464,14 @@ func (c *machineCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.H
 	return nil
 }
 
+// vmmVersion is that of the VMM that starts VMs, "" if it is not known.
+func (s *Service) vmmVersion() string {
+	if v, ok := s.driver.(vmm.Versioned); ok {
+		return v.Version()
+	}
+	return ""
+}
+
 // Check asks the driver.
 func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 	s := c.machines.service
@@ -470,7 +479,7 @@ func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 	if err := s.driver.Check(ctx); err != nil {
 		out = append(out, doctor.FromError("vmm", "Virtual machine monitor", err))
 	} else {
-		out = append(out, doctor.Finding{Code: "vmm", Severity: doctor.Pass, Title: "Virtual machine monitor", Detail: s.driver.Name()})
+		out = append(out, doctor.Finding{Code: "vmm", Severity: doctor.Pass, Title: "Virtual machine monitor", Detail: strings.TrimSpace(s.driver.Name() + " " + s.vmmVersion())})
 	}
 	out = append(out, s.checkCgroups())
 	accel := s.driver.Features().Accel

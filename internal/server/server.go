@@ -28,6 +28,7 @@ type Machines interface {
 	Create(ctx context.Context, r sandbox.CreateRequest) (operation.Operation, error)
 	Start(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Stop(ctx context.Context, id vm.ID, force bool) (operation.Operation, error)
+	PowerOff(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Restart(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Delete(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Set(ctx context.Context, id vm.ID, r sandbox.SetRequest) (operation.Operation, error)
