@@ -149,65 +149,6 @@ func statesText(view daemonView) string {
 	return text
 }
 
-func (a *app) doctorCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "doctor", Short: "Check this machine: what works, what does not, and what to type about it",
-		Example: `  banger doctor
-  banger doctor --output json | jq '.[] | select(.severity == "fail")'`,
-		Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.doctor(cmd.Context()) },
-	}
-}
-
-func (a *app) doctor(ctx context.Context) error {
-	var findings []*bangerv1.Finding
-	c, err := a.connect()
-	if err == nil {
-		var resp *bangerv1.RunDoctorResponse
-		resp, err = c.Daemon.RunDoctor(ctx, &bangerv1.RunDoctorRequest{})
-		findings = resp.GetFindings()
-	}
-	if err != nil {
-		if ctx.Err() != nil {
-			return err
-		}
-		// A daemon that cannot start is a finding: doctor is where people go then.
-		v := viewError(err)
-		title := v.Message
-		if v.Subject != "" {
-			title = v.Subject + ": " + title
-		}
-		findings = []*bangerv1.Finding{{Code: "daemon", Severity: "fail", Title: title, Fix: v.Hint}}
-	}
-	failed := 0
-	views := []findingView{}
-	var rows strings.Builder
-	for _, f := range findings {
-		if f.GetSeverity() == "fail" {
-			failed++
-		}
-		views = append(views, findingView{f.GetCode(), f.GetSeverity(), f.GetTitle(), f.GetDetail(), f.GetFix()})
-		fmt.Fprintf(&rows, "%s  %s\n", a.paint(stateColor(f.GetSeverity()), f.GetSeverity()), f.GetTitle())
-		if f.GetDetail() != "" {
-			fmt.Fprintf(&rows, "      %s\n", f.GetDetail())
-		}
-		if f.GetFix() != "" && f.GetSeverity() != "pass" {
-			fmt.Fprintf(&rows, "      fix: %s\n", strings.ReplaceAll(f.GetFix(), "\n", "\n           "))
-		}
-	}
-	if a.json {
-		if err := a.printJSON(views); err != nil {
-			return err
-		}
-	} else {
-		fmt.Fprint(a.stdout, rows.String())
-	}
-	if failed > 0 {
-		return reported{exitFailed}
-	}
-	return nil
-}
-
 func (a *app) imageCommand() *cobra.Command {
 	cmd := group(&cobra.Command{
 		Use: "image", Short: "Look at the images that VMs are made from",

@@ -201,6 +201,8 @@ type findingView struct {
 	Title    string `json:"title"`
 	Detail   string `json:"detail,omitempty"`
 	Fix      string `json:"fix,omitempty"`
+	Fixable  bool   `json:"fixable"` // by --fix
+	Fixed    bool   `json:"fixed"`   // it was
 }
 
 type socketView struct {

@@ -169,6 +169,16 @@ func (ms *machines) health(ctx context.Context, id vm.ID) string {
 	return "answers, userspace " + guestText(h.Userspace)
 }
 
+// agentVersion is that of the daemon which started a VM that runs.
+func (s *Service) agentVersion(ctx context.Context, id vm.ID) (string, error) {
+	sess, err := s.machines.session(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	h, err := sess.Client().Health(ctx, &agentv1.HealthRequest{})
+	return h.GetAgentVersion(), err
+}
+
 func (ms *machines) state(ctx context.Context, id vm.ID) (vmm.State, error) {
 	m := ms.get(id)
 	if m == nil {
@@ -464,6 +474,17 @@ func (c *machineCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.H
 	return nil
 }
 
+// kvmFix is what to do about a host whose KVM cannot be used, by the reason that vmm.KVMUsable gave.
+func kvmFix(reason string) string {
+	switch {
+	case strings.Contains(reason, "may not open"):
+		return "sudo usermod -aG kvm $USER, then log in again"
+	case strings.Contains(reason, "no /dev/kvm"):
+		return "sudo modprobe -a kvm_intel kvm_amd, or switch on virtualization (VT-x, SVM) in the firmware"
+	}
+	return "let the provider of this machine switch on nested virtualization; VMs run without it"
+}
+
 // vmmVersion is that of the VMM that starts VMs, "" if it is not known.
 func (s *Service) vmmVersion() string {
 	if v, ok := s.driver.(vmm.Versioned); ok {
@@ -490,7 +511,7 @@ func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 			Fix: "make runtime brings Firecracker, or set firecracker_bin in config.toml"})
 	default:
 		return append(out, doctor.Finding{Code: "kvm", Severity: doctor.Warn, Title: "Hardware virtualization", Detail: s.notice,
-			Fix: "enable virtualization in the firmware, or join the group that may open /dev/kvm: sudo usermod -aG kvm $USER"})
+			Fix: kvmFix(s.notice)})
 	}
 	return append(out, doctor.Finding{Code: "kvm", Severity: doctor.Pass, Title: "Hardware virtualization", Detail: accel})
 }

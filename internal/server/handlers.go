@@ -317,8 +317,8 @@ func (h *daemonHandler) Shutdown(context.Context, *bangerv1.ShutdownRequest) (*b
 	return &bangerv1.ShutdownResponse{}, nil
 }
 
-func (h *daemonHandler) RunDoctor(ctx context.Context, _ *bangerv1.RunDoctorRequest) (*bangerv1.RunDoctorResponse, error) {
-	return &bangerv1.RunDoctorResponse{Findings: findingMessages(h.svc.Doctor(ctx))}, nil
+func (h *daemonHandler) RunDoctor(ctx context.Context, r *bangerv1.RunDoctorRequest) (*bangerv1.RunDoctorResponse, error) {
+	return &bangerv1.RunDoctorResponse{Findings: findingMessages(h.svc.Doctor(ctx, r.GetFix()))}, nil
 }
 
 func (h *daemonHandler) Watch(ctx context.Context, _ *bangerv1.WatchRequest, stream *connect.ServerStream[bangerv1.WatchResponse]) error {

@@ -58,7 +58,7 @@ type Operations interface {
 // Host is what the daemon calls need.
 type Host interface {
 	Watch(ctx context.Context, send func(sandbox.Event) error) error
-	Doctor(ctx context.Context) []doctor.Finding
+	Doctor(ctx context.Context, fix bool) []doctor.Finding
 	Status(ctx context.Context) (sandbox.Status, error)
 	SSHConfig(ctx context.Context, program string) (sandbox.SSHConfig, error)
 	InstallSSHConfig(ctx context.Context, program string, include bool) (sandbox.SSHConfig, error)
