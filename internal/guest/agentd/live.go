@@ -56,6 +56,9 @@ func Run(ctx context.Context, version string, restarts int) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var serving sync.WaitGroup
+	if state.Tunnel != nil { // before anything else: the guest's first packets wait for it
+		serving.Go(func() { live.serveTunnel(ctx) })
+	}
 	if state.CID != 0 {
 		serving.Go(func() { cancel(live.serveVsock(ctx, server)) })
 	}
