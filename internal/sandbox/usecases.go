@@ -12,6 +12,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/namegen"
@@ -583,7 +584,7 @@ func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, 
 
 // DialAgent opens a stream of a service of the guest's agent, backed as DialGuest says.
 // fault.VersionSkew if the guest runs an agent that lacks it.
-func (s *Service) DialAgent(ctx context.Context, id vm.ID, service agent.Kind) (net.Conn, error) {
+func (s *Service) DialAgent(ctx context.Context, id vm.ID, service wire.Kind) (net.Conn, error) {
 	v, session, err := s.reach(ctx, id)
 	if err != nil {
 		return nil, err

@@ -18,9 +18,9 @@ import (
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/exec"
 	"git.thaloco.com/thaloco/banger/internal/guest/frame"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/server"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
@@ -224,11 +224,11 @@ func TestDialTimeout(t *testing.T) {
 func TestExecOverTheDialSocket(t *testing.T) {
 	host, inside := guest(t)
 	var lacks atomic.Bool
-	c, _, end := daemonWith(t, &fake{dialAgent: func(_ context.Context, id vm.ID, service agent.Kind) (net.Conn, error) {
+	c, _, end := daemonWith(t, &fake{dialAgent: func(_ context.Context, id vm.ID, service wire.Kind) (net.Conn, error) {
 		if lacks.Load() {
 			return nil, fault.New(fault.VersionSkew, "calm-otter", "its agent lacks it").WithHint("banger vm restart calm-otter")
 		}
-		if id != "aa12" || service != agent.KindExec {
+		if id != "aa12" || service != wire.KindExec {
 			t.Errorf("asked %s for %q", id, service)
 		}
 		return host, nil

@@ -205,7 +205,9 @@ func TestAddTunnel(t *testing.T) {
 	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} { // there is no carrier yet, and routes hold all the same
 		routes, err := netlink.RouteList(link, family)
-		if err != nil || !slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Gw != nil && (r.Dst == nil || r.Dst.String() == "0.0.0.0/0" || r.Dst.String() == "::/0") }) {
+		if err != nil || !slices.ContainsFunc(routes, func(r netlink.Route) bool {
+			return r.Gw != nil && (r.Dst == nil || r.Dst.String() == "0.0.0.0/0" || r.Dst.String() == "::/0")
+		}) {
 			t.Errorf("family %d: routes %v, %v", family, routes, err)
 		}
 	}
