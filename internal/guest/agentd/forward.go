@@ -11,7 +11,6 @@ import (
 	"syscall"
 	"time"
 
-
 	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 )
 

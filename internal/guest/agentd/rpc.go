@@ -28,7 +28,7 @@ const (
 	maxHead     = 16 << 10 // bytes of its line and fields
 	keptTime    = time.Minute
 	requestTime = time.Minute // until all of it is there
-	answerTime   = time.Minute // one write
+	answerTime  = time.Minute // one write
 	servicePath = "/banger.agent.v1.AgentService/"
 	unaryType   = "application/proto"
 	streamType  = "application/connect+proto"
