@@ -122,7 +122,7 @@ func dialed(guests Dialer, req bangerv1.DialRequest) (func(context.Context) (net
 		if req.Port < 1 || req.Port > 65535 {
 			return nil, fault.New(fault.Invalid, "", "%d is not a TCP port", req.Port)
 		}
-		return func(ctx context.Context) (net.Conn, error) { return guests.DialGuest(ctx, id, req.Port) }, nil
+		return func(ctx context.Context) (net.Conn, error) { return guests.DialGuest(ctx, id, req.Port, req.Wait) }, nil
 	case bangerv1.DialExec:
 		return func(ctx context.Context) (net.Conn, error) { return guests.DialAgent(ctx, id, wire.KindExec) }, nil
 	case bangerv1.DialCopy:

@@ -39,7 +39,7 @@ type fake struct {
 	create    func(sandbox.CreateRequest) (operation.Operation, error)
 	resolve   func(ref string) (vm.VM, error)
 	watchOp   func(ctx context.Context, id string, send func(operation.Operation) error) error
-	dialGuest func(ctx context.Context, id vm.ID, port int) (net.Conn, error)
+	dialGuest func(ctx context.Context, id vm.ID, port int, wait bool) (net.Conn, error)
 	dialAgent func(ctx context.Context, id vm.ID, service wire.Kind) (net.Conn, error)
 }
 
@@ -50,8 +50,8 @@ func (f *fake) Resolve(_ context.Context, ref string) (vm.VM, error) { return f.
 func (f *fake) WatchOperation(ctx context.Context, id string, send func(operation.Operation) error) error {
 	return f.watchOp(ctx, id, send)
 }
-func (f *fake) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, error) {
-	return f.dialGuest(ctx, id, port)
+func (f *fake) DialGuest(ctx context.Context, id vm.ID, port int, wait bool) (net.Conn, error) {
+	return f.dialGuest(ctx, id, port, wait)
 }
 func (f *fake) DialAgent(ctx context.Context, id vm.ID, service wire.Kind) (net.Conn, error) {
 	return f.dialAgent(ctx, id, service)
