@@ -69,6 +69,8 @@ func (a *app) argumentCompletion(all []argumentSchema) cobra.CompletionFunc {
 			return notYet(a.imageNames(cmd.Context()), args), cobra.ShellCompDirectiveNoFileComp
 		case "OPERATION":
 			return notYet(a.operationIDs(cmd.Context()), args), cobra.ShellCompDirectiveNoFileComp
+		case "FILE", "DIRECTORY":
+			return nil, cobra.ShellCompDirectiveDefault
 		case "SOURCE", "DESTINATION": // a file here, or VM:PATH
 			if strings.ContainsAny(toComplete, ":/.") {
 				return nil, cobra.ShellCompDirectiveDefault

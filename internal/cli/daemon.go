@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -149,38 +150,6 @@ func statesText(view daemonView) string {
 	return text
 }
 
-func (a *app) imageCommand() *cobra.Command {
-	cmd := group(&cobra.Command{
-		Use: "image", Short: "Look at the images that VMs are made from",
-		Example: `  banger image list`,
-	})
-	cmd.AddCommand(listing(a, &cobra.Command{
-		Use: "list", Aliases: []string{"ls"}, Short: "List all images",
-		Example: `  banger image list
-  banger image list --sort -size_bytes --output wide`,
-	}, list[imageView]{
-		fetch: func(ctx context.Context, c *client.Client) ([]imageView, error) {
-			resp, err := c.Images.ListImages(ctx, &bangerv1.ListImagesRequest{})
-			var views []imageView
-			for _, im := range resp.GetImages() {
-				views = append(views, viewImage(im))
-			}
-			return views, err
-		},
-		columns: []column[imageView]{
-			{title: "NAME", of: func(v imageView) cell { return cell{text: v.Name} }},
-			{title: "ID", of: func(v imageView) cell { return cell{text: shortID(v.ID)} }},
-			{title: "SIZE", of: func(v imageView) cell { return cell{text: formatBytes(v.SizeBytes)} }},
-			{title: "KERNEL", wide: true, of: func(v imageView) cell { return cell{text: orDash(v.Kernel)} }},
-			{title: "SOURCE", wide: true, of: func(v imageView) cell { return cell{text: orDash(v.Source)} }},
-			{title: "CREATED", of: func(v imageView) cell { return cell{text: ageOf(a.now(), v.CreatedAt)} }},
-			{title: "", of: func(v imageView) cell { return cell{text: map[bool]string{true: "default"}[v.IsDefault]} }},
-		},
-		empty: "No images. banger doctor says why",
-	}))
-	return cmd
-}
-
 func (a *app) operationCommand() *cobra.Command {
 	cmd := group(&cobra.Command{
 		Use: "operation", Aliases: []string{"op"}, Short: "Look at what the daemon is doing",
@@ -213,7 +182,7 @@ func (a *app) operationCommand() *cobra.Command {
 					return err
 				}
 				if !a.json {
-					fmt.Fprintf(a.stdout, "%s: %s %s\n", op.GetVmName(), op.GetKind(), op.GetState())
+					fmt.Fprintf(a.stdout, "%s: %s %s\n", subject(op), op.GetKind(), op.GetState())
 				}
 				return nil
 			},
@@ -238,9 +207,9 @@ func (a *app) operationCommand() *cobra.Command {
 					return a.printJSON(viewOperation(op))
 				}
 				if op.GetState() != "cancelled" {
-					return fault.New(fault.Precondition, op.GetVmName(), "too late: the %s had ended already (%s)", op.GetKind(), op.GetState())
+					return fault.New(fault.Precondition, subject(op), "too late: the %s had ended already (%s)", op.GetKind(), op.GetState())
 				}
-				fmt.Fprintf(a.stdout, "%s: %s cancelled\n", op.GetVmName(), op.GetKind())
+				fmt.Fprintf(a.stdout, "%s: %s cancelled\n", subject(op), op.GetKind())
 				return nil
 			},
 		},
@@ -266,7 +235,7 @@ func (a *app) operationListCommand() *cobra.Command {
 		columns: []column[operationView]{
 			{title: "ID", of: func(v operationView) cell { return cell{text: v.ID} }},
 			{title: "KIND", of: func(v operationView) cell { return cell{text: v.Kind} }},
-			{title: "VM", of: func(v operationView) cell { return cell{text: v.VMName} }},
+			{title: "VM", of: func(v operationView) cell { return cell{text: cmp.Or(v.Image, v.VMName)} }}, // or image
 			{title: "STATE", of: func(v operationView) cell { return cell{text: v.State, color: stateColor(v.State)} }},
 			{title: "STARTED", of: func(v operationView) cell { return cell{text: ageOf(a.now(), v.CreatedAt)} }},
 			{title: "TOOK", of: func(v operationView) cell {

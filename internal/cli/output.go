@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -34,7 +35,7 @@ func (a *app) setOutput(cmd *cobra.Command, output string) error {
 	switch {
 	case output == outputWide && cmd.Annotations[wideAnnotation] == "":
 		return usage(cmd, "%s has no wider table than its own", cmd.CommandPath())
-	case output == outputName && !hasNames(reflect.TypeOf(printed[cmd.CommandPath()])):
+	case output == outputName && !slices.Contains(outputsOf(cmd), outputName):
 		return usage(cmd, "%s prints no names", cmd.CommandPath())
 	}
 	return nil

@@ -35,7 +35,14 @@ var printed = map[string]any{
 	"banger vm trim":            []resultView{},
 	"banger vm kill":            []resultView{},
 	"banger vm delete":          []resultView{},
-	"banger image list":         []imageView{},
+	"banger image list":         []*imageView{},
+	"banger image show":         either{imageView{}, []imageResult{}},
+	"banger image register":     imageView{},
+	"banger image promote":      []imageResult{},
+	"banger image export":       imageView{},
+	"banger image import":       imageView{},
+	"banger image delete":       []imageResult{},
+	"banger image prune":        pruneView{},
 	"banger operation list":     []operationView{},
 	"banger operation watch":    operationView{},
 	"banger operation cancel":   operationView{},
@@ -51,6 +58,23 @@ var printed = map[string]any{
 	"banger version":            versionView{},
 	"banger completion":         nil,
 	"banger schema":             schemaView{},
+}
+
+// either is printed by a command whose arguments decide what.
+type either []any
+
+// viewsOf are the types of what a command prints; none if that is nothing of banger's own.
+func viewsOf(path string) (types []reflect.Type) {
+	switch views := printed[path].(type) {
+	case nil:
+	case either:
+		for _, v := range views {
+			types = append(types, reflect.TypeOf(v))
+		}
+	default:
+		types = append(types, reflect.TypeOf(views))
+	}
+	return types
 }
 
 // schemaView is what `banger schema` prints.
@@ -149,8 +173,16 @@ func describe(c *cobra.Command) commandSchema {
 	for line := range strings.Lines(c.Example) {
 		s.Examples = append(s.Examples, strings.TrimSpace(line))
 	}
-	if view := reflect.TypeOf(printed[c.CommandPath()]); view != nil {
-		s.Output = jsonSchema(view)
+	switch views := viewsOf(c.CommandPath()); len(views) {
+	case 0:
+	case 1:
+		s.Output = jsonSchema(views[0])
+	default:
+		var one []map[string]any
+		for _, view := range views {
+			one = append(one, jsonSchema(view))
+		}
+		s.Output = map[string]any{"oneOf": one}
 	}
 	return s
 }
@@ -161,9 +193,9 @@ func outputsOf(c *cobra.Command) []string {
 	if c.Annotations[wideAnnotation] != "" {
 		out = append(out, outputWide)
 	}
-	if view := reflect.TypeOf(printed[c.CommandPath()]); view != nil {
+	if views := viewsOf(c.CommandPath()); len(views) > 0 {
 		out = append(out, outputJSON, outputYAML)
-		if hasNames(view) {
+		if !slices.ContainsFunc(views, func(t reflect.Type) bool { return !hasNames(t) }) {
 			out = append(out, outputName)
 		}
 	}

@@ -27,6 +27,17 @@ type schema struct {
 // conforms returns what about a value is not as a JSON Schema says, of the words that banger's have. Keys that the
 // schema does not name are wrong, too: it is to be complete.
 func conforms(at string, s map[string]any, v any) []string {
+	if one, ok := s["oneOf"].([]any); ok {
+		var all []string
+		for _, o := range one {
+			wrong := conforms(at, o.(map[string]any), v)
+			if len(wrong) == 0 {
+				return nil
+			}
+			all = append(all, wrong...)
+		}
+		return all
+	}
 	var kind string
 	switch v := v.(type) {
 	case nil:
@@ -114,7 +125,7 @@ func TestSchema(t *testing.T) {
 	for _, line := range []string{
 		"vm create --name otter --label a=b", "vm list", "vm show otter", "vm wait otter", "vm stats", "vm ports", "vm logs otter",
 		"vm stop otter nobody", "vm start otter", "vm restart otter", "vm set otter --label c=d", "vm trim otter", "vm kill otter", "vm stats otter nobody",
-		"image list", "operation list", "daemon status", "daemon socket", "daemon restart", "doctor", "version", "ssh-config", "ssh-config install", "schema",
+		"image list", "image show default", "image show default nobody", "image promote nobody", "image delete nobody", "image prune --dry-run", "operation list", "daemon status", "daemon socket", "daemon restart", "doctor", "version", "ssh-config", "ssh-config install", "schema",
 		"vm delete otter", "vm list", "daemon stop",
 	} {
 		out, _ := run(line + " -o json")
@@ -141,7 +152,7 @@ func TestSchema(t *testing.T) {
 			continue
 		}
 		switch c.Command {
-		case "banger vm cp", "banger vm port-forward", "banger operation watch", "banger operation cancel": // take more than a line
+		case "banger image register", "banger image export", "banger image import", "banger vm cp", "banger vm port-forward", "banger operation watch", "banger operation cancel": // take more than a line
 		default:
 			t.Errorf("%s is not tried here", c.Command)
 		}
