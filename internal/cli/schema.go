@@ -56,6 +56,7 @@ var printed = map[string]any{
 	"banger ssh-config install": sshConfigView{},
 	"banger ssh-config remove":  nil,
 	"banger version":            versionView{},
+	"banger bench create":       benchView{},
 	"banger completion":         nil,
 	"banger schema":             schemaView{},
 }
