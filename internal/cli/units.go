@@ -31,7 +31,7 @@ var units = []string{"bangerd.socket", "bangerd.service", "banger-guests.service
 
 // unitPlace is what the units are filled in with. User: of a user's manager, not the host's.
 type unitPlace struct {
-	Banger, Bangerd string // programs, absolute
+	Banger, Bangerd string // programs, absolute; Banger is "" where guests are not to be powered off
 	Runtime         string // directory of the sockets, as units write it
 	User            bool
 	XDGRuntime      string // XDG_RUNTIME_DIR of the programs, where the manager does not set it itself
@@ -228,14 +228,18 @@ func (a *app) uninstallUnits(ctx context.Context, dir string, p unitPlace) error
 		}
 	}
 	if len(left) > 0 {
-		// Not --now for the guests' unit: its end powers them off. It stays until its manager ends, and does nothing without a file.
-		if err := a.systemctl(ctx, p, append([]string{"disable"}, left...)...); err != nil {
+		// The end of the guests' unit is not to power them off this time: it gets one that does nothing.
+		p.Banger = ""
+		if err := writeUnits(dir, p); err != nil {
 			return err
 		}
-		if err := a.systemctl(ctx, p, "stop", "bangerd.socket", "bangerd.service"); err != nil {
+		if err := a.systemctl(ctx, p, "daemon-reload"); err != nil {
 			return err
 		}
-		for _, name := range left {
+		if err := a.systemctl(ctx, p, append([]string{"disable", "--now"}, units...)...); err != nil {
+			return err
+		}
+		for _, name := range units {
 			if err := os.Remove(filepath.Join(dir, name)); err != nil {
 				return fault.Wrap(err, fault.Permission, filepath.Join(dir, name), "cannot be removed: %v", err)
 			}

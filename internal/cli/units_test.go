@@ -114,8 +114,8 @@ func TestInstallUnits(t *testing.T) {
 	}
 	want := `--user daemon-reload
 --user enable --now bangerd.socket bangerd.service banger-guests.service
---user disable bangerd.socket bangerd.service banger-guests.service
---user stop bangerd.socket bangerd.service
+--user daemon-reload
+--user disable --now bangerd.socket bangerd.service banger-guests.service
 --user daemon-reload
 `
 	if diff := cmp.Diff(want, string(got)); diff != "" {
