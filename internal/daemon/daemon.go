@@ -47,6 +47,8 @@ type Options struct {
 	Paths    config.Paths
 	LogLevel slog.Level
 	Warnings []string // about the settings, for status and log
+	// MetricsAddr is where the metrics are, beside the API socket: IP address and port; "" for nowhere.
+	MetricsAddr string
 
 	Revision int // 0: bangerv1.Revision; tests of version skew set another
 
@@ -166,13 +168,16 @@ func run(ctx context.Context, o *Options) (err error) {
 	if revision == 0 {
 		revision = bangerv1.Revision
 	}
+	info := server.Info{
+		PID: os.Getpid(), Version: version.String(), Revision: revision,
+		Socket: o.Paths.Socket(), Log: logPath,
+		StateDir:  o.Paths.State,
+		StartedAt: started, Warnings: o.Warnings, Ending: ending, Shutdown: sync.OnceFunc(func() { close(asked) }),
+	}
+	endMetrics := serveMetrics(o.MetricsAddr, backend, &info, log)
+	defer endMetrics()
 	srv := &http.Server{
-		Handler: server.New(backend, server.Info{
-			PID: os.Getpid(), Version: version.String(), Revision: revision,
-			Socket: o.Paths.Socket(), Log: logPath,
-			StateDir:  o.Paths.State,
-			StartedAt: started, Warnings: o.Warnings, Ending: ending, Shutdown: sync.OnceFunc(func() { close(asked) }),
-		}, log),
+		Handler:           server.New(backend, info, log),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    64 << 10,
