@@ -60,6 +60,7 @@ var printed = map[string]any{
 	"banger version":            versionView{},
 	"banger bench create":       benchView{},
 	"banger completion":         nil,
+	"banger events":             eventView{}, // each line
 	"banger schema":             schemaView{},
 }
 

@@ -152,7 +152,7 @@ func TestSchema(t *testing.T) {
 			continue
 		}
 		switch c.Command {
-		case "banger image register", "banger image export", "banger image import", "banger vm cp", "banger vm port-forward", "banger operation watch", "banger operation cancel": // take more than a line
+		case "banger daemon install", "banger daemon uninstall", "banger events", "banger image register", "banger image export", "banger image import", "banger vm cp", "banger vm port-forward", "banger operation watch", "banger operation cancel": // take more than a line
 		default:
 			t.Errorf("%s is not tried here", c.Command)
 		}
