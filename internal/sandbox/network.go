@@ -75,8 +75,10 @@ func (s *Service) restoreNetworks(ctx context.Context, rebooted bool) {
 				break
 			}
 			steps, err := s.store.Steps(ctx, v.ID)
-			// One that was being attached has no record of it yet: whatever it has must not be taken for another's.
-			if err != nil || steps[stepNetwork] != "" && (v.Interface == nil || v.Interface.Kind == n.Kind()) {
+			// One that was being attached has no record of it yet: whatever it has must not be taken for another's. One that was
+			// ready without an interface is on none.
+			state := steps[stepNetwork]
+			if err != nil || state != "" && (v.Interface != nil && v.Interface.Kind == n.Kind() || v.Interface == nil && state != lifecycle.Ready) {
 				attached = append(attached, v)
 			}
 		}

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"net"
@@ -202,4 +203,49 @@ func TestDefaultNetworkGroup(t *testing.T) {
 	if v := r.create("web"); v.Spec.NetworkGroup != "team-web" {
 		t.Errorf("a new VM is in the group %q", v.Spec.NetworkGroup)
 	}
+}
+
+// TestVMFromBeforeNetworks: an older daemon's VM runs on, on no network, until it is started anew.
+func TestVMFromBeforeNetworks(t *testing.T) {
+	r := newRig(t)
+	with := r.networks
+	r.networks = nil
+	r.start()
+	v := r.create("web")
+	r.stop()
+	db, err := sql.Open("sqlite", r.paths.Database())
+	if err == nil {
+		_, err = db.ExecContext(r.ctx(), "DELETE FROM steps WHERE step = 'network'; PRAGMA user_version = 1")
+	}
+	if err == nil {
+		err = db.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.networks = func(h NetworkHost) []Network { return []Network{&untouched{Network: with(h)[0], t: t}} }
+	r.restart()
+	if after := r.vm(v.ID); after.State != vm.Running || after.PID != v.PID || after.Interface != nil {
+		t.Errorf("it is %s, process %d (was %d), on %+v", after.State, after.PID, v.PID, after.Interface)
+	}
+	r.networks = with
+	r.restart()
+	r.done(r.s.Restart(r.ctx(), v.ID))
+	if after := r.vm(v.ID); after.Interface == nil {
+		t.Error("started anew, it is on no network")
+	}
+	r.check()
+}
+
+// untouched is a network that no VM may be said to be on.
+type untouched struct {
+	Network
+	t *testing.T
+}
+
+func (u *untouched) Restore(ctx context.Context, attached []vm.VM) error {
+	if len(attached) > 0 {
+		u.t.Errorf("%s is said to be on the network", attached[0].Name)
+	}
+	return u.Network.Restore(ctx, attached)
 }
