@@ -200,8 +200,23 @@ func TestDefaultNetworkGroup(t *testing.T) {
 	r := newRig(t)
 	r.cfg.DefaultNetworkGroup = "team-web"
 	r.start()
-	if v := r.create("web"); v.Spec.NetworkGroup != "team-web" {
+	v := r.create("web")
+	if v.Spec.NetworkGroup != "team-web" {
 		t.Errorf("a new VM is in the group %q", v.Spec.NetworkGroup)
+	}
+	none, other := "", "other"
+	for _, group := range []string{none, other} {
+		op := r.done(r.s.Create(r.ctx(), CreateRequest{NoStart: true, NetworkGroup: &group}))
+		if got := r.vm(vm.ID(op.VMID)).Spec.NetworkGroup; got != group {
+			t.Errorf("made with the group %q, it is in %q", group, got)
+		}
+	}
+	for _, group := range []string{other, none} {
+		r.done(r.set(v.ID, vm.Change{Group: &group}, false))
+		says, err := os.ReadFile(filepath.Join(r.dir, "network", string(v.ID)))
+		if got := r.vm(v.ID).Spec.NetworkGroup; err != nil || got != group || string(says) != strings.TrimSpace("nat off "+group) {
+			t.Errorf("set to the group %q, it is in %q, and the network says %q, %v", group, got, says, err)
+		}
 	}
 }
 

@@ -160,11 +160,13 @@ var errSuperseded = errors.New("a later stop or delete took over")
 
 // CreateRequest is what a user asked for. Zero values mean the default.
 type CreateRequest struct {
-	Name    string
-	Image   string
-	Spec    vm.Spec // its NAT is not looked at
-	NAT     *bool   // nil: the default
-	NoStart bool
+	Name  string
+	Image string
+	Spec  vm.Spec // its NAT and group are not looked at
+	NAT   *bool   // nil: the default
+	// NetworkGroup is nil for the default, and empty for none.
+	NetworkGroup *string
+	NoStart      bool
 }
 
 // Defaults are what Create chooses for what is not asked.

@@ -72,6 +72,9 @@ func (s *Service) define(ctx context.Context, r CreateRequest) (v vm.VM, release
 	if r.NAT != nil {
 		v.Spec.NAT = *r.NAT
 	}
+	if r.NetworkGroup != nil {
+		v.Spec.NetworkGroup = *r.NetworkGroup
+	}
 	if err := v.Spec.Validate(s.host); err != nil {
 		return v, nil, err
 	}
