@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"path/filepath"
 
+	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/network"
@@ -60,7 +61,7 @@ func (a *Attacher) Attach(ctx context.Context, v vm.VM) (vm.Interface, error) {
 	i.Kind, i.TAP = vm.UserNetwork, ""
 	mac := a.o.Plan.MAC(v.Lease.Slot)
 	mac[0] ^= 4 // another one, of the same kind
-	c := Config{MAC: mac.String(), Guest4: i.IPv4, Gateway4: i.Gateway4, Guest6: i.IPv6, Gateway6: i.Gateway6, MTU: MTU,
+	c := Config{Name: v.Name, MAC: mac.String(), Guest4: i.IPv4, Gateway4: i.Gateway4, Guest6: i.IPv6, Gateway6: i.Gateway6, MTU: MTU,
 		Publish: PublishAddr(a.o.Plan.Installation, v.Lease.Slot)}
 	s := Settings{NAT: v.Spec.NAT, Ports: a.o.Ports}
 	var cgroup process.Cgroup
@@ -89,7 +90,7 @@ func (a *Attacher) Addresses(v vm.VM) []netip.Addr {
 func (a *Attacher) Check(context.Context) []doctor.Finding {
 	f := doctor.Finding{Code: "network", Severity: doctor.Pass, Title: "Network of VMs",
 		Detail: "without privilege: out through the daemon's user, in by " + loopbackOf(a.o.Plan.Installation).String()}
-	if _, err := hostResolvers(); err != nil {
+	if _, err := dns.HostResolvers(); err != nil {
 		f = doctor.FromError("network", f.Title, fault.Wrap(err, fault.Unavailable, "/etc/resolv.conf", "guests would resolve no names").
 			WithHint("see it: cat /etc/resolv.conf"))
 	}
