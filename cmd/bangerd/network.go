@@ -45,8 +45,15 @@ func networks(p config.Paths, c config.Config, d vmm.Driver, uid int) (open func
 				h.Log.Error("the bridge network cannot be used", "err", err)
 				return nil
 			}
-			options := bridge.Options{Plan: plan, Bridge: c.BridgeName, Pool: c.TapPoolSize, Free: h.FreeSlots, Log: h.Log}
-			all = append([]sandbox.Network{bridge.New(host, options)}, all...)
+			var b *bridge.Network
+			b = bridge.New(host, bridge.Options{
+				Plan: plan, Bridge: c.BridgeName, Pool: c.TapPoolSize, Free: h.FreeSlots, Log: h.Log,
+				Up: func(addresses []netip.Addr) {
+					h.LinkUp(sandbox.Link{Name: c.BridgeName, Addresses: addresses, Guest: b.Guest})
+				},
+				Down: h.LinkDown,
+			})
+			all = append([]sandbox.Network{b}, all...)
 		}
 		return all
 	}, ""

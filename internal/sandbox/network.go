@@ -48,12 +48,16 @@ type NetworkHost struct {
 	// FreeSlots are those of the leases that the next n VMs will get.
 	FreeSlots func(n int) []int
 	Log       *slog.Logger
+	// LinkUp is to be called when a link of the host with addresses that guests know has come or has changed, and LinkDown
+	// before it goes: names are answered there.
+	LinkUp   func(Link)
+	LinkDown func()
 	// Confine puts a program that serves a VM's network into a control group of its own.
 	Confine func(v vm.VM) process.Cgroup
 }
 
 func (s *Service) networkHost() NetworkHost {
-	return NetworkHost{Installation: s.store.InstallationID(), RunDir: s.runDir, FreeSlots: s.store.FreeSlots, Log: s.log, Confine: func(v vm.VM) process.Cgroup {
+	return NetworkHost{Installation: s.store.InstallationID(), RunDir: s.runDir, FreeSlots: s.store.FreeSlots, Log: s.log, LinkUp: s.links.up, LinkDown: s.links.down, Confine: func(v vm.VM) process.Cgroup {
 		return func(ctx context.Context, pid int) {
 			s.cgroups.Put(ctx, networkGroup(v.ID), "network of banger VM "+v.Name, networkLimits, pid)
 		}

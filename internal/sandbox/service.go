@@ -72,6 +72,7 @@ type Service struct {
 	networkNotice string
 	dns           *dns.Server // nil if none is wanted, or with dnsFault
 	dnsFault      error
+	links         linkNames
 
 	bg       context.Context // background watchers of machines; ends with Close
 	bgStop   context.CancelFunc
@@ -99,6 +100,7 @@ func New(st *store.Store, o Options) *Service {
 	s.machines = &machines{service: s, byID: map[vm.ID]*machine{}}
 	s.cgroups = cgroup.New(s.store.InstallationID())
 	s.openLogKeeper()
+	s.links.service = s
 	s.network, s.networkNotice = &networkCapability{service: s}, o.NetworkNotice
 	if o.Networks != nil {
 		s.networks = o.Networks(s.networkHost())
@@ -133,11 +135,11 @@ func (s *Service) Close(ctx context.Context) error {
 	if s.logs != nil {
 		err = errors.Join(err, s.logs.Close())
 	}
-	if s.dns != nil {
-		err = errors.Join(err, s.dns.Close())
-	}
 	for _, n := range s.networks {
 		err = errors.Join(err, n.Close(ctx))
+	}
+	if s.dns != nil { // after the networks, which tell the host's resolver that it goes
+		err = errors.Join(err, s.dns.Close())
 	}
 	return errors.Join(err, s.store.Close())
 }

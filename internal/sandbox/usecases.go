@@ -663,8 +663,6 @@ func (s *Service) Status(context.Context) (Status, error) {
 	s.warnMu.Lock()
 	st.Warnings = append(st.Warnings, s.warnings...)
 	s.warnMu.Unlock()
-	if w := s.dnsWarning(); w != "" {
-		st.Warnings = append(st.Warnings, w)
-	}
+	st.Warnings = append(st.Warnings, s.dnsWarnings()...)
 	return st, nil
 }
