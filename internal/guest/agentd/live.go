@@ -276,15 +276,14 @@ func (l *live) shutdown(ctx context.Context, reboot bool) error {
 	return err
 }
 
-// systemctl runs systemctl with an ordinary process's standing towards the OOM killer.
+// systemctl runs systemctl and returns what it says.
 func systemctl(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, "systemctl", args...)
 	var output strings.Builder
 	cmd.Stdout, cmd.Stderr = &output, &output
-	if err := cmd.Start(); err != nil {
+	if err := unprotected(cmd.Start); err != nil {
 		return "", err
 	}
-	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", cmd.Process.Pid), []byte("0"), 0) // gone already: fine
 	err := cmd.Wait()
 	if err != nil {
 		return output.String(), fmt.Errorf("systemctl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(output.String()))
