@@ -106,11 +106,21 @@ func (h *Host) Setup(ctx context.Context, addresses []netip.Prefix) (mtu int, er
 	return h.mtu, nil
 }
 
-// Check says whether Setup would work: whether the bridge's name and the ranges are free or ours. It changes
-// nothing.
+// Check says whether the network could be made: whether this process may, whether the kernel has what it takes, and whether the
+// bridge's name and the ranges are free or ours. It changes nothing.
 func (h *Host) Check(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	if fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+		return failed(err, "/dev/net/tun", "no TAP device can be made").WithHint("sudo modprobe tun; in a container, it needs that device")
+	} else if err := unix.Close(fd); err != nil {
+		return failed(err, "/dev/net/tun", "it does not close")
+	}
+	// It is told to those alone who may change the firewall.
+	if _, err := generation(); err != nil {
+		return failed(err, "nftables", "the firewall cannot be reached").
+			WithHint("the kernel needs nf_tables: sudo modprobe nf_tables; a container needs CAP_NET_ADMIN")
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()

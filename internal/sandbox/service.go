@@ -19,6 +19,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/console"
 	"git.thaloco.com/thaloco/banger/internal/dns"
+	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
@@ -35,14 +36,12 @@ type Options struct {
 	Others []vmm.Driver
 	// Networks makes the kinds of network that VMs may be on: they are put on the first, the others have VMs of
 	// former daemons. nil: none.
-	Networks func(NetworkHost) []Network
-	// NetworkNotice says why there is none though one was asked for, "" if nothing is missing.
-	NetworkNotice string
-	VMMNotice     string // why this driver and not a faster one, "" if there is no faster one
-	Config        config.Config
-	Paths         config.Paths
-	Host          vm.Host
-	Log           *slog.Logger
+	Networks  func(NetworkHost) []Network
+	VMMNotice string // why this driver and not a faster one, "" if there is no faster one
+	Config    config.Config
+	Paths     config.Paths
+	Host      vm.Host
+	Log       *slog.Logger
 }
 
 // Service is the daemon's use cases. Safe for concurrent use.
@@ -68,9 +67,9 @@ type Service struct {
 	logs     *console.Keeper // nil if the host has no inotify instance left
 
 	network       *networkCapability
-	networks      []Network // of Options
-	networkNotice string
-	dns           *dns.Server // nil if none is wanted, or with dnsFault
+	networks      []Network       // of Options
+	networkNotice *doctor.Finding // nil if VMs are where they are to be
+	dns           *dns.Server     // nil if none is wanted, or with dnsFault
 	dnsFault      error
 	links         linkNames
 
@@ -101,7 +100,7 @@ func New(st *store.Store, o Options) *Service {
 	s.cgroups = cgroup.New(s.store.InstallationID())
 	s.openLogKeeper()
 	s.links.service = s
-	s.network, s.networkNotice = &networkCapability{service: s}, o.NetworkNotice
+	s.network = &networkCapability{service: s}
 	if o.Networks != nil {
 		s.networks = o.Networks(s.networkHost())
 	}

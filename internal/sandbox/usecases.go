@@ -663,6 +663,9 @@ func (s *Service) Status(context.Context) (Status, error) {
 	s.warnMu.Lock()
 	st.Warnings = append(st.Warnings, s.warnings...)
 	s.warnMu.Unlock()
+	if n := s.networkNotice; n != nil {
+		st.Warnings = append(st.Warnings, "network of VMs: "+n.Detail)
+	}
 	st.Warnings = append(st.Warnings, s.dnsWarnings()...)
 	return st, nil
 }
