@@ -140,7 +140,8 @@ func (l *live) serveVsock(ctx context.Context, server *Server) error {
 		if err != nil {
 			return fmt.Errorf("accept on vsock: %w", err)
 		}
-		if from, ok := conn.RemoteAddr().(*vsock.Addr); !ok || from.ContextID != vsock.Host {
+		stream, ok := conn.(*vsock.Conn)
+		if from, known := conn.RemoteAddr().(*vsock.Addr); !ok || !known || from.ContextID != vsock.Host {
 			_ = conn.Close()
 			continue
 		}
@@ -152,7 +153,7 @@ func (l *live) serveVsock(ctx context.Context, server *Server) error {
 		}
 		go func() {
 			defer func() { <-slots }()
-			_ = server.Serve(ctx, conn, false) // the peer's failure is the peer's to report
+			_ = server.Serve(ctx, &packets{Conn: stream}, false) // the peer's failure is the peer's to report
 		}()
 	}
 }
