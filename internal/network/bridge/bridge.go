@@ -274,7 +274,8 @@ func (n *Network) Attach(ctx context.Context, v vm.VM) (vm.Interface, error) {
 	defer cancel()
 	n.mu.Lock()
 	have, there := n.attached[v.ID]
-	up := n.up
+	// The first one to come finds the uplink as it is now.
+	up := n.up && len(n.attached) > 0
 	n.mu.Unlock()
 	if !up {
 		if err := n.bringUp(ctx); err != nil {
