@@ -375,6 +375,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 0 && os.Args[0] == Program { // Host.Start starts this test again as the program
 		os.Exit(Main(os.Args))
 	}
+	if os.Getenv(probeEnv) != "" {
+		probe()
+	}
 	goleak.VerifyTestMain(m,
 		// The stack's clock and its TCP goroutines end a moment after Close.
 		goleak.IgnoreAnyFunction("gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*processor).start"))
