@@ -36,7 +36,7 @@ var bans = []ban{
 	{"internal/disk", module, []string{"internal/fault", "internal/ext4", "internal/vm"}, "disks are files: who they belong to is not theirs to know"},
 	{"internal/network/bridge", module + "internal/", []string{"internal/fault", "internal/vm", "internal/network", "internal/hostnet", "internal/doctor"}, "a network knows VMs, and no use case, VMM or store"},
 	{"internal/hostnet", module + "internal/", []string{"internal/fault", "internal/network"}, "what runs with privileges knows no more than it must"},
-	{"internal/network/usernet", module, []string{"internal/fault", "internal/vm", "internal/doctor", "internal/process", "internal/vmm/rundir", "internal/network"}, "a network knows VMs, and no use case, VMM or store"},
+	{"internal/network/usernet", module, []string{"internal/fault", "internal/vm", "internal/doctor", "internal/process", "internal/vmm/rundir", "internal/network", "internal/dns"}, "a network knows VMs, and no use case, VMM or store"},
 	{"internal/dns", module, []string{"internal/fault"}, "the server is asked names: whose they are is not its to know"},
 	{"internal/store", module + "internal/", []string{"internal/fault", "internal/vm", "internal/image", "internal/operation", "internal/lifecycle"}, "the store keeps records, it runs nothing"},
 	{"internal/guest/pid1", module + "internal/", []string{"internal/fault", "internal/guest", "internal/vmm"}, "the guest program stays small"},
