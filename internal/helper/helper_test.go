@@ -160,8 +160,11 @@ func (h *fakeHost) Remove(context.Context) error {
 	h.fake.mu.Lock()
 	defer h.fake.mu.Unlock()
 	h.act("remove")
-	delete(h.fake.present, h.s.Plan.Installation)
-	return nil
+	h.fake.last = network.Policy{}
+	if h.fake.fail == nil {
+		delete(h.fake.present, h.s.Plan.Installation)
+	}
+	return h.fake.fail
 }
 
 func (h *fakeHost) Watch(ctx context.Context, changed func()) error {
@@ -422,7 +425,21 @@ func TestRefusals(t *testing.T) {
 	if c, err := record.Dir(o.Records).Get("777777777777"); c != nil || err != nil {
 		t.Errorf("%+v, %v", c, err)
 	}
+	// Where the rules may be gone, there is no TAP until there are rules again.
+	c := NewClient(socket, p, "banger0")
+	if err := c.Remove(ctx); !fault.Is(err, fault.Exists) {
+		t.Errorf("%v", err)
+	}
 	f.fail = nil
+	if err := c.AddTAP(ctx, 0, true); !fault.Is(err, fault.Precondition) {
+		t.Errorf("%v", err)
+	}
+	if _, err := c.Setup(ctx, addresses(p)); err != nil {
+		t.Error(err)
+	}
+	if err := c.AddTAP(ctx, 0, true); err != nil {
+		t.Error(err)
+	}
 	// Nobody has more networks than a few.
 	for i := range maxInstallations {
 		r := with(func(r *wire.Request) {
@@ -608,4 +625,43 @@ func FuzzRequest(f *testing.F) {
 			t.Errorf("another user's record is %s, %v", b, err)
 		}
 	})
+}
+
+// TestHostileBytes: what is no request is answered or hung up on, and whoever comes next is served.
+func TestHostileBytes(t *testing.T) {
+	f, _, socket := fakeService(t)
+	length := func(n uint32, rest string) []byte { return append(binary.BigEndian.AppendUint32(nil, n), rest...) }
+	for what, sent := range map[string][]byte{
+		"nothing": nil, "half a length": {0, 0}, "4 GiB": length(1<<32-1, "{}"), "less than announced": length(100, "{}"),
+		"no length": []byte("GET / HTTP/1.1\r\n\r\n"), "no JSON": length(4, "\x00\xff\xfe{"), "deep": length(20000, strings.Repeat("[", 20000)),
+		"another type": length(2, "[]"), "a revision that is none": length(16, `{"revision":"1"}`), "two at once": bytes.Repeat(length(2, "{}"), 2),
+	} {
+		t.Run(what, func(t *testing.T) {
+			conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+			_, _ = conn.Write(sent)
+			_ = conn.CloseWrite()
+			if _, err := wire.ReadAnswer(conn); !fault.Is(err, fault.Invalid) && !fault.Is(err, fault.VersionSkew) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+	if _, err := NewClient(socket, sample(installation), "banger0").TAPs(t.Context()); err != nil || len(f.calls) != 0 {
+		t.Errorf("%v, %v", err, f.calls)
+	}
+}
+
+// BenchmarkCall is what the way to a helper and back costs.
+func BenchmarkCall(b *testing.B) {
+	_, _, socket := fakeService(b)
+	c := NewClient(socket, sample(installation), "banger0")
+	for b.Loop() {
+		if _, err := c.TAPs(b.Context()); err != nil {
+			b.Fatal(err)
+		}
+	}
 }

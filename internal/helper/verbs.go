@@ -171,6 +171,11 @@ func (s *Server) do(ctx context.Context, r wire.Request) (wire.Answer, error) {
 	case wire.Policy:
 		return a, s.policy(ctx, c, mine, r)
 	case wire.Remove:
+		// If this is not finished, there is to be no TAP before there are rules again.
+		mine.Guarded = false
+		if err := s.note(ctx, *mine); err != nil {
+			return a, err
+		}
 		if err := c.host.Remove(ctx); err != nil {
 			return a, err
 		}
@@ -430,6 +435,15 @@ func (s *Server) policy(ctx context.Context, c *cached, mine *record.Record, r w
 	hosts := slices.Clone(r.Hosts)
 	slices.SortFunc(hosts, netip.Addr.Compare)
 	return c.host.Policy(ctx, s.policyOf(r.Network, mine.Bridge, slices.Compact(hosts), guests))
+}
+
+func (s *Server) note(ctx context.Context, r record.Record) error {
+	release, err := s.records.Lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	return s.records.Put(r)
 }
 
 func (s *Server) forget(ctx context.Context, installation string) error {
