@@ -15,20 +15,20 @@ import (
 )
 
 // networks says which networks VMs may be on, by the setting network, by what the VMM can do and by who runs the daemon, and why
-// there is none though one was asked for. The first is for VMs that start; VMs that were started on another are taken off it.
-func networks(p config.Paths, c config.Config, d vmm.Driver, uid int, root rootHelper) (open func(sandbox.NetworkHost) []sandbox.Network, notice string) {
+// there is none though one was asked for, and what to do. The first is for VMs that start; VMs that were started on another are taken off it.
+func networks(p config.Paths, c config.Config, d vmm.Driver, uid int, root rootHelper) (open func(sandbox.NetworkHost) []sandbox.Network, notice, fix string) {
 	sockets := d.Features().NICSockets
 	onBridge := c.Network == config.NetworkBridge || c.Network == config.NetworkAuto && root.usable()
 	switch {
 	case c.Network == config.NetworkNone:
-		return nil, ""
+		return nil, "", ""
 	case c.Network == config.NetworkBridge && uid != 0 && !root.installed():
-		return nil, "none: a bridge takes root, or its helper: " + fault.HintOf(root.err) + "; network = \"user\" in config.toml takes no privilege"
+		return nil, "none: a bridge takes root, or its helper", fault.HintOf(root.err)
 	case onBridge:
 	case !sockets && uid == 0:
-		return nil, "none: " + d.Name() + " has no user network; network = \"bridge\" in config.toml gives it one"
+		return nil, "none: " + d.Name() + " has no user network", "set network = \"bridge\" in config.toml, then banger daemon stop"
 	case !sockets:
-		return nil, "none: " + d.Name() + " attaches a network only with root's help: " + fault.HintOf(root.err) + "; vm ssh works without one"
+		return nil, "none: " + d.Name() + " attaches a network only with root's help; vm ssh works without one", fault.HintOf(root.err)
 	}
 	return func(h sandbox.NetworkHost) []sandbox.Network {
 		plan := network.Plan{Installation: h.Installation, IPv4: c.CIDR}
@@ -55,7 +55,7 @@ func networks(p config.Paths, c config.Config, d vmm.Driver, uid int, root rootH
 			all[0] = advised{all[0], root}
 		}
 		return all
-	}, ""
+	}, "", ""
 }
 
 // bridgeHost is the host of the bridge network: in this process where it is root, else behind the root helper.

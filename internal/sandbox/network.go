@@ -181,7 +181,7 @@ func (c *networkCapability) Check(ctx context.Context) []doctor.Finding {
 	}
 	f := doctor.Finding{Code: "network", Severity: doctor.Pass, Title: "Network of VMs", Detail: "none; vm ssh works without one"}
 	if s.networkNotice != "" {
-		f.Severity, f.Detail, f.Fix = doctor.Warn, s.networkNotice, "set vmm = \"qemu\" in config.toml, then banger daemon stop"
+		f.Severity, f.Detail, f.Fix = doctor.Warn, s.networkNotice, s.networkFix
 	}
 	return []doctor.Finding{f}
 }

@@ -38,11 +38,13 @@ type Options struct {
 	Networks func(NetworkHost) []Network
 	// NetworkNotice says why there is none though one was asked for, "" if nothing is missing.
 	NetworkNotice string
-	VMMNotice     string // why this driver and not a faster one, "" if there is no faster one
-	Config        config.Config
-	Paths         config.Paths
-	Host          vm.Host
-	Log           *slog.Logger
+	// NetworkFix is what to do about that.
+	NetworkFix string
+	VMMNotice  string // why this driver and not a faster one, "" if there is no faster one
+	Config     config.Config
+	Paths      config.Paths
+	Host       vm.Host
+	Log        *slog.Logger
 }
 
 // Service is the daemon's use cases. Safe for concurrent use.
@@ -70,6 +72,7 @@ type Service struct {
 	network       *networkCapability
 	networks      []Network // of Options
 	networkNotice string
+	networkFix    string
 	dns           *dns.Server // nil if none is wanted, or with dnsFault
 	dnsFault      error
 
@@ -99,7 +102,7 @@ func New(st *store.Store, o Options) *Service {
 	s.machines = &machines{service: s, byID: map[vm.ID]*machine{}}
 	s.cgroups = cgroup.New(s.store.InstallationID())
 	s.openLogKeeper()
-	s.network, s.networkNotice = &networkCapability{service: s}, o.NetworkNotice
+	s.network, s.networkNotice, s.networkFix = &networkCapability{service: s}, o.NetworkNotice, o.NetworkFix
 	if o.Networks != nil {
 		s.networks = o.Networks(s.networkHost())
 	}
