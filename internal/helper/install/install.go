@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -20,6 +21,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/helper/record"
@@ -257,6 +260,11 @@ func (h Host) Uninstall(ctx context.Context, uid int, force bool) error {
 		return fault.New(fault.Precondition, n.Bridge, "user %d has this network, and %d in all are there", n.UID, len(networks)).
 			WithHint("have VMs stopped and `banger daemon stop` run by their users; or take away the networks of VMs that run: banger system uninstall --force")
 	}
+	if h.Systemctl == nil {
+		if err := h.startedByHand(); err != nil {
+			return err
+		}
+	}
 	users, err := h.Users()
 	if err != nil {
 		return err
@@ -292,6 +300,43 @@ func (h Host) Uninstall(ctx context.Context, uid int, force bool) error {
 		return h.Systemctl(ctx, "daemon-reload")
 	}
 	return nil
+}
+
+// startedByHand refuses while a helper serves that nobody but who started it knows of.
+func (h Host) startedByHand() error {
+	sockets, err := filepath.Glob(h.path(filepath.Join(wire.RunDir, "helper-*.sock")))
+	if err != nil {
+		return err
+	}
+	for _, path := range sockets {
+		conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			continue // a socket that a helper which is gone left behind
+		}
+		pid, err := listenerOf(conn)
+		if err := errors.Join(err, conn.Close()); err != nil {
+			return fault.Wrap(err, fault.Internal, path, "it cannot be told who serves there")
+		}
+		return fault.New(fault.Precondition, path, "a helper that was started by hand serves there").WithHint("end it: sudo kill %d", pid)
+	}
+	return nil
+}
+
+// listenerOf is the process that listens where a connection leads (unix(7), SO_PEERCRED).
+func listenerOf(conn *net.UnixConn) (pid int, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, credErr
+	}
+	return int(cred.Pid), nil
 }
 
 // State is what is installed.

@@ -3,7 +3,9 @@ package install
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -159,6 +161,19 @@ func TestWithoutSystemd(t *testing.T) {
 	if got := h.files(t); got != Program+" -rwxr-xr-x" {
 		t.Errorf("there is\n%s", got)
 	}
+	// One that was started by hand is for who did that to end.
+	path := h.path(wire.Socket(1000))
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Uninstall(t.Context(), 0, true); !fault.Is(err, fault.Precondition) || fault.HintOf(err) != fmt.Sprint("end it: sudo kill ", os.Getpid()) {
+		t.Errorf("%v, hint %q", err, fault.HintOf(err))
+	}
+	_ = l.Close()
 	if err := h.Uninstall(t.Context(), 0, false); err != nil || h.files(t) != "" {
 		t.Errorf("%v, left is\n%s", err, h.files(t))
 	}
