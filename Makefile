@@ -43,17 +43,16 @@ runtime: dist/mkruntime ## build or repair the runtime bundle in ./runtime; FIRE
 	@exec $(MAKE_BUNDLE) all
 
 .PHONY: rootfs
-rootfs: dist/mkruntime ## build the default image afresh, from today's packages
+rootfs: dist/mkruntime ## build the default image and its work seed afresh, if packages.apt has changed or the image is missing
 	@exec $(MAKE_BUNDLE) rootfs
 
 .PHONY: runtime-package
-runtime-package: dist/mkruntime ## pack ./runtime into dist/banger-runtime.tar.gz and print its SHA256
-	@exec $(MKRUNTIME) pack
+runtime-package: dist/mkruntime ## pack ./runtime into dist/banger-runtime.tar.gz and print its SHA256; WITH_KEY=1: the private key as well
+	@exec $(MKRUNTIME) $(if $(WITH_KEY),-with-key) pack
 
 .PHONY: runtime-bundle
 runtime-bundle: dist/mkruntime ## unpack the archive that RUNTIME_MANIFEST names into ./runtime
 	@exec $(MKRUNTIME) -manifest '$(RUNTIME_MANIFEST)' fetch
-
 
 # ---- install
 
@@ -63,12 +62,18 @@ sandbox-deps: ## install what building and running sandboxes takes
 test-deps: ## install that, and what the tests take
 	@scripts/deps.sh test
 
-.PHONY: install
+.PHONY: install uninstall
 install: build ## into $(PREFIX)/bin, the runtime bundle into $(PREFIX)/lib/banger
 	@mkdir -p '$(PREFIX)/bin'
 	@for p in banger bangerd; do install -m 755 $$p '$(PREFIX)/bin/.new.'$$p; mv '$(PREFIX)/bin/.new.'$$p '$(PREFIX)/bin/'$$p; done
 	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' install
 	@echo "installed in $(PREFIX)/bin"
+
+uninstall: dist/mkruntime ## remove what install put there; settings, VMs and the key to them stay
+	@if [ -x '$(PREFIX)/bin/banger' ]; then '$(PREFIX)/bin/banger' daemon stop || true; fi
+	@rm -f '$(PREFIX)/bin/banger' '$(PREFIX)/bin/bangerd'
+	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' uninstall
+	@echo "removed from $(PREFIX)"
 
 # ---- sandbox, tests, benchmarks
 

@@ -3,6 +3,8 @@ package main
 import (
 	"archive/tar"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"io"
 	"io/fs"
@@ -325,8 +327,8 @@ func buildAgent(ctx context.Context, o options, file string) error {
 	return nil
 }
 
-// makeRuntime builds or repairs the bundle. The artifacts are made beside the bundle, synced, and
-// renamed into it; bundle.json is the last, so a bundle is never described before it is there.
+// makeRuntime builds or repairs the bundle, which changes as a whole or not at all. The image is built afresh, from
+// today's packages, if fresh says so.
 func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error {
 	packages, err := readPackages(o.packages)
 	if err != nil {
@@ -368,10 +370,7 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 		return err
 	}
 
-	if err := os.MkdirAll(o.runtime, 0o755); err != nil {
-		return fault.Wrap(err, fault.Permission, o.runtime, "cannot be made")
-	}
-	s, err := newStaging(o.runtime)
+	s, err := newStaging(ctx, p, o.runtime)
 	if err != nil {
 		return err
 	}
@@ -414,11 +413,34 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 			return err
 		}
 	}
+	if err := s.stamp(); err != nil {
+		return err
+	}
 	b.KernelVersion = string(version)
 	if err := s.commit(b); err != nil {
 		return err
 	}
 	return errors.Join(c.prune("kernel"), c.prune("image"), c.prune(cacheKind))
+}
+
+// makeRootfs builds the image afresh, with its work seed, if it is missing, or if it was made of another list of packages than
+// today's, as the stamp beside it says.
+func makeRootfs(ctx context.Context, p *progress, o options) error {
+	raw, err := os.ReadFile(o.packages)
+	if err != nil {
+		return fault.Wrap(err, fault.NotFound, o.packages, "cannot be read").WithHint("it lists the packages of the default image, one a line")
+	}
+	sum := sha256.Sum256(raw)
+	image := filepath.Join(o.runtime, bundle.FileName(bundle.RootFS))
+	stamp, err := os.ReadFile(image + stampSuffix)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fault.Wrap(err, fault.Permission, image+stampSuffix, "cannot be read")
+	}
+	if !fileExists(image) || strings.TrimSpace(string(stamp)) != hex.EncodeToString(sum[:]) {
+		return makeRuntime(ctx, p, o, true)
+	}
+	p.say("%s is of today's %s; to build it afresh all the same: rm %s", image, filepath.Base(o.packages), image+stampSuffix)
+	return nil
 }
 
 // refreshAgent builds the guest program into a bundle that is there, and the initrd with it.
@@ -428,7 +450,7 @@ func refreshAgent(ctx context.Context, p *progress, o options) error {
 		return err
 	}
 	p.begin("building the guest program")
-	s, err := newStaging(o.runtime)
+	s, err := newStaging(ctx, p, o.runtime)
 	if err != nil {
 		return err
 	}
