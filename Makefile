@@ -54,6 +54,21 @@ runtime-package: dist/mkruntime ## pack ./runtime into dist/banger-runtime.tar.g
 runtime-bundle: dist/mkruntime ## unpack the archive that RUNTIME_MANIFEST names into ./runtime
 	@exec $(MKRUNTIME) -manifest '$(RUNTIME_MANIFEST)' fetch
 
+# ---- the experimental Void image (docs/void.md)
+
+VOID_VM_NAME ?= void-dev
+
+.PHONY: rootfs-void void-register void-vm verify-void
+rootfs-void: dist/mkruntime ## build the experimental Void image in ./runtime; ARGS='--mirror URL --size 2G'
+	@exec ./make-rootfs-void.sh $(ARGS)
+void-register: ## make it, or what it is now, the image void-exp
+	@exec ./banger image register --name void-exp --rootfs ./runtime/rootfs-void.ext4 \
+	  --work-seed ./runtime/rootfs-void.work-seed.ext4 --packages ./packages.void
+void-vm: void-register ## create a VM of it; VOID_VM_NAME=name
+	@exec ./banger vm create --image void-exp --name '$(VOID_VM_NAME)'
+verify-void: void-register ## make a VM of it, look at what must be there, delete it
+	@exec ./verify.sh --void
+
 # ---- install
 
 .PHONY: sandbox-deps test-deps

@@ -188,7 +188,11 @@ func members(t *testing.T, r io.Reader) (map[string]member, []string) {
 func TestImageIsPackagesPlusRecipe(t *testing.T) {
 	var image, seed bytes.Buffer
 	now := time.Unix(1_800_000_000, 0)
-	size, seedSize, err := rewriteTar(packagesTar(t), &image, &seed, now)
+	repl, err := replacements()
+	if err != nil {
+		t.Fatal(err)
+	}
+	size, seedSize, err := rewriteTar(packagesTar(t), &image, &seed, dropped, repl, now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -259,7 +263,7 @@ func TestDropsOnlyWhatIsMeant(t *testing.T) {
 		"etc/systemd/system/sockets.target.wants/docker.socket":     false,
 		"home/run/x": false,
 	} {
-		if got := isDropped(name); got != want {
+		if got := isDropped(dropped, name); got != want {
 			t.Errorf("isDropped(%q) = %v", name, got)
 		}
 	}
