@@ -90,6 +90,10 @@ uninstall: dist/mkruntime ## remove what install put there; settings, VMs and th
 	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' uninstall
 	@echo "removed from $(PREFIX)"
 
+.PHONY: deb
+deb: build ## Debian packages of the programs and of ./runtime, in dist
+	@scripts/deb.sh '$(VERSION)'
+
 # ---- sandbox, tests, benchmarks
 
 .PHONY: sandbox

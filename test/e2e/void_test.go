@@ -309,6 +309,12 @@ func TestRunitGuest(t *testing.T) {
 	h := newHost(t, fmt.Sprintf("default_rootfs = %q", image), fmt.Sprintf("default_work_seed = %q", filepath.Join(dir, "rootfs-void.work-seed.ext4")),
 		fmt.Sprintf("default_packages_file = %q", filepath.Join(checkout, "packages.void")))
 	h.create("void")
+	log := h.show("void").Log
+	defer func() {
+		if console, err := os.ReadFile(log); t.Failed() && err == nil {
+			t.Logf("the console:\n%s", tail(console, 60))
+		}
+	}()
 	if got := h.in("void", "cat /proc/1/comm; getent passwd root | cut -d: -f7; cat /run/docker-service; ls -A /root | grep -v ssh"); got != "runit\n/bin/bash\nran\n.bashrc\n.hushlogin\n.profile" {
 		t.Errorf("got %q", got)
 	}
@@ -326,7 +332,6 @@ func TestRunitGuest(t *testing.T) {
 	_ = h.try("vm", "ssh", "void", "--", "poweroff")
 	h.until("the guest has powered itself off", bootTime, func() bool { return h.show("void").State == "stopped" })
 	h.disksAreClean(h.show("void"))
-	h.do("vm", "delete", "void")
 }
 
 // must is for what only fails if the test itself is broken.
