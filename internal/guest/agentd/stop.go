@@ -31,6 +31,13 @@ func stopRunit(ctx context.Context, init string, reboot bool) error {
 	if out, err := exec.CommandContext(ctx, init, level).CombinedOutput(); err != nil {
 		return fmt.Errorf("%s %s: %w: %s", init, level, err, strings.TrimSpace(string(out)))
 	}
+	// runit forgets the signal that it gets while it boots (stage 1), though not what it stands for: it is given again
+	// until the services have gone, and this program with them.
+	go func() {
+		for range time.Tick(time.Second) {
+			_ = unix.Kill(1, unix.SIGCONT)
+		}
+	}()
 	return nil
 }
 
