@@ -51,6 +51,13 @@ type State struct {
 	Runit   string    `json:"runit,omitempty"` // path of the distribution's init, if it is runit with our program as its last script
 	Stages  []Stage   `json:"stages"`
 	Mounted []Mounted `json:"mounted"`
+	Tunnel  *Tunnel   `json:"tunnel,omitempty"` // nil: the network interface is a device of the machine's, or there is none
+}
+
+// Tunnel is a network interface whose frames the agent carries.
+type Tunnel struct {
+	Interface string `json:"interface"` // a TAP device
+	Port      uint32 `json:"port"`      // of the host's, by vsock
 }
 
 // Write puts the state below root ("" for the running system).
