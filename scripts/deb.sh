@@ -3,7 +3,7 @@
 #
 #   scripts/deb.sh <version>
 #
-# banger holds the programs, and completions, manuals and units where the checkout has them; banger-runtime the bundle in ./runtime,
+# banger holds the programs, and completions and manuals where the checkout has them; banger-runtime the bundle in ./runtime,
 # for all users of a machine and without a key. The same content makes the same packages, bit by bit: times are those of
 # SOURCE_DATE_EPOCH, else of the commit.
 set -euo pipefail
@@ -17,7 +17,7 @@ die() {
 }
 [ -n "${1-}" ] || die "the version is missing" "make deb"
 command -v dpkg-deb >/dev/null || die "dpkg-deb is not installed" "it is part of Debian's dpkg"
-for program in banger bangerd dist/mkruntime; do [ -x "$program" ] || die "$program is missing" "make build"; done
+for program in banger bangerd banger-helper dist/mkruntime; do [ -x "$program" ] || die "$program is missing" "make build"; done
 
 # deb-version(7): a digit first, no hyphen but the last, which a revision would follow. v1.2-3-gabc is after 1.2.
 version=${1#v}
@@ -78,8 +78,8 @@ build() {
 # ---- banger
 
 root=$stage/banger
-install -D -m 755 -t "$root/usr/bin" banger bangerd
-if [ -x banger-helper ]; then install -D -m 755 -t "$root/usr/libexec/banger" banger-helper; fi
+# The root helper is beside them: `banger system install` takes it from there, and makes its units.
+install -D -m 755 -t "$root/usr/bin" banger bangerd banger-helper
 complete() { # <shell> <file>: where this banger knows how to
     mkdir -p "$(dirname "$root/$2")"
     ./banger completion "$1" >"$root/$2"
@@ -94,12 +94,6 @@ for page in dist/man/*.1; do
     [ -e "$page" ] || continue
     mkdir -p "$root/usr/share/man/man1"
     gzip -9n <"$page" >"$root/usr/share/man/man1/${page##*/}.gz"
-done
-for unit in units/user/*.service units/user/*.socket; do
-    [ ! -e "$unit" ] || install -D -m 644 -t "$root/usr/lib/systemd/user" "$unit"
-done
-for unit in units/system/*.service units/system/*.socket; do
-    [ ! -e "$unit" ] || install -D -m 644 -t "$root/usr/lib/systemd/system" "$unit"
 done
 docs banger
 control banger "e2fsprogs, openssh-client" "banger-runtime, qemu-system-x86" \

@@ -305,10 +305,11 @@ func TestRunitGuest(t *testing.T) {
 	image := filepath.Join(dir, "rootfs-void.ext4")
 	run(t, filepath.Join(checkout, "make-rootfs-void.sh"), "--mirror", m.url, "--tools-sha256", m.sum, "--output", image)
 
-	// As examples/void-exp.config.toml has it.
-	h := newHost(t, fmt.Sprintf("default_rootfs = %q", image), fmt.Sprintf("default_work_seed = %q", filepath.Join(dir, "rootfs-void.work-seed.ext4")),
-		fmt.Sprintf("default_packages_file = %q", filepath.Join(checkout, "packages.void")))
-	h.create("void")
+	// As make void-register does it.
+	h := newHost(t)
+	h.do("image", "register", "--name", "void-exp", "--rootfs", image, "--work-seed", filepath.Join(dir, "rootfs-void.work-seed.ext4"),
+		"--packages", filepath.Join(checkout, "packages.void"))
+	h.create("void", "--image", "void-exp")
 	log := h.show("void").Log
 	defer func() {
 		if console, err := os.ReadFile(log); t.Failed() && err == nil {
