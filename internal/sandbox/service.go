@@ -171,6 +171,7 @@ type CreateRequest struct {
 type Defaults struct {
 	Image string
 	Spec  vm.Spec
+	Host  vm.Host // what bounds a spec
 }
 
 // Detail is a VM with what costs system calls to find out.

@@ -2948,12 +2948,16 @@ func (*GetDefaultsRequest) Descriptor() ([]byte, []int) {
 }
 
 type GetDefaultsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
-	Vcpu          int32                  `protobuf:"varint,2,opt,name=vcpu,proto3" json:"vcpu,omitempty"`
-	MemoryMib     int64                  `protobuf:"varint,3,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
-	DiskBytes     int64                  `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
-	SystemBytes   int64                  `protobuf:"varint,5,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Image       string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Vcpu        int32                  `protobuf:"varint,2,opt,name=vcpu,proto3" json:"vcpu,omitempty"`
+	MemoryMib   int64                  `protobuf:"varint,3,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
+	DiskBytes   int64                  `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	SystemBytes int64                  `protobuf:"varint,5,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
+	Nat         bool                   `protobuf:"varint,6,opt,name=nat,proto3" json:"nat,omitempty"`
+	// What bounds a VM's settings on this host. Zero: unknown.
+	HostCpus      int32 `protobuf:"varint,7,opt,name=host_cpus,json=hostCpus,proto3" json:"host_cpus,omitempty"`
+	HostMemoryMib int64 `protobuf:"varint,8,opt,name=host_memory_mib,json=hostMemoryMib,proto3" json:"host_memory_mib,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3019,6 +3023,27 @@ func (x *GetDefaultsResponse) GetDiskBytes() int64 {
 func (x *GetDefaultsResponse) GetSystemBytes() int64 {
 	if x != nil {
 		return x.SystemBytes
+	}
+	return 0
+}
+
+func (x *GetDefaultsResponse) GetNat() bool {
+	if x != nil {
+		return x.Nat
+	}
+	return false
+}
+
+func (x *GetDefaultsResponse) GetHostCpus() int32 {
+	if x != nil {
+		return x.HostCpus
+	}
+	return 0
+}
+
+func (x *GetDefaultsResponse) GetHostMemoryMib() int64 {
+	if x != nil {
+		return x.HostMemoryMib
 	}
 	return 0
 }
@@ -4657,6 +4682,118 @@ func (*RemoveSSHConfigResponse) Descriptor() ([]byte, []int) {
 	return file_banger_v1_banger_proto_rawDescGZIP(), []int{74}
 }
 
+type WatchUsageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Refs          []string               `protobuf:"bytes,1,rep,name=refs,proto3" json:"refs,omitempty"`                       // 1 to 256
+	EveryMs       int64                  `protobuf:"varint,2,opt,name=every_ms,json=everyMs,proto3" json:"every_ms,omitempty"` // between two looks at a VM; 0: 2000. 500 is the least
+	Ports         bool                   `protobuf:"varint,3,opt,name=ports,proto3" json:"ports,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchUsageRequest) Reset() {
+	*x = WatchUsageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchUsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchUsageRequest) ProtoMessage() {}
+
+func (x *WatchUsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchUsageRequest.ProtoReflect.Descriptor instead.
+func (*WatchUsageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *WatchUsageRequest) GetRefs() []string {
+	if x != nil {
+		return x.Refs
+	}
+	return nil
+}
+
+func (x *WatchUsageRequest) GetEveryMs() int64 {
+	if x != nil {
+		return x.EveryMs
+	}
+	return 0
+}
+
+func (x *WatchUsageRequest) GetPorts() bool {
+	if x != nil {
+		return x.Ports
+	}
+	return false
+}
+
+type WatchUsageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Stats         *VMStats               `protobuf:"bytes,1,opt,name=stats,proto3" json:"stats,omitempty"`
+	Ports         *VMPorts               `protobuf:"bytes,2,opt,name=ports,proto3" json:"ports,omitempty"` // not set: they were not looked at this time
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchUsageResponse) Reset() {
+	*x = WatchUsageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchUsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchUsageResponse) ProtoMessage() {}
+
+func (x *WatchUsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchUsageResponse.ProtoReflect.Descriptor instead.
+func (*WatchUsageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *WatchUsageResponse) GetStats() *VMStats {
+	if x != nil {
+		return x.Stats
+	}
+	return nil
+}
+
+func (x *WatchUsageResponse) GetPorts() *VMPorts {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
 var File_banger_v1_banger_proto protoreflect.FileDescriptor
 
 const file_banger_v1_banger_proto_rawDesc = "" +
@@ -4923,7 +5060,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1d\n" +
 	"\x02vm\x18\x02 \x01(\v2\r.banger.v1.VMR\x02vm\x12&\n" +
 	"\x05fault\x18\x03 \x01(\v2\x10.banger.v1.FaultR\x05fault\"\x14\n" +
-	"\x12GetDefaultsRequest\"\xa0\x01\n" +
+	"\x12GetDefaultsRequest\"\xf7\x01\n" +
 	"\x13GetDefaultsResponse\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x12\n" +
 	"\x04vcpu\x18\x02 \x01(\x05R\x04vcpu\x12\x1d\n" +
@@ -4931,7 +5068,10 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"memory_mib\x18\x03 \x01(\x03R\tmemoryMib\x12\x1d\n" +
 	"\n" +
 	"disk_bytes\x18\x04 \x01(\x03R\tdiskBytes\x12!\n" +
-	"\fsystem_bytes\x18\x05 \x01(\x03R\vsystemBytes\"%\n" +
+	"\fsystem_bytes\x18\x05 \x01(\x03R\vsystemBytes\x12\x10\n" +
+	"\x03nat\x18\x06 \x01(\bR\x03nat\x12\x1b\n" +
+	"\thost_cpus\x18\a \x01(\x05R\bhostCpus\x12&\n" +
+	"\x0fhost_memory_mib\x18\b \x01(\x03R\rhostMemoryMib\"%\n" +
 	"\x13GetSSHTargetRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\xa8\x01\n" +
 	"\x14GetSSHTargetResponse\x12\x12\n" +
@@ -5034,7 +5174,14 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x18InstallSSHConfigResponse\x12,\n" +
 	"\x06config\x18\x01 \x01(\v2\x14.banger.v1.SSHConfigR\x06config\"\x18\n" +
 	"\x16RemoveSSHConfigRequest\"\x19\n" +
-	"\x17RemoveSSHConfigResponse2\xce\b\n" +
+	"\x17RemoveSSHConfigResponse\"X\n" +
+	"\x11WatchUsageRequest\x12\x12\n" +
+	"\x04refs\x18\x01 \x03(\tR\x04refs\x12\x19\n" +
+	"\bevery_ms\x18\x02 \x01(\x03R\aeveryMs\x12\x14\n" +
+	"\x05ports\x18\x03 \x01(\bR\x05ports\"h\n" +
+	"\x12WatchUsageResponse\x12(\n" +
+	"\x05stats\x18\x01 \x01(\v2\x12.banger.v1.VMStatsR\x05stats\x12(\n" +
+	"\x05ports\x18\x02 \x01(\v2\x12.banger.v1.VMPortsR\x05ports2\x9b\t\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -5052,7 +5199,9 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\bGetPorts\x12\x1a.banger.v1.GetPortsRequest\x1a\x1b.banger.v1.GetPortsResponse\x12=\n" +
 	"\x06TrimVM\x12\x18.banger.v1.TrimVMRequest\x1a\x19.banger.v1.TrimVMResponse\x12O\n" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse\x12B\n" +
-	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x012Y\n" +
+	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x01\x12K\n" +
+	"\n" +
+	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x012Y\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
 	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse2\xed\x02\n" +
@@ -5082,7 +5231,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 80)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -5159,40 +5308,42 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*InstallSSHConfigResponse)(nil), // 72: banger.v1.InstallSSHConfigResponse
 	(*RemoveSSHConfigRequest)(nil),   // 73: banger.v1.RemoveSSHConfigRequest
 	(*RemoveSSHConfigResponse)(nil),  // 74: banger.v1.RemoveSSHConfigResponse
-	nil,                              // 75: banger.v1.VM.LabelsEntry
-	nil,                              // 76: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                              // 77: banger.v1.SetVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),    // 78: google.protobuf.Timestamp
+	(*WatchUsageRequest)(nil),        // 75: banger.v1.WatchUsageRequest
+	(*WatchUsageResponse)(nil),       // 76: banger.v1.WatchUsageResponse
+	nil,                              // 77: banger.v1.VM.LabelsEntry
+	nil,                              // 78: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 79: banger.v1.SetVMRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),    // 80: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	75, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	78, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	78, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	78, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	77, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	80, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	80, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	80, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,  // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,  // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,  // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,  // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	78, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	78, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	80, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	80, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,  // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	78, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	78, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	80, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	80, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,  // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
-	78, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	78, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	76, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	80, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	80, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	78, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,  // 18: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 19: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 20: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 21: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,  // 22: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	77, // 23: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	79, // 23: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	6,  // 24: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22, // 25: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,  // 26: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	78, // 27: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	80, // 27: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23, // 28: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24, // 29: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,  // 30: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -5215,7 +5366,7 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,  // 47: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	6,  // 48: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	6,  // 49: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	78, // 50: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	80, // 50: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
 	64, // 51: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
 	67, // 52: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
 	1,  // 53: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
@@ -5225,67 +5376,71 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	5,  // 57: banger.v1.Snapshot.images:type_name -> banger.v1.Image
 	68, // 58: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
 	68, // 59: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	8,  // 60: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10, // 61: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12, // 62: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14, // 63: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16, // 64: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18, // 65: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33, // 66: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35, // 67: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37, // 68: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39, // 69: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42, // 70: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20, // 71: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27, // 72: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31, // 73: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44, // 74: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46, // 75: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	48, // 76: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	50, // 77: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52, // 78: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54, // 79: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56, // 80: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58, // 81: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60, // 82: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62, // 83: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65, // 84: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	69, // 85: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	71, // 86: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	73, // 87: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	9,  // 88: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11, // 89: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13, // 90: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15, // 91: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17, // 92: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19, // 93: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34, // 94: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36, // 95: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38, // 96: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40, // 97: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43, // 98: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21, // 99: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28, // 100: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32, // 101: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45, // 102: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47, // 103: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	49, // 104: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	51, // 105: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53, // 106: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55, // 107: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57, // 108: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59, // 109: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61, // 110: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63, // 111: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66, // 112: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	70, // 113: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	72, // 114: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	74, // 115: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	88, // [88:116] is the sub-list for method output_type
-	60, // [60:88] is the sub-list for method input_type
-	60, // [60:60] is the sub-list for extension type_name
-	60, // [60:60] is the sub-list for extension extendee
-	0,  // [0:60] is the sub-list for field type_name
+	22, // 60: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
+	29, // 61: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
+	8,  // 62: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10, // 63: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12, // 64: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14, // 65: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16, // 66: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18, // 67: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33, // 68: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35, // 69: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37, // 70: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39, // 71: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42, // 72: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20, // 73: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27, // 74: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31, // 75: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44, // 76: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46, // 77: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	75, // 78: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
+	48, // 79: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	50, // 80: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52, // 81: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54, // 82: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56, // 83: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58, // 84: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60, // 85: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62, // 86: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65, // 87: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	69, // 88: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	71, // 89: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	73, // 90: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	9,  // 91: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11, // 92: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13, // 93: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15, // 94: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17, // 95: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19, // 96: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34, // 97: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36, // 98: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38, // 99: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40, // 100: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43, // 101: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21, // 102: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28, // 103: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32, // 104: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45, // 105: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47, // 106: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	76, // 107: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
+	49, // 108: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	51, // 109: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53, // 110: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55, // 111: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57, // 112: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59, // 113: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61, // 114: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63, // 115: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66, // 116: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	70, // 117: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	72, // 118: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	74, // 119: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	91, // [91:120] is the sub-list for method output_type
+	62, // [62:91] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -5308,7 +5463,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   78,
+			NumMessages:   80,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
