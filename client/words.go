@@ -8,6 +8,13 @@ func Visible(s string) string { return boot.Visible(s) }
 
 // stageTexts says for people what a stage does; programs get its name.
 var stageTexts = map[string]string{
+	"kernel":               "taking in the kernel",
+	"root filesystem":      "taking in the root filesystem",
+	"work seed":            "taking in the work seed",
+	"publish":              "publishing the image",
+	"capture":              "capturing the image",
+	"write":                "writing the file",
+	"unpack":               "unpacking the file",
 	"image":                "preparing the image",
 	"system disk":          "making the system disk",
 	"work disk":            "making the work disk",

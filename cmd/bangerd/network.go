@@ -4,28 +4,24 @@ import (
 	"net/netip"
 
 	"git.thaloco.com/thaloco/banger/internal/config"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/hostnet"
 	"git.thaloco.com/thaloco/banger/internal/network"
 	"git.thaloco.com/thaloco/banger/internal/network/bridge"
 	"git.thaloco.com/thaloco/banger/internal/network/usernet"
 	"git.thaloco.com/thaloco/banger/internal/sandbox"
+	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
 // networks says which networks VMs may be on, by the setting network, by what the VMM can do and by who runs the daemon, and why
 // there is none though one was asked for. The first is for VMs that start; VMs that were started on another are taken off it.
 func networks(p config.Paths, c config.Config, d vmm.Driver, uid int) (open func(sandbox.NetworkHost) []sandbox.Network, notice string) {
-	sockets := d.Features().NICSockets
 	switch {
 	case c.Network == config.NetworkNone:
 		return nil, ""
 	case c.Network == config.NetworkBridge && uid != 0:
-		return nil, "none: the daemon is not root, and a bridge takes root; network = \"user\" in config.toml takes no privilege"
-	case c.Network == config.NetworkBridge:
-	case !sockets && uid == 0:
-		return nil, "none: " + d.Name() + " has no user network; network = \"bridge\" in config.toml gives it one"
-	case !sockets:
-		return nil, "none: " + d.Name() + " attaches a network only with root's help; vm ssh works without one"
+		return nil, "none: the daemon is not root, and a bridge takes root"
 	}
 	return func(h sandbox.NetworkHost) []sandbox.Network {
 		plan := network.Plan{Installation: h.Installation, IPv4: c.CIDR}
@@ -38,6 +34,7 @@ func networks(p config.Paths, c config.Config, d vmm.Driver, uid int) (open func
 		}
 		all := []sandbox.Network{usernet.NewAttacher(usernet.Options{
 			Dir: p.Networks(), Plan: plan, Ports: c.PublishedPorts, RunDir: h.RunDir, Confine: h.Confine,
+			Tunnel: d.Features().NICVsock, Key: func(v vm.VM) []byte { return boot.TunnelKey(v.Secrets.Agent) }, Log: h.Log,
 		})}
 		if c.Network == config.NetworkBridge {
 			host, err := hostnet.Open(hostnet.Settings{Plan: plan, Bridge: c.BridgeName, Owner: uid})

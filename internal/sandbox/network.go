@@ -181,7 +181,7 @@ func (c *networkCapability) Check(ctx context.Context) []doctor.Finding {
 	}
 	f := doctor.Finding{Code: "network", Severity: doctor.Pass, Title: "Network of VMs", Detail: "none; vm ssh works without one"}
 	if s.networkNotice != "" {
-		f.Severity, f.Detail, f.Fix = doctor.Warn, s.networkNotice, "set vmm = \"qemu\" in config.toml, then banger daemon stop"
+		f.Severity, f.Detail, f.Fix = doctor.Warn, s.networkNotice, "set network = \"user\" in config.toml, which takes no privilege, then banger daemon stop"
 	}
 	return []doctor.Finding{f}
 }
@@ -197,6 +197,9 @@ func (c *networkCapability) GuestConfig(v *vm.VM, config *boot.Config) error {
 	if i.IPv6.IsValid() {
 		n.Addresses = append(n.Addresses, i.IPv6)
 		n.Routes = append(n.Routes, boot.Route{To: netip.PrefixFrom(netip.IPv6Unspecified(), 0), Via: i.Gateway6})
+	}
+	if i.Tunnel {
+		n.Tunnel = vmm.NICPort
 	}
 	config.Network = n
 	return nil
