@@ -393,3 +393,25 @@ func (m *model) askDelete(ids []string) {
 	m.mode = modeConfirm
 	m.ask = &question{lines: lines, yes: func() tea.Cmd { return m.act(deleteVM, ids) }}
 }
+
+// imageDeletedMsg is the answer to the deletion of an image.
+type imageDeletedMsg struct {
+	name string
+	err  error
+}
+
+func (m *model) askDeleteImage(i *bangerv1.Image) {
+	if i == nil {
+		return
+	}
+	ctx, c, id, name := m.f.ctx, m.o.Follow, i.GetId(), i.GetName()
+	m.mode = modeConfirm
+	m.ask = &question{lines: []string{"Delete the image " + name + "? One that VMs were made from stays."}, yes: func() tea.Cmd {
+		return func() tea.Msg {
+			ctx, cancel := context.WithTimeout(ctx, callTime)
+			defer cancel()
+			_, err := c.Images.DeleteImage(ctx, &bangerv1.DeleteImageRequest{Ref: id})
+			return imageDeletedMsg{name, err}
+		}
+	}}
+}

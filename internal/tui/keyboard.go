@@ -84,6 +84,10 @@ func (m *model) command(do command) tea.Cmd {
 	case startVM, stopVM, restartVM:
 		return m.act(do, m.targets())
 	case deleteVM:
+		if m.focus && m.pane == paneImages {
+			m.askDeleteImage(m.imageAt())
+			return nil
+		}
 		m.askDelete(m.targets())
 	case enterVM:
 		return m.enter()

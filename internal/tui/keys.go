@@ -68,7 +68,7 @@ var keyMap = []binding{
 	{startVM, []string{"s"}, "s", "start", groupVM, "start"},
 	{stopVM, []string{"x"}, "x", "stop; files stay", groupVM, "stop"},
 	{restartVM, []string{"r"}, "r", "restart", groupVM, ""},
-	{deleteVM, []string{"d", "delete"}, "d", "delete, after a question", groupVM, "delete"},
+	{deleteVM, []string{"d", "delete"}, "d", "delete, after a question; in the pane of images: the image", groupVM, "delete"},
 	{enterVM, []string{"e"}, "e", "enter by SSH, and come back", groupVM, "enter"},
 	{openPort, []string{"o"}, "o", "open its web port, or choose one", groupVM, ""},
 	{cancelOperation, []string{"c"}, "c", "cancel what runs on it", groupVM, ""},

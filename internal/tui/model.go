@@ -140,7 +140,7 @@ func (m *model) Init() tea.Cmd { return m.tick() }
 func (m *model) tick() tea.Cmd {
 	m.ticking++
 	number, every := m.ticking, idleTick
-	if len(m.world.running) > 0 {
+	if m.world.atWork() > 0 {
 		every = busyTick
 	}
 	return tea.Tick(every, func(time.Time) tea.Msg { return tickMsg{number} })
@@ -227,6 +227,12 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 		clean(msg.op)
 		clean(msg.defaults)
 		m.formAnswer(msg)
+	case imageDeletedMsg:
+		if msg.err != nil {
+			m.complain(msg.err)
+		} else {
+			m.tell(good, "%s: deleted", msg.name)
+		}
 	case openedMsg:
 		m.openedAnswer(msg)
 	case forwardFailedMsg:
@@ -239,7 +245,7 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 type usageAgainMsg struct{ number int }
 
 func (m *model) event(e *bangerv1.WatchResponse) tea.Cmd {
-	busy := len(m.world.running) > 0
+	busy := m.world.atWork() > 0
 	back := m.gone != nil
 	if back {
 		m.gone, m.over = nil, false
@@ -263,7 +269,7 @@ func (m *model) event(e *bangerv1.WatchResponse) tea.Cmd {
 		}
 	}
 	var cmds []tea.Cmd
-	if !busy && len(m.world.running) > 0 {
+	if !busy && m.world.atWork() > 0 {
 		cmds = append(cmds, m.tick())
 	}
 	if back {

@@ -206,7 +206,7 @@ func (m *model) operationLines(w int) (c content) {
 	now := m.now()
 	for i, op := range ops {
 		c.items = append(c.items, len(c.lines))
-		name := fit(op.GetKind(), 8) + fit(op.GetVmName(), 20) + " "
+		name := fit(op.GetKind(), 15) + " " + fit(subject(op), 16) + " "
 		if !client.Final(op) {
 			head, stages := m.progressLines(op, w-6)
 			c.lines = append(c.lines, m.itemLine(i, w, warning, name+head))
@@ -284,7 +284,7 @@ func (m *model) portLines(w int) (c content) {
 		text := fit(fmt.Sprintf("%d/%s", p.GetPort(), p.GetProtocol()), 10) + fit(p.GetProcess(), 14) + " "
 		rest := w - 2 - 25
 		if o := m.opened[portKey(v.GetId(), p.GetPort())]; o != nil {
-			text += fit("→ "+o.url, min(32, rest)) + " "
+			text += fit("→ "+link(o.web, o.url), min(32, rest)) + " "
 			rest -= 33
 		}
 		c.lines = append(c.lines, m.itemLine(i, w, plain, text+fit(web, max(rest, 0))))
@@ -297,6 +297,10 @@ func (m *model) imageLines(w int) (c content) {
 		return content{lines: []string{m.paint(faint, " No image was used so far; the first create takes the default one in.")}}
 	}
 	now := m.now()
+	made := map[string]int{}
+	for _, v := range m.world.vms {
+		made[v.GetImageId()]++
+	}
 	for i, image := range m.world.images {
 		c.items = append(c.items, len(c.lines))
 		mark := ""
@@ -304,7 +308,7 @@ func (m *model) imageLines(w int) (c content) {
 			mark = "default"
 		}
 		c.lines = append(c.lines, m.itemLine(i, w, plain, fit(image.GetName(), 24)+right(short(image.GetSizeBytes()), 6)+"  "+
-			fit(mark, 9)+right(since(now, image.GetCreatedAt()), 4)+"  "+image.GetSource()))
+			fit(mark, 9)+right(since(now, image.GetCreatedAt()), 4)+"  "+fit("for "+count(made[image.GetId()]), 12)+image.GetSource()))
 	}
 	return c
 }

@@ -37,8 +37,13 @@ func (color painter) paint(s style, text string) string {
 	return "\x1b[" + parameters + "m" + text + "\x1b[0m"
 }
 
-// link is text that a terminal may open (OSC 8).
-func link(url, text string) string { return ansi.SetHyperlink(url) + text + ansi.ResetHyperlink() }
+// link is text that a terminal may open (OSC 8), if there is a url.
+func link(url, text string) string {
+	if url == "" {
+		return text
+	}
+	return ansi.SetHyperlink(url) + text + ansi.ResetHyperlink()
+}
 
 func stateStyle(state string) style {
 	switch state {

@@ -98,7 +98,7 @@ func (m *model) header() string {
 	if len(m.marks) > 0 {
 		left += fmt.Sprintf(", %d marked", len(m.marks))
 	}
-	if n := len(m.world.running); n > 0 {
+	if n := m.world.atWork(); n > 0 {
 		left += fmt.Sprintf("  %s %d at work", spin(m.ticks), n)
 	}
 	if f := m.words.String(); f != "" {

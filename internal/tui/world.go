@@ -66,6 +66,8 @@ func (w *world) apply(e *bangerv1.WatchResponse, now time.Time) (ended *bangerv1
 		w.changed(e.GetVm(), now)
 	case e.GetOperation() != nil:
 		return w.operation(e.GetOperation(), now)
+	case e.GetImages() != nil:
+		w.images = e.GetImages().GetImages()
 	case e.GetVmDeleted() != "":
 		id := e.GetVmDeleted()
 		if v := w.vms[id]; v != nil {
@@ -98,7 +100,9 @@ func (w *world) snapshot(s *bangerv1.Snapshot) {
 func (w *world) keep(op *bangerv1.Operation) {
 	w.ops[op.GetId()] = op
 	if !client.Final(op) {
-		w.running[op.GetVmId()] = op
+		if op.GetVmId() != "" { // else it is an image's
+			w.running[op.GetVmId()] = op
+		}
 		return
 	}
 	if r := w.running[op.GetVmId()]; r.GetId() == op.GetId() {
@@ -115,10 +119,11 @@ func (w *world) operation(op *bangerv1.Operation, now time.Time) (ended *bangerv
 		return nil // messages may come twice
 	}
 	w.keep(op)
+	who := subject(op)
 	switch {
 	case !client.Final(op):
 		if !known {
-			w.say(now, op.GetVmName(), plain, "%s begins", op.GetKind())
+			w.say(now, who, plain, "%s begins", op.GetKind())
 		}
 		return nil
 	case op.GetState() == "succeeded":
@@ -126,11 +131,11 @@ func (w *world) operation(op *bangerv1.Operation, now time.Time) (ended *bangerv
 		if len(op.GetNotices()) > 0 {
 			text += ": " + strings.Join(op.GetNotices(), "; ")
 		}
-		w.say(now, op.GetVmName(), good, "%s", text)
+		w.say(now, who, good, "%s", text)
 	case op.GetFault() != nil:
-		w.say(now, op.GetVmName(), bad, "%s %s: %s", op.GetKind(), op.GetState(), faultText(op.GetFault()))
+		w.say(now, who, bad, "%s %s: %s", op.GetKind(), op.GetState(), faultText(op.GetFault()))
 	default:
-		w.say(now, op.GetVmName(), warning, "%s %s", op.GetKind(), op.GetState())
+		w.say(now, who, warning, "%s %s", op.GetKind(), op.GetState())
 	}
 	w.forget()
 	return op
@@ -277,6 +282,19 @@ func (u *usage) sorted() []*bangerv1.Port {
 		return cmp.Or(cmp.Compare(a.GetProtocol(), b.GetProtocol()), cmp.Compare(a.GetPort(), b.GetPort()), cmp.Compare(a.GetAddress(), b.GetAddress()))
 	})
 	return out
+}
+
+// subject is the name of what an operation is about: a VM, or an image.
+func subject(op *bangerv1.Operation) string { return cmp.Or(op.GetVmName(), op.GetImage()) }
+
+// atWork is how many operations run.
+func (w *world) atWork() (n int) {
+	for _, op := range w.ops {
+		if !client.Final(op) {
+			n++
+		}
+	}
+	return n
 }
 
 // stageNow is the stage that runs, or nil.

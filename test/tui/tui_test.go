@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -15,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/test/fakeinstall"
@@ -397,7 +400,8 @@ func TestPorts(t *testing.T) {
 	x.press("end", "enter")
 	x.shows("Port 53 is UDP")
 	x.quits()
-	if _, err := http.Get(url); err == nil {
+	if resp, err := http.Get(url); err == nil {
+		_ = resp.Body.Close()
 		t.Error("the port is open although nobody looks any more")
 	}
 }
@@ -435,6 +439,100 @@ func TestDaemonGoesAndComesBack(t *testing.T) {
 	x.row(`^> otter +running +50%`)
 	x.lacks("no daemon")
 	h.states("otter=running")
+	x.quits()
+}
+
+// The picture in the documentation is a screen that there was, but for the name of what the machines are.
+func TestPicture(t *testing.T) {
+	t.Parallel()
+	h := newHome(t)
+	h.banger("vm", "create", "-q", "--name", "buildbox", "--memory", "4G")
+	h.banger("vm", "create", "-q", "--name", "calm-otter")
+	h.banger("vm", "create", "-q", "--name", "web-1", "--no-start")
+	if err := h.world.SetFaults("web-2 hold\n"); err != nil {
+		t.Fatal(err)
+	}
+	x := h.tui(80, 24)
+	x.row(`^  calm-otter +running +50%`)
+	x.press("n")
+	x.shows("[generated")
+	x.press("web-2", "enter")
+	x.row(`^> web-2 +starting the machine`)
+	x.row(`create +█+░+ \d/\d, `)
+	x.golden("picture-80x24")
+	const page, begin, end = "../../docs/tui.md", "<!-- picture -->\n```text\n", "```\n<!-- picture end -->"
+	b, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, ok1 := strings.Cut(string(b), begin)
+	have, after, ok2 := strings.Cut(rest, end)
+	if !ok1 || !ok2 {
+		t.Fatalf("%s has no place for the picture", page)
+	}
+	if *update {
+		drawn := strings.ReplaceAll(x.screen(), "fake tcg", "qemu kvm")
+		if err := os.WriteFile(page, []byte(before+begin+drawn+end+after), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	want, err := os.ReadFile("testdata/picture-80x24.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.ReplaceAll(scrub(have), "qemu kvm", "fake tcg"); got != string(want) {
+		t.Errorf("the picture in %s (-want +got):\n%s", page, cmp.Diff(string(want), got))
+	}
+}
+
+// Images come and go while one looks; VMs are made of the one under the cursor, and it is deleted after a question.
+func TestImages(t *testing.T) {
+	t.Parallel()
+	h := newHome(t)
+	h.banger("vm", "create", "-q", "--no-start", "--name", "otter")
+	x := h.tui(80, 24)
+	x.row(`^> otter +stopped`)
+	x.press("6", "tab")
+	x.row(`^> default +\S+ +default .* for 1 VM`)
+	tree := filepath.Join(h.work, "tree", "sbin")
+	if err := os.MkdirAll(tree, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(tree, "init"), []byte("#!/bin/sh\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	root := filepath.Join(h.work, "root.ext4")
+	mke2fs := exec.Command("mke2fs", "-q", "-t", "ext4", "-d", filepath.Dir(tree), root, "8M")
+	mke2fs.Env = append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	if out, err := mke2fs.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	h.banger("image", "register", "--name", "my-own", "--rootfs", root)
+	x.row(`^  my-own +8M .* for 0 VMs`)
+	x.golden("images-80x24")
+	x.press("down", "enter")
+	x.row(`Image +\[my-own +\]  2 of 2`)
+	x.press("cub", "enter")
+	x.row(`^> cub +running`)
+	if v := h.vms()["cub"]; v.GetImage() != "my-own" {
+		t.Errorf("made of %q", v.GetImage())
+	}
+	x.press("tab", "d")
+	x.shows("Delete the image my-own?")
+	x.press("y")
+	x.shows("the image is in use by cub")
+	h.banger("vm", "delete", "cub")
+	x.row(`my-own .* for 0 VMs`)
+	x.press("d")
+	x.shows("Delete the image my-own?")
+	x.press("y")
+	x.shows("my-own: deleted")
+	x.lacks("my-own  ")
+	if list := h.banger("image", "list"); strings.Contains(list, "my-own") {
+		t.Errorf("the daemon has it still:\n%s", list)
+	}
+	h.states("otter=stopped")
 	x.quits()
 }
 

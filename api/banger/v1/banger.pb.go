@@ -4281,6 +4281,7 @@ type WatchResponse struct {
 	//	*WatchResponse_Vm
 	//	*WatchResponse_VmDeleted
 	//	*WatchResponse_Operation
+	//	*WatchResponse_Images
 	Event         isWatchResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4359,6 +4360,15 @@ func (x *WatchResponse) GetOperation() *Operation {
 	return nil
 }
 
+func (x *WatchResponse) GetImages() *ImageList {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_Images); ok {
+			return x.Images
+		}
+	}
+	return nil
+}
+
 type isWatchResponse_Event interface {
 	isWatchResponse_Event()
 }
@@ -4379,6 +4389,10 @@ type WatchResponse_Operation struct {
 	Operation *Operation `protobuf:"bytes,4,opt,name=operation,proto3,oneof"`
 }
 
+type WatchResponse_Images struct {
+	Images *ImageList `protobuf:"bytes,5,opt,name=images,proto3,oneof"` // all, after one was made, changed or deleted
+}
+
 func (*WatchResponse_Snapshot) isWatchResponse_Event() {}
 
 func (*WatchResponse_Vm) isWatchResponse_Event() {}
@@ -4386,6 +4400,8 @@ func (*WatchResponse_Vm) isWatchResponse_Event() {}
 func (*WatchResponse_VmDeleted) isWatchResponse_Event() {}
 
 func (*WatchResponse_Operation) isWatchResponse_Event() {}
+
+func (*WatchResponse_Images) isWatchResponse_Event() {}
 
 type Snapshot struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -5596,6 +5612,50 @@ func (x *WatchUsageResponse) GetPorts() *VMPorts {
 	return nil
 }
 
+type ImageList struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []*Image               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageList) Reset() {
+	*x = ImageList{}
+	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageList) ProtoMessage() {}
+
+func (x *ImageList) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageList.ProtoReflect.Descriptor instead.
+func (*ImageList) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{91}
+}
+
+func (x *ImageList) GetImages() []*Image {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
 var File_banger_v1_banger_proto protoreflect.FileDescriptor
 
 const file_banger_v1_banger_proto_rawDesc = "" +
@@ -5962,13 +6022,14 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x05title\x18\x03 \x01(\tR\x05title\x12\x16\n" +
 	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x10\n" +
 	"\x03fix\x18\x05 \x01(\tR\x03fix\"\x0e\n" +
-	"\fWatchRequest\"\xc3\x01\n" +
+	"\fWatchRequest\"\xf3\x01\n" +
 	"\rWatchResponse\x121\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x13.banger.v1.SnapshotH\x00R\bsnapshot\x12\x1f\n" +
 	"\x02vm\x18\x02 \x01(\v2\r.banger.v1.VMH\x00R\x02vm\x12\x1f\n" +
 	"\n" +
 	"vm_deleted\x18\x03 \x01(\tH\x00R\tvmDeleted\x124\n" +
-	"\toperation\x18\x04 \x01(\v2\x14.banger.v1.OperationH\x00R\toperationB\a\n" +
+	"\toperation\x18\x04 \x01(\v2\x14.banger.v1.OperationH\x00R\toperation\x12.\n" +
+	"\x06images\x18\x05 \x01(\v2\x14.banger.v1.ImageListH\x00R\x06imagesB\a\n" +
 	"\x05event\"\x8b\x01\n" +
 	"\bSnapshot\x12\x1f\n" +
 	"\x03vms\x18\x01 \x03(\v2\r.banger.v1.VMR\x03vms\x124\n" +
@@ -6038,7 +6099,9 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x05ports\x18\x03 \x01(\bR\x05ports\"h\n" +
 	"\x12WatchUsageResponse\x12(\n" +
 	"\x05stats\x18\x01 \x01(\v2\x12.banger.v1.VMStatsR\x05stats\x12(\n" +
-	"\x05ports\x18\x02 \x01(\v2\x12.banger.v1.VMPortsR\x05ports2\x9b\t\n" +
+	"\x05ports\x18\x02 \x01(\v2\x12.banger.v1.VMPortsR\x05ports\"5\n" +
+	"\tImageList\x12(\n" +
+	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images2\x9b\t\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -6095,7 +6158,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 94)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 95)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -6188,41 +6251,42 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*PruneImagesResponse)(nil),      // 88: banger.v1.PruneImagesResponse
 	(*WatchUsageRequest)(nil),        // 89: banger.v1.WatchUsageRequest
 	(*WatchUsageResponse)(nil),       // 90: banger.v1.WatchUsageResponse
-	nil,                              // 91: banger.v1.VM.LabelsEntry
-	nil,                              // 92: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                              // 93: banger.v1.SetVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),    // 94: google.protobuf.Timestamp
+	(*ImageList)(nil),                // 91: banger.v1.ImageList
+	nil,                              // 92: banger.v1.VM.LabelsEntry
+	nil,                              // 93: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 94: banger.v1.SetVMRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),    // 95: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	91,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	94,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	94,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	94,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	92,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	95,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	95,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	95,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,   // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,   // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,   // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,   // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	94,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	94,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	95,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	95,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,   // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	94,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	94,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	95,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	95,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,   // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,   // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
 	5,   // 15: banger.v1.Operation.made:type_name -> banger.v1.Image
-	94,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	94,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	92,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	95,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	95,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	93,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,   // 19: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 20: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 21: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 22: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 23: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	93,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	94,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	6,   // 25: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22,  // 26: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,   // 27: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	94,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	95,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23,  // 29: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24,  // 30: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,   // 31: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -6245,102 +6309,104 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,   // 48: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	6,   // 49: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	6,   // 50: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	94,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	95,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
 	64,  // 52: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
 	67,  // 53: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
 	1,   // 54: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
 	6,   // 55: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
-	1,   // 56: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
-	6,   // 57: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
-	5,   // 58: banger.v1.Snapshot.images:type_name -> banger.v1.Image
-	68,  // 59: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	68,  // 60: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	5,   // 61: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
-	6,   // 62: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
-	5,   // 63: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
-	5,   // 64: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
-	6,   // 65: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
-	6,   // 66: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
-	5,   // 67: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
-	22,  // 68: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
-	29,  // 69: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
-	8,   // 70: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10,  // 71: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12,  // 72: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14,  // 73: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16,  // 74: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18,  // 75: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33,  // 76: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35,  // 77: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37,  // 78: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39,  // 79: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42,  // 80: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20,  // 81: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27,  // 82: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31,  // 83: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44,  // 84: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46,  // 85: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	89,  // 86: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
-	48,  // 87: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	75,  // 88: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
-	77,  // 89: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
-	79,  // 90: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
-	81,  // 91: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
-	83,  // 92: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
-	85,  // 93: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
-	87,  // 94: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
-	50,  // 95: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52,  // 96: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54,  // 97: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56,  // 98: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58,  // 99: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60,  // 100: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62,  // 101: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65,  // 102: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	69,  // 103: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	71,  // 104: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	73,  // 105: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	9,   // 106: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11,  // 107: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13,  // 108: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15,  // 109: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17,  // 110: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19,  // 111: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34,  // 112: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36,  // 113: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38,  // 114: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40,  // 115: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43,  // 116: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21,  // 117: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28,  // 118: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32,  // 119: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45,  // 120: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47,  // 121: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	90,  // 122: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
-	49,  // 123: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	76,  // 124: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
-	78,  // 125: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
-	80,  // 126: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
-	82,  // 127: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
-	84,  // 128: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
-	86,  // 129: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
-	88,  // 130: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
-	51,  // 131: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53,  // 132: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55,  // 133: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57,  // 134: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59,  // 135: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61,  // 136: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63,  // 137: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66,  // 138: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	70,  // 139: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	72,  // 140: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	74,  // 141: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	106, // [106:142] is the sub-list for method output_type
-	70,  // [70:106] is the sub-list for method input_type
-	70,  // [70:70] is the sub-list for extension type_name
-	70,  // [70:70] is the sub-list for extension extendee
-	0,   // [0:70] is the sub-list for field type_name
+	91,  // 56: banger.v1.WatchResponse.images:type_name -> banger.v1.ImageList
+	1,   // 57: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
+	6,   // 58: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
+	5,   // 59: banger.v1.Snapshot.images:type_name -> banger.v1.Image
+	68,  // 60: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	68,  // 61: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	5,   // 62: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
+	6,   // 63: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 64: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
+	5,   // 65: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
+	6,   // 66: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
+	6,   // 67: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 68: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
+	22,  // 69: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
+	29,  // 70: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
+	5,   // 71: banger.v1.ImageList.images:type_name -> banger.v1.Image
+	8,   // 72: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10,  // 73: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12,  // 74: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14,  // 75: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16,  // 76: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18,  // 77: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33,  // 78: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35,  // 79: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37,  // 80: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39,  // 81: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42,  // 82: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20,  // 83: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27,  // 84: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31,  // 85: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44,  // 86: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46,  // 87: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	89,  // 88: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
+	48,  // 89: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	75,  // 90: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
+	77,  // 91: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
+	79,  // 92: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
+	81,  // 93: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
+	83,  // 94: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
+	85,  // 95: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
+	87,  // 96: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
+	50,  // 97: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52,  // 98: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54,  // 99: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56,  // 100: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58,  // 101: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60,  // 102: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62,  // 103: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65,  // 104: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	69,  // 105: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	71,  // 106: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	73,  // 107: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	9,   // 108: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11,  // 109: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13,  // 110: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15,  // 111: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17,  // 112: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19,  // 113: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34,  // 114: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36,  // 115: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38,  // 116: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40,  // 117: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43,  // 118: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21,  // 119: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28,  // 120: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32,  // 121: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45,  // 122: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47,  // 123: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	90,  // 124: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
+	49,  // 125: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	76,  // 126: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
+	78,  // 127: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
+	80,  // 128: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
+	82,  // 129: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
+	84,  // 130: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
+	86,  // 131: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
+	88,  // 132: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
+	51,  // 133: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53,  // 134: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55,  // 135: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57,  // 136: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59,  // 137: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61,  // 138: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63,  // 139: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66,  // 140: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	70,  // 141: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	72,  // 142: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	74,  // 143: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	108, // [108:144] is the sub-list for method output_type
+	72,  // [72:108] is the sub-list for method input_type
+	72,  // [72:72] is the sub-list for extension type_name
+	72,  // [72:72] is the sub-list for extension extendee
+	0,   // [0:72] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -6356,6 +6422,7 @@ func file_banger_v1_banger_proto_init() {
 		(*WatchResponse_Vm)(nil),
 		(*WatchResponse_VmDeleted)(nil),
 		(*WatchResponse_Operation)(nil),
+		(*WatchResponse_Images)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -6363,7 +6430,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   94,
+			NumMessages:   95,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
