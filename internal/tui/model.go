@@ -178,7 +178,11 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 		m.usageFor, m.logFor = "", ""
 		m.f.watchUsage(nil)
 		m.f.readLog("")
-		m.world.say(m.now(), "", bad, "the daemon is gone: %v", msg.err)
+		what := "the daemon is gone"
+		if msg.over {
+			what = "the daemon cannot be followed"
+		}
+		m.world.say(m.now(), "", bad, "%s: %s", what, errorText(msg.err))
 	case usageMsg:
 		if msg.number == m.f.usage.number {
 			clean(msg.look)
@@ -236,8 +240,7 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 	case openedMsg:
 		m.openedAnswer(msg)
 	case forwardFailedMsg:
-		m.world.say(m.now(), msg.vm, bad, "port %d: %s", msg.port, errorText(msg.err))
-		m.complain(msg.err)
+		m.complain(fmt.Errorf("port %d of %s: %w", msg.port, msg.vm, msg.err))
 	}
 	return nil
 }
@@ -382,7 +385,11 @@ func (m *model) tell(s style, format string, args ...any) {
 	m.say, m.saying = client.Visible(fmt.Sprintf(format, args...)), s
 }
 
-func (m *model) complain(err error) { m.tell(bad, "%s", errorText(err)) }
+// complain says what went wrong; all of it is in the events, where there is room.
+func (m *model) complain(err error) {
+	m.tell(bad, "%s", errorText(err))
+	m.world.say(m.now(), "", bad, "%s", errorText(err))
+}
 
 // errorText is an error with its hint, on one line.
 func errorText(err error) string {

@@ -256,7 +256,11 @@ func (m *model) eventLines(w int) (c content) {
 		if who == "" {
 			who = "banger"
 		}
-		c.lines = append(c.lines, fit(" "+e.at.Local().Format("15:04:05")+" "+fit(who, 18)+" "+m.paint(e.style, e.text), w))
+		head := " " + e.at.Local().Format("15:04:05") + " " + fit(who, 18) + " "
+		for _, l := range wrap(e.text, max(w-len(head), 10)) {
+			c.lines = append(c.lines, head+m.paint(e.style, l))
+			head = strings.Repeat(" ", 29)
+		}
 	}
 	return c
 }

@@ -126,6 +126,8 @@ func (m *model) wordsLine() (line string, at int) {
 	case m.mode == modeFilter:
 		text, at := m.words.view(m.w - 30)
 		return " " + m.paint(strong, "filter: ") + text + m.paint(faint, "  Enter keeps it, Esc takes it away"), at + 9
+	case m.over:
+		return m.paint(bad, fit(" D tries again: "+errorText(m.gone), m.w)), 0
 	case m.gone != nil:
 		return m.paint(bad, fit(" The daemon is gone; VMs run on. It is noticed when it is back; D starts it.", m.w)), 0
 	case m.say != "":

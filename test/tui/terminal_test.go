@@ -356,14 +356,26 @@ func (x *terminal) resize(w, h int) {
 func (x *terminal) quits() {
 	x.t.Helper()
 	x.press("q")
+	x.ends(0)
+	x.restored()
+}
+
+// ends waits until the program has ended, with that exit code.
+func (x *terminal) ends(code int) {
+	x.t.Helper()
 	select {
-	case err := <-x.ended:
-		if err != nil {
-			x.t.Errorf("it ended with %v", err)
+	case <-x.ended:
+		if got := x.cmd.ProcessState.ExitCode(); got != code {
+			x.t.Errorf("it ended with %d", got)
 		}
 	case <-time.After(patience):
-		x.t.Fatalf("q does not end it; the screen:\n%s", x.screen())
+		x.t.Fatalf("it does not end; the screen:\n%s", x.screen())
 	}
+}
+
+// restored checks that the terminal is as it was before.
+func (x *terminal) restored() {
+	x.t.Helper()
 	x.until("the other screen", func(string) bool {
 		x.mu.Lock()
 		defer x.mu.Unlock()
@@ -376,7 +388,8 @@ var scrubs = []struct {
 	with string
 }{
 	{regexp.MustCompile(`\b[0-9a-f]{32}\b`), "<id>"},
-	{regexp.MustCompile(`/tmp/tui\d{5}x\d{3}`), "<work>"},
+	{regexp.MustCompile(`/tmp/[^ \n]+`), "<path>"},
+	{regexp.MustCompile(`API revision \d+`), "API revision <n>"},
 	{regexp.MustCompile(`process \d+`), "process <pid>"},
 	{regexp.MustCompile(`(on the host) .*`), "$1 <sizes>"}, // what a filesystem makes of it
 	{regexp.MustCompile(`127\.0\.0\.1:\d+`), "127.0.0.1:<port>"},

@@ -536,6 +536,54 @@ func TestImages(t *testing.T) {
 	x.quits()
 }
 
+// Signals end it in order, and so does a terminal that is closed.
+func TestEnds(t *testing.T) {
+	t.Parallel()
+	h := newHome(t)
+	h.banger("vm", "create", "-q", "--no-start", "--name", "otter")
+	x := h.tui(80, 24)
+	x.row(`^> otter`)
+	if err := x.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	x.ends(0)
+	x.restored()
+	x = h.tui(80, 24)
+	x.row(`^> otter`)
+	x.press("d") // no key of a question's but its own
+	x.shows("Delete otter")
+	x.press("ctrl+c")
+	x.lacks("Delete otter")
+	x.press("ctrl+c")
+	x.ends(0)
+	x.restored()
+	x = h.tui(80, 24)
+	x.row(`^> otter`)
+	if err := x.pty.Close(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-x.ended:
+	case <-time.After(patience):
+		t.Error("it goes on without a terminal")
+	}
+	h.states("otter=stopped")
+}
+
+// A daemon that does not speak with this program: said, with what to type.
+func TestSkew(t *testing.T) {
+	t.Parallel()
+	h := newHome(t)
+	x := h.tui(80, 24, "BANGER_TEST_API_REVISION=99")
+	x.shows("no daemon", "D tries again")
+	x.golden("skew-80x24")
+	x.press("D")
+	x.press("4")
+	x.row(`upgrade`) // all of it
+	x.golden("skew-events-80x24")
+	x.quits()
+}
+
 // Without colours everything is told by words and marks.
 func TestNoColor(t *testing.T) {
 	t.Parallel()
@@ -690,7 +738,7 @@ func TestManyVMs(t *testing.T) {
 	x.row(`^> vm-000 +stopped`)
 	start := x.written()
 	each(func(name string) error {
-		_, err := h.c.VMs.CreateVM(ctx, &bangerv1.CreateVMRequest{Name: name, NoStart: true})
+		_, err := h.c.VMs.CreateVM(ctx, &bangerv1.CreateVMRequest{Name: name, NoStart: true, DiskBytes: 512 << 20, SystemBytes: 512 << 20})
 		return err
 	})
 	x.shows("200 VMs, 0 running")
