@@ -96,6 +96,9 @@ func (m *model) detailLines(w int) []string {
 			way = "NAT"
 		}
 		text := v.GetNetwork() + ", " + way + ", " + v.GetAddress()
+		if v.GetNetworkGroup() != "" {
+			text += ", group " + v.GetNetworkGroup()
+		}
 		if a := d.GetHostAddresses(); len(a) > 0 {
 			text += ", from the host " + strings.Join(a, " ")
 		}
