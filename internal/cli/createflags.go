@@ -15,6 +15,7 @@ type createFlags struct {
 	disk, system *size
 	labelled     labels
 	nat          tristate
+	group        groupFlag
 }
 
 // addCreateFlags declares them on cmd, with the real defaults in their help.
@@ -37,6 +38,7 @@ func addCreateFlags(cmd *cobra.Command) *createFlags {
 	f.Var(c.system, "system-size", "system disk: everything written elsewhere"+d.system)
 	f.Var(c.labelled, "label", "label, can be repeated")
 	c.nat.add(f, "nat", "let it reach what the host reaches"+d.nat, "keep it from everything outside of the host")
+	c.group.add(f, "let it talk to the VMs of this group"+d.group, "let it talk to no other VM")
 	return c
 }
 
@@ -47,6 +49,6 @@ func (c *createFlags) request(cmd *cobra.Command) (*bangerv1.CreateVMRequest, er
 	}
 	return &bangerv1.CreateVMRequest{
 		Name: c.name, Image: c.image, Vcpu: c.vcpu.value, MemoryMib: c.memory.value,
-		DiskBytes: c.disk.value, SystemBytes: c.system.value, Labels: c.labelled, Nat: c.nat.value,
+		DiskBytes: c.disk.value, SystemBytes: c.system.value, Labels: c.labelled, Nat: c.nat.value, NetworkGroup: c.group.value,
 	}, nil
 }

@@ -237,6 +237,7 @@ func (a *app) printVM(v *bangerv1.VM) error {
 		add("network", v.GetNetwork()+", "+way)
 		add("address", v.GetAddress())
 	}
+	add("network group", v.GetNetworkGroup())
 	add("from the host", strings.Join(v.GetHostAddresses(), " "))
 	add("confinement", confinementText(v.GetConfinement()))
 	add("agent", v.GetAgent())

@@ -93,7 +93,7 @@ func (s *Service) checkLingering(context.Context) []doctor.Finding {
 }
 
 func (s *Service) checkNames(ctx context.Context) []doctor.Finding {
-	return []doctor.Finding{s.checkDNS(ctx)}
+	return append([]doctor.Finding{s.checkDNS(ctx)}, s.links.check()...)
 }
 
 // agentTime bounds the question to one guest; guestsAtOnce how many are asked beside each other.

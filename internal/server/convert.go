@@ -36,7 +36,7 @@ func vmMessage(v vm.VM) *bangerv1.VM {
 		DiskBytes: v.Spec.DiskSize, SystemBytes: v.Spec.SystemSize, Labels: v.Spec.Labels,
 		CreatedAt: stamp(v.CreatedAt), StartedAt: stampPtr(v.StartedAt), StoppedAt: stampPtr(v.StoppedAt),
 		Vmm: v.VMM, Accel: v.Accel, Pid: int32(v.PID), Note: v.Note, Autostart: v.Spec.Autostart,
-		Nat: v.Spec.NAT,
+		Nat: v.Spec.NAT, NetworkGroup: v.Spec.NetworkGroup,
 	}
 	if i := v.Interface; i != nil {
 		m.Network, m.Address = i.Kind, i.IPv4.Addr().String()
@@ -128,6 +128,8 @@ func eventMessage(e sandbox.Event, byDefault string) *bangerv1.WatchResponse {
 		}}}
 	case e.VM != nil:
 		return &bangerv1.WatchResponse{Event: &bangerv1.WatchResponse_Vm{Vm: vmMessage(*e.VM)}}
+	case e.Images != nil:
+		return &bangerv1.WatchResponse{Event: &bangerv1.WatchResponse_Images{Images: &bangerv1.ImageList{Images: imageMessages(*e.Images, byDefault)}}}
 	case e.Operation != nil:
 		return &bangerv1.WatchResponse{Event: &bangerv1.WatchResponse_Operation{Operation: operationMessage(*e.Operation)}}
 	}

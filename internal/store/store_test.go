@@ -224,6 +224,33 @@ func TestMigrationKeepsABackup(t *testing.T) {
 	}
 }
 
+// TestVMsFromBeforeNetworks: one that is up gets the record of a network that has nothing to take away, and what
+// others have stays.
+func TestVMsFromBeforeNetworks(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	s := open(t, path)
+	up, down, new := admit(t, s, "up"), admit(t, s, "down"), admit(t, s, "new")
+	for v, steps := range map[*vm.VM][]lifecycle.StepRecord{
+		&up:   {{Step: "image", State: lifecycle.Ready}, {Step: "guest config", State: lifecycle.Ready}, {Step: "vmm", State: lifecycle.Ready}},
+		&down: {{Step: "image", State: lifecycle.Ready}},
+		&new:  {{Step: "network", State: lifecycle.Cleaning}, {Step: "guest config", State: lifecycle.Cleaning}},
+	} {
+		if err := s.Save(t.Context(), *v, steps...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.db.Exec("PRAGMA user_version = 1"); err != nil {
+		t.Fatal(err)
+	}
+	_ = s.Close()
+	s = open(t, path)
+	for v, want := range map[*vm.VM]lifecycle.StepState{&up: lifecycle.Ready, &down: "", &new: lifecycle.Cleaning} {
+		if steps, err := s.Steps(t.Context(), v.ID); err != nil || steps["network"] != want {
+			t.Errorf("%s: %v, %v; want the network %q", v.Name, steps, err, want)
+		}
+	}
+}
+
 func TestAFailedMigrationChangesNothing(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "db")
 	_ = open(t, path).Close()
@@ -256,6 +283,11 @@ func TestWatchersSeeCommitsInOrder(t *testing.T) {
 	var mu sync.Mutex
 	var seen []string
 	s.Subscribe(func(v vm.VM) { mu.Lock(); seen = append(seen, v.Note); mu.Unlock() }, func(vm.ID) { mu.Lock(); seen = append(seen, "deleted"); mu.Unlock() })
+	images := 0
+	s.SubscribeImages(func() { images++ })
+	if err := errors.Join(s.PutImage(t.Context(), image.Image{ID: "1", Name: "a"}), s.DeleteImage(t.Context(), "a")); err != nil || images != 2 {
+		t.Errorf("%v; %d changes of images were told, want 2", err, images)
+	}
 	v := admit(t, s, "calm-otter")
 	var wg sync.WaitGroup
 	for i := range 20 {
