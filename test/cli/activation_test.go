@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -75,7 +76,7 @@ func TestSocketActivation(t *testing.T) {
 	start := func() *exec.Cmd {
 		t.Helper()
 		cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec "$BANGERD"`)
-		cmd.Env = append(env, "LISTEN_FDS=2", "NOTIFY_SOCKET="+told.LocalAddr().String())
+		cmd.Env = slices.Concat(env, []string{"LISTEN_FDS=2", "NOTIFY_SOCKET=" + told.LocalAddr().String()})
 		cmd.ExtraFiles = passed
 		cmd.Stderr = os.Stderr
 		if err := cmd.Start(); err != nil {
@@ -105,7 +106,7 @@ func TestSocketActivation(t *testing.T) {
 	}
 	// Sockets that are not those of this installation.
 	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec "$BANGERD"`)
-	cmd.Env = append(env, "LISTEN_FDS=1")
+	cmd.Env = slices.Concat(env, []string{"LISTEN_FDS=1"})
 	cmd.ExtraFiles = passed[1:]
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "banger daemon install") {
 		t.Errorf("one socket only: %v\n%s", err, out)
