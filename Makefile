@@ -127,6 +127,10 @@ bench: build runtime ## measure what a VM costs its host (docs/benchmarks.md); B
 	$(GO_BUILD) -o dist/bench ./tools/bench
 	@dist/bench $(ARGS)
 
+.PHONY: bench-create
+bench-create: build runtime ## time vm create, and until SSH gets in; ARGS='--runs 3 --image docker-dev'
+	@exec scripts/bench-create.sh $(ARGS)
+
 .PHONY: bench-floor
 bench-floor: build runtime lab ## hold a create on Firecracker against Firecracker alone, in the lab; BENCH_QUICK=1: fewer samples
 	@$(MKRUNTIME) -to dist/lab/stock stock
