@@ -83,17 +83,29 @@ install: build ## into $(PREFIX)/bin, the runtime bundle into $(PREFIX)/lib/bang
 	@mkdir -p '$(PREFIX)/bin'
 	@for p in banger bangerd banger-helper; do install -m 755 $$p '$(PREFIX)/bin/.new.'$$p; mv '$(PREFIX)/bin/.new.'$$p '$(PREFIX)/bin/'$$p; done
 	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' install
+	@$(MAKE) --no-print-directory shell-files SHARE='$(PREFIX)/share'
 	@echo "installed in $(PREFIX)/bin"
 
 uninstall: dist/mkruntime ## remove what install put there; settings, VMs and the key to them stay
 	@if [ -x '$(PREFIX)/bin/banger' ]; then '$(PREFIX)/bin/banger' daemon stop || true; fi
 	@rm -f '$(PREFIX)/bin/banger' '$(PREFIX)/bin/bangerd' '$(PREFIX)/bin/banger-helper'
 	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' uninstall
+	@rm -f '$(PREFIX)/share/bash-completion/completions/banger' '$(PREFIX)/share/zsh/site-functions/_banger' '$(PREFIX)/share/fish/vendor_completions.d/banger.fish' '$(PREFIX)'/share/man/man1/banger*.1
 	@echo "removed from $(PREFIX)"
 
 .PHONY: deb
 deb: build ## Debian packages of the programs and of ./runtime, in dist
 	@scripts/deb.sh '$(VERSION)'
+
+# Of the program that was built: packages run it, too, with SHARE below their own root.
+SHARE ?= dist/share
+.PHONY: shell-files
+shell-files: ## manual pages and what shells complete with, into SHARE (dist/share)
+	@mkdir -p '$(SHARE)/bash-completion/completions' '$(SHARE)/zsh/site-functions' '$(SHARE)/fish/vendor_completions.d'
+	@./banger completion bash >'$(SHARE)/bash-completion/completions/banger'
+	@./banger completion zsh >'$(SHARE)/zsh/site-functions/_banger'
+	@./banger completion fish >'$(SHARE)/fish/vendor_completions.d/banger.fish'
+	@./banger internal man '$(SHARE)/man/man1'
 
 # ---- sandbox, tests, benchmarks
 
@@ -128,8 +140,8 @@ bench: build runtime ## measure what a VM costs its host (docs/benchmarks.md); B
 	@dist/bench $(ARGS)
 
 .PHONY: bench-create
-bench-create: build runtime ## time vm create, and until SSH gets in; ARGS='--runs 3 --image docker-dev'
-	@exec scripts/bench-create.sh $(ARGS)
+bench-create: build runtime ## time a create and the first SSH on this host, as JSON; ARGS="--runs 3 --image docker-dev"
+	@exec ./banger bench create $(ARGS)
 
 .PHONY: bench-floor
 bench-floor: build runtime lab ## hold a create on Firecracker against Firecracker alone, in the lab; BENCH_QUICK=1: fewer samples

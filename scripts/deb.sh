@@ -3,7 +3,7 @@
 #
 #   scripts/deb.sh <version>
 #
-# banger holds the programs, and completions and manuals where the checkout has them; banger-runtime the bundle in ./runtime,
+# banger holds the programs, completions and manuals; banger-runtime the bundle in ./runtime,
 # for all users of a machine and without a key. The same content makes the same packages, bit by bit: times are those of
 # SOURCE_DATE_EPOCH, else of the commit.
 set -euo pipefail
@@ -80,21 +80,12 @@ build() {
 root=$stage/banger
 # The root helper is beside them: `banger system install` takes it from there, and makes its units.
 install -D -m 755 -t "$root/usr/bin" banger bangerd banger-helper
-complete() { # <shell> <file>: where this banger knows how to
-    mkdir -p "$(dirname "$root/$2")"
-    ./banger completion "$1" >"$root/$2"
-    chmod 644 "$root/$2"
-}
-if ./banger completion bash >/dev/null 2>&1; then
-    complete bash usr/share/bash-completion/completions/banger
-    complete zsh usr/share/zsh/vendor-completions/_banger
-    complete fish usr/share/fish/vendor_completions.d/banger.fish
-fi
-for page in dist/man/*.1; do
-    [ -e "$page" ] || continue
-    mkdir -p "$root/usr/share/man/man1"
-    gzip -9n <"$page" >"$root/usr/share/man/man1/${page##*/}.gz"
-done
+make --no-print-directory shell-files SHARE="$stage/share"
+mkdir -p "$root/usr/share/zsh"
+mv "$stage/share/zsh/site-functions" "$root/usr/share/zsh/vendor-completions" # where Debian's zsh looks
+mv "$stage/share/bash-completion" "$stage/share/fish" "$stage/share/man" "$root/usr/share"
+gzip -9n "$root/usr/share/man/man1"/*
+rm -r "$stage/share"
 docs banger
 control banger "e2fsprogs, openssh-client" "banger-runtime, qemu-system-x86" \
     "development sandboxes, each a virtual machine
