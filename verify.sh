@@ -61,7 +61,7 @@ check "a VM is made" "$banger" vm create --name "$vm" "${image[@]}" --no-nat
 check "it is listed" sh -c "'$banger' vm list | grep -q '$vm'"
 check "a command runs in it, by SSH" "$banger" vm ssh "$vm" -- true
 check "and by its agent" inside 'test "$(id -u)" = 0 && echo kept >/root/verify'
-check "its ports are seen" sh -c "'$banger' vm ports '$vm' | grep -q ':22'"
+check "its ports are seen" sh -c "'$banger' vm ports '$vm' | grep -q '22/tcp'"
 if [ -n "$void" ]; then
     check "its init is runit" inside 'test "$(cat /proc/1/comm)" = runit'
     check "sshd is a service" inside 'sv status sshd || sv status /etc/service/sshd'
