@@ -7,11 +7,14 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/helper"
 	"git.thaloco.com/thaloco/banger/internal/hostnet"
 	"git.thaloco.com/thaloco/banger/internal/network"
 	"git.thaloco.com/thaloco/banger/internal/network/bridge"
 	"git.thaloco.com/thaloco/banger/internal/network/usernet"
 	"git.thaloco.com/thaloco/banger/internal/sandbox"
+	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -21,12 +24,11 @@ const lookTime = 10 * time.Second
 // networks makes the networks that VMs may be on, by the setting network, by what the VMM can do and by who runs the daemon. The
 // first is for VMs that start; VMs that were started on another are taken off it.
 //
-// Of itself root gets the bridge, unless something on the host is in its way: then the user network, as everybody else, with a
-// notice. A bridge that was asked for by name is not replaced by anything: VMs do not start, and say why.
-func networks(p config.Paths, c config.Config, d vmm.Driver, uid int) func(sandbox.NetworkHost) []sandbox.Network {
+// Of themselves root and who may use the root helper get the bridge, unless something on the host is in its way: then the user
+// network, as everybody else, with a notice. A bridge that was asked for by name is not replaced by anything: VMs do not start,
+// and say why.
+func networks(p config.Paths, c config.Config, d vmm.Driver, uid int, root rootHelper) func(sandbox.NetworkHost) []sandbox.Network {
 	return func(h sandbox.NetworkHost) []sandbox.Network {
-		sockets := d.Features().NICSockets
-		const toQEMU = "set vmm = \"qemu\" in config.toml, then banger daemon stop"
 		if c.Network == config.NetworkNone {
 			return nil
 		}
@@ -38,41 +40,45 @@ func networks(p config.Paths, c config.Config, d vmm.Driver, uid int) func(sandb
 		default:
 			plan.IPv6 = netip.MustParsePrefix(c.IPv6CIDR) // as the setting was checked to be
 		}
-		user := usernet.NewAttacher(usernet.Options{
+		all := []sandbox.Network{usernet.NewAttacher(usernet.Options{
 			Dir: p.Networks(), Plan: plan, Ports: c.PublishedPorts, RunDir: h.RunDir, Confine: h.Confine,
-		})
+			Tunnel: d.Features().NICVsock, Key: func(v vm.VM) []byte { return boot.TunnelKey(v.Secrets.Agent) }, Log: h.Log,
+		})}
 		auto := c.Network == config.NetworkAuto
 		switch {
-		case c.Network == config.NetworkBridge && uid != 0:
-			h.Notice("none: the daemon is not root, and a bridge takes root", "set network = \"user\" in config.toml, which takes no privilege, then banger daemon stop")
+		case c.Network == config.NetworkBridge && uid != 0 && !root.installed():
+			h.Notice("none: a bridge takes root, or its helper", fault.HintOf(root.err))
 			return nil
-		case c.Network == config.NetworkBridge, auto && uid == 0:
-			b, err := openBridge(plan, c, h, uid, auto)
+		case c.Network == config.NetworkBridge, auto && (uid == 0 || root.usable()):
+			b, err := openBridge(plan, c, h, uid, root, auto)
 			switch {
 			case err == nil:
-				return []sandbox.Network{b, user}
+				all = append([]sandbox.Network{b}, all...)
 			case !auto: // no netlink at all
 				h.Notice("none: "+err.Error(), fault.HintOf(err))
 				return nil
-			case !sockets:
-				h.Notice("none: "+d.Name()+" has no user network, and the bridge network cannot be used: "+err.Error(), fault.HintOf(err))
-				return nil
+			default:
+				h.Notice("the user network, since the bridge network cannot be used: "+err.Error(), fault.HintOf(err))
 			}
-			h.Notice("the user network, since the bridge network cannot be used: "+err.Error(), fault.HintOf(err))
-		case !sockets && uid == 0:
-			h.Notice("none: "+d.Name()+" has no user network", "set network = \"bridge\" in config.toml, then banger daemon stop")
-			return nil
-		case !sockets:
-			h.Notice("none: "+d.Name()+" attaches a network only with root's help; vm ssh works without one", toQEMU)
-			return nil
 		}
-		return []sandbox.Network{user}
+		if uid != 0 {
+			all[0] = advised{all[0], root}
+		}
+		return all
 	}
 }
 
+// bridgeHost is the host of the bridge network: in this process where it is root, else behind the root helper.
+func bridgeHost(plan network.Plan, name string, uid int, root rootHelper) (bridge.Host, error) {
+	if uid != 0 {
+		return helper.NewClient(root.socket, plan, name), nil
+	}
+	return hostnet.Open(hostnet.Settings{Plan: plan, Bridge: name, Owner: uid})
+}
+
 // openBridge makes the bridge network; with check, only if the host can have it now.
-func openBridge(plan network.Plan, c config.Config, h sandbox.NetworkHost, uid int, check bool) (*bridge.Network, error) {
-	host, err := hostnet.Open(hostnet.Settings{Plan: plan, Bridge: c.BridgeName, Owner: uid})
+func openBridge(plan network.Plan, c config.Config, h sandbox.NetworkHost, uid int, root rootHelper, check bool) (*bridge.Network, error) {
+	host, err := bridgeHost(plan, c.BridgeName, uid, root)
 	if err != nil {
 		return nil, err
 	}

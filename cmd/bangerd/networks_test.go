@@ -19,6 +19,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
+	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 	"git.thaloco.com/thaloco/banger/internal/network/usernet"
 	"git.thaloco.com/thaloco/banger/internal/operation"
@@ -87,7 +88,7 @@ func (in *installation) ctx() context.Context {
 func (in *installation) open() {
 	in.t.Helper()
 	d := in.driver()
-	s, err := sandbox.Open(in.ctx(), sandbox.Options{Driver: d, Networks: networks(in.paths, in.cfg, d, os.Geteuid()),
+	s, err := sandbox.Open(in.ctx(), sandbox.Options{Driver: d, Networks: networks(in.paths, in.cfg, d, os.Geteuid(), rootHelper{}),
 		Config: in.cfg, Paths: in.paths, Host: vm.Host{CPUs: 4, MemoryMiB: 8192}, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		in.t.Fatal(err)
@@ -458,15 +459,6 @@ func devices(t *testing.T) (names []string) {
 	return names
 }
 
-// socketless is a VMM that knows TAPs alone, as Firecracker.
-type socketless struct{ vmm.Driver }
-
-func (s socketless) Features() vmm.Features {
-	f := s.Driver.Features()
-	f.NICSockets = false
-	return f
-}
-
 // TestChoiceOfNetwork is what is chosen where, and what is said if it is not the best.
 func TestChoiceOfNetwork(t *testing.T) {
 	if !networktest.Inside(t) {
@@ -477,27 +469,23 @@ func TestChoiceOfNetwork(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	qemu := fakevmm.New(world, fakeguest.Agent(nil))
+	driver := fakevmm.New(world, fakeguest.Agent(nil))
+	none := rootHelper{err: fault.New(fault.Unavailable, "root helper", "it is not installed").WithHint("sudo banger system install")}
 	free, taken := netip.MustParsePrefix("172.16.88.0/24"), netip.MustParsePrefix("10.99.0.0/24") // the uplink's
 	for _, c := range []struct {
 		name, setting string
 		uid           int
 		cidr          netip.Prefix
-		driver        vmm.Driver
 		want          string // kinds
 		why, fix      string
 	}{
-		{"root", config.NetworkAuto, 0, free, qemu, "bridge user", "", ""},
-		{"root with Firecracker", config.NetworkAuto, 0, free, socketless{qemu}, "bridge user", "", ""},
-		{"root on a range that is taken", config.NetworkAuto, 0, taken, qemu, "user", "since the bridge network cannot be used", "cidr = "},
-		{"the same with Firecracker", config.NetworkAuto, 0, taken, socketless{qemu}, "", "none: fake has no user network, and the bridge network cannot be used", "cidr = "},
-		{"a bridge whatever", config.NetworkBridge, 0, taken, qemu, "bridge user", "", ""},
-		{"root wants the user network", config.NetworkUser, 0, free, qemu, "user", "", ""},
-		{"root wants it with Firecracker", config.NetworkUser, 0, free, socketless{qemu}, "", "none: fake has no user network", `network = "bridge"`},
-		{"a user", config.NetworkAuto, 1000, free, qemu, "user", "", ""},
-		{"a user with Firecracker", config.NetworkAuto, 1000, free, socketless{qemu}, "", "only with root's help", `vmm = "qemu"`},
-		{"a user who wants a bridge", config.NetworkBridge, 1000, free, qemu, "", "takes root", `network = "user"`},
-		{"none", config.NetworkNone, 0, free, qemu, "", "", ""},
+		{"root", config.NetworkAuto, 0, free, "bridge user", "", ""},
+		{"root on a range that is taken", config.NetworkAuto, 0, taken, "user", "since the bridge network cannot be used", "cidr = "},
+		{"a bridge whatever", config.NetworkBridge, 0, taken, "bridge user", "", ""},
+		{"root wants the user network", config.NetworkUser, 0, free, "user", "", ""},
+		{"a user", config.NetworkAuto, 1000, free, "user", "", ""},
+		{"a user who wants a bridge", config.NetworkBridge, 1000, free, "", "takes root", "system install"},
+		{"none", config.NetworkNone, 0, free, "", "", ""},
 	} {
 		cfg := config.Defaults(vm.Host{CPUs: 1, MemoryMiB: 1024})
 		cfg.Network, cfg.CIDR = c.setting, c.cidr
@@ -505,7 +493,7 @@ func TestChoiceOfNetwork(t *testing.T) {
 		host := sandbox.NetworkHost{Installation: "a1b2c3d4e5f6", RunDir: func(vm.ID) string { return t.TempDir() }, FreeSlots: func(int) []int { return nil },
 			Log: slog.New(slog.DiscardHandler), Notice: func(w, f string) { why, fix = w, f }, LinkUp: func(sandbox.Link) {}, LinkDown: func() {}}
 		var kinds []string
-		for _, n := range networks(config.Paths{}, cfg, c.driver, c.uid)(host) {
+		for _, n := range networks(config.Paths{}, cfg, driver, c.uid, none)(host) {
 			kinds = append(kinds, n.Kind())
 			if err := n.Close(t.Context()); err != nil {
 				t.Error(err)

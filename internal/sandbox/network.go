@@ -215,6 +215,9 @@ func (c *networkCapability) GuestConfig(v *vm.VM, config *boot.Config) error {
 		n.Addresses = append(n.Addresses, i.IPv6)
 		n.Routes = append(n.Routes, boot.Route{To: netip.PrefixFrom(netip.IPv6Unspecified(), 0), Via: i.Gateway6})
 	}
+	if i.Tunnel {
+		n.Tunnel = vmm.NICPort
+	}
 	config.Network = n
 	return nil
 }

@@ -126,7 +126,7 @@ func TestInterfaceReachesGuestAndVMM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := fmt.Sprintf("%+v", c.Network), fmt.Sprintf("&{MAC:%s MTU:1500 Addresses:[10.77.0.2/24] Routes:[{To:0.0.0.0/0 Via:10.77.0.1}] DNS:[10.77.0.1] Search:[]}", i.MAC); got != want {
+	if got, want := fmt.Sprintf("%+v", c.Network), fmt.Sprintf("&{MAC:%s MTU:1500 Addresses:[10.77.0.2/24] Routes:[{To:0.0.0.0/0 Via:10.77.0.1}] DNS:[10.77.0.1] Search:[] Tunnel:0}", i.MAC); got != want {
 		t.Errorf("the guest got %s, want %s", got, want)
 	}
 }

@@ -29,6 +29,9 @@ const (
 // have been killed.
 const alone = 2 * time.Minute
 
+// guestAlone is the same where the guest itself connects: it has to boot before, and may be stopped.
+const guestAlone = 15 * time.Minute
+
 // memoryLimit is where the garbage collector works harder, in bytes (runtime/debug.SetMemoryLimit).
 const memoryLimit = 256 << 20
 
@@ -90,6 +93,9 @@ func run(args []string, log *slog.Logger, outside Outside) (err error) {
 	}()
 	closeBoth := context.AfterFunc(ctx, func() { _, _ = vmm.Close(), control.Close() })
 	defer closeBoth()
+	if s.Config.KeyHash != "" {
+		return serveGuests(ctx, n, vmm, guestAlone)
+	}
 	return serveVMMs(ctx, n, vmm, alone)
 }
 
