@@ -85,6 +85,8 @@ mkdir -p "$root/usr/share/zsh"
 mv "$stage/share/zsh/site-functions" "$root/usr/share/zsh/vendor-completions" # where Debian's zsh looks
 mv "$stage/share/bash-completion" "$stage/share/fish" "$stage/share/man" "$root/usr/share"
 gzip -9n "$root/usr/share/man/man1"/*
+# Nothing enables them: a user does, by `systemctl --user enable`, or `banger daemon install` writes that user's own.
+./banger internal units "$root/usr/lib/systemd/user" /usr/bin
 rm -r "$stage/share"
 docs banger
 control banger "e2fsprogs, openssh-client" "banger-runtime, qemu-system-x86" \

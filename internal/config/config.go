@@ -49,6 +49,8 @@ type Config struct {
 	DefaultModulesDir   string
 	DefaultPackagesFile string
 
+	MetricsListenAddr string // where metrics are, beside the API socket: IP address and port; "" for nowhere
+
 	DNSListenAddr string // where names under .vm are answered: IP address and port; "" for nowhere
 
 	VMM               string // auto, firecracker, qemu
@@ -128,6 +130,16 @@ var keys = []key{
 			return nil
 		},
 		func(c Config) string { return c.DNSListenAddr }},
+	{"metrics_listen_addr",
+		func(c *Config, _ loader, v any) error {
+			s, ok := v.(string)
+			if _, err := netip.ParseAddrPort(s); !ok || s != "" && err != nil {
+				return notA(v, `an IP address and a port, such as "127.0.0.1:9469", or "" for none`)
+			}
+			c.MetricsListenAddr = s
+			return nil
+		},
+		func(c Config) string { return c.MetricsListenAddr }},
 	{"vmm",
 		func(c *Config, _ loader, v any) error {
 			s, ok := v.(string)
