@@ -40,7 +40,7 @@ var bans = []ban{
 	{"internal/helper/wire", module, []string{"internal/fault"}, "messages are known on both sides, and neither side's business is in them"},
 	{"internal/helper/record", module, []string{"internal/fault"}, "records are read by what installs the helper, too"},
 	{"internal/helper/install", module, []string{"internal/fault", "internal/helper/wire", "internal/helper/record"}, "the command line links it, and nothing that takes privileges"},
-	{"internal/network/usernet", module, []string{"internal/fault", "internal/vm", "internal/doctor", "internal/process", "internal/vmm/rundir", "internal/network"}, "a network knows VMs, and no use case, VMM or store"},
+	{"internal/network/usernet", module, []string{"internal/fault", "internal/vm", "internal/doctor", "internal/process", "internal/vmm/rundir", "internal/network", "internal/dns"}, "a network knows VMs, and no use case, VMM or store"},
 	{"internal/dns", module, []string{"internal/fault"}, "the server is asked names: whose they are is not its to know"},
 	{"internal/store", module + "internal/", []string{"internal/fault", "internal/vm", "internal/image", "internal/operation", "internal/lifecycle"}, "the store keeps records, it runs nothing"},
 	{"internal/guest/pid1", module + "internal/", []string{"internal/fault", "internal/guest", "internal/vmm"}, "the guest program stays small"},

@@ -25,6 +25,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/exec"
 	"git.thaloco.com/thaloco/banger/internal/guest/frame"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -52,7 +53,7 @@ func runIn(t *testing.T, s *agent.Session, r exec.Request, stdin io.Reader) resu
 }
 
 func runWith(ctx context.Context, s *agent.Session, r exec.Request, streams exec.Streams) (exec.Status, error) {
-	conn, err := s.DialStream(ctx, agent.KindExec)
+	conn, err := s.DialStream(ctx, wire.KindExec)
 	if err != nil {
 		return exec.Status{}, err
 	}
@@ -266,7 +267,7 @@ func goneWithin(t *testing.T, pid int, most time.Duration) {
 func TestAnotherVersionsAgent(t *testing.T) {
 	old := &agentd.Guest{Version: "v0.1\x1b[31m", Stages: &agentd.Stages{}}
 	links(t, old, func(t *testing.T, link vmm.Link) {
-		_, err := open(t, link).DialStream(within(t), agent.KindExec)
+		_, err := open(t, link).DialStream(within(t), wire.KindExec)
 		if !fault.Is(err, fault.VersionSkew) || !strings.Contains(err.Error(), `"exec"`) || !strings.Contains(err.Error(), "(v0.1)") {
 			t.Errorf("got %v", err)
 		}

@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"time"
 
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 )
 
 // Bounds of a forwarded connection's beginning.
@@ -25,12 +25,12 @@ const (
 
 // forward connects a stream with a port of the guest's loopback and copies until both directions
 // have ended, or ctx ends.
-func (s *Server) forward(ctx context.Context, stream net.Conn, h agent.Header) {
+func (s *Server) forward(ctx context.Context, stream net.Conn, h wire.Header) {
 	tcp, err := s.dial(ctx, stream, h)
 	if err == nil {
 		defer tcp.Close()
 	}
-	if agent.WriteAnswer(stream, err) != nil || err != nil {
+	if wire.WriteAnswer(stream, err) != nil || err != nil {
 		return
 	}
 	stop := context.AfterFunc(ctx, func() {
@@ -51,7 +51,7 @@ func (s *Server) forward(ctx context.Context, stream net.Conn, h agent.Header) {
 // neither side could be told of it otherwise.
 func pump(dst, src net.Conn) {
 	_, err := io.Copy(dst, src)
-	if half, ok := dst.(agent.CloseWriter); ok && err == nil {
+	if half, ok := dst.(wire.CloseWriter); ok && err == nil {
 		if half.CloseWrite() == nil {
 			return
 		}
@@ -63,7 +63,7 @@ func pump(dst, src net.Conn) {
 }
 
 // dial connects to the port, waiting for a listener if h says so, until the host closes the stream.
-func (s *Server) dial(ctx context.Context, stream net.Conn, h agent.Header) (net.Conn, error) {
+func (s *Server) dial(ctx context.Context, stream net.Conn, h wire.Header) (net.Conn, error) {
 	dial := s.guest.DialTCP
 	if dial == nil {
 		return nil, errors.New("this guest forwards no connections")

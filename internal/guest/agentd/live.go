@@ -18,9 +18,9 @@ import (
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
 
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/guest/system"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -56,6 +56,9 @@ func Run(ctx context.Context, version string, restarts int) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var serving sync.WaitGroup
+	if state.Tunnel != nil { // before anything else: the guest's first packets wait for it
+		serving.Go(func() { live.serveTunnel(ctx) })
+	}
 	if state.CID != 0 {
 		serving.Go(func() { cancel(live.serveVsock(ctx, server)) })
 	}
@@ -96,7 +99,7 @@ func (l *live) ready() {
 }
 
 // answered takes the first time only: a stage that was reached stays as it was.
-func (l *live) answered(o agent.Opened) {
+func (l *live) answered(o wire.Opened) {
 	stage := system.Now(boot.StageAgent, fmt.Sprintf("waited %.1f ms for the host", o.Waited.Seconds()*1000))
 	stage.At -= time.Since(o.At)
 	l.stages.Reach(stage)
@@ -134,7 +137,7 @@ func (l *live) serveVsock(ctx context.Context, server *Server) error {
 	defer stop()
 	l.ready()
 	// Connections that have not passed the handshake have only its ten seconds: few at a time will do.
-	slots := make(chan struct{}, agent.MaxStreams)
+	slots := make(chan struct{}, wire.MaxStreams)
 	for {
 		conn, err := listener.Accept()
 		if err != nil {
@@ -212,7 +215,7 @@ func (l *live) servePortOnce(ctx context.Context, server *Server, device string,
 		return errors.Join(err, port.Close())
 	}
 	if !first {
-		if err := agent.Break(port); err != nil {
+		if err := wire.Break(port); err != nil {
 			return port.Close() // the host went again, or reads nothing: from the beginning
 		}
 	}

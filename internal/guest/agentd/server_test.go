@@ -27,6 +27,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -37,7 +38,7 @@ const (
 	bound  = 10 * time.Second
 )
 
-func within(t *testing.T) context.Context {
+func within(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), bound)
 	t.Cleanup(cancel)
 	return ctx
@@ -50,7 +51,7 @@ func links(t *testing.T, g *agentd.Guest, test func(t *testing.T, link vmm.Link)
 }
 
 // streamLink stands for vsock: each dial is a fresh stream, over a unix socket.
-func streamLink(t *testing.T, g *agentd.Guest) vmm.Link {
+func streamLink(t testing.TB, g *agentd.Guest) vmm.Link {
 	path := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -83,7 +84,7 @@ func streamLink(t *testing.T, g *agentd.Guest) vmm.Link {
 // port stands for a virtio-serial port: one client at a time, and what an earlier client and its
 // guest sent and did not read comes first.
 type port struct {
-	t     *testing.T
+	t     testing.TB
 	guest *agentd.Guest
 	ctx   context.Context
 	done  sync.WaitGroup
@@ -96,7 +97,7 @@ type port struct {
 	sessions atomic.Int32
 }
 
-func newPort(t *testing.T, g *agentd.Guest) *port {
+func newPort(t testing.TB, g *agentd.Guest) *port {
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &port{t: t, guest: g, ctx: ctx, stale: func() (a, b []byte) { return nil, nil }}
 	t.Cleanup(func() {
@@ -123,7 +124,7 @@ func (p *port) dial(context.Context) (net.Conn, error) {
 	return &staleConn{Conn: host, first: bytes.NewReader(oldToHost), sent: p.toGuest}, nil
 }
 
-func socketPair(t *testing.T) (a, b net.Conn) {
+func socketPair(t testing.TB) (a, b net.Conn) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -176,7 +177,7 @@ func (c *staleConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-func open(t *testing.T, link vmm.Link) *agent.Session {
+func open(t testing.TB, link vmm.Link) *agent.Session {
 	t.Helper()
 	s, err := agent.Open(within(t), link, secret)
 	if err != nil {
@@ -251,8 +252,8 @@ func TestWatchBootPushesStages(t *testing.T) {
 }
 
 func TestWrongSecret(t *testing.T) {
-	answered := make(chan agent.Opened, 10)
-	links(t, &agentd.Guest{Stages: &agentd.Stages{}, Answered: func(o agent.Opened) { answered <- o }}, func(t *testing.T, link vmm.Link) {
+	answered := make(chan wire.Opened, 10)
+	links(t, &agentd.Guest{Stages: &agentd.Stages{}, Answered: func(o wire.Opened) { answered <- o }}, func(t *testing.T, link vmm.Link) {
 		if _, err := agent.Open(within(t), link, "another secret!!"); !fault.Is(err, fault.Permission) {
 			t.Errorf("got %v, want a permission fault", err)
 		}
@@ -343,7 +344,7 @@ func TestHalfClose(t *testing.T) {
 		if _, err := conn.Write(sent); err != nil {
 			t.Fatal(err)
 		}
-		if err := conn.(agent.CloseWriter).CloseWrite(); err != nil {
+		if err := conn.(wire.CloseWriter).CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
 		got, err := io.ReadAll(conn)

@@ -1,4 +1,4 @@
-package agent
+package wire
 
 import (
 	"errors"
@@ -109,12 +109,13 @@ func WriteAnswer(w io.Writer, refusal error) error {
 	return err
 }
 
-// refusedError is what the guest said instead of "ok".
-type refusedError struct{ text string }
+// RefusedError is what the guest said instead of "ok", quoted.
+type RefusedError struct{ text string }
 
-func (e *refusedError) Error() string { return e.text }
+func (e *RefusedError) Error() string { return e.text }
 
-func readAnswer(r io.Reader) error {
+// ReadAnswer reads the answer to a header, and nothing that follows it. A refusal is a *RefusedError.
+func ReadAnswer(r io.Reader) error {
 	line, err := readLine(r, maxAnswer)
 	if err != nil {
 		return err
@@ -123,7 +124,7 @@ func readAnswer(r io.Reader) error {
 		return nil
 	}
 	if text, ok := strings.CutPrefix(line, "err "); ok {
-		return &refusedError{text: strconv.Quote(text)}
+		return &RefusedError{text: strconv.Quote(text)}
 	}
 	return fmt.Errorf("%q is not an answer", line)
 }
