@@ -65,6 +65,7 @@ func networks(p config.Paths, c config.Config, d vmm.Driver, uid int, root rootH
 
 // openBridge makes the bridge network; with check, only if the host can have it now.
 func openBridge(plan network.Plan, c config.Config, h sandbox.NetworkHost, uid int, root rootHelper, check bool) (*bridge.Network, error) {
+	link := sandbox.Link{Name: c.BridgeName}
 	var host bridge.Host
 	if uid == 0 {
 		h, err := hostnet.Open(hostnet.Settings{Plan: plan, Bridge: c.BridgeName, Owner: uid})
@@ -73,7 +74,8 @@ func openBridge(plan network.Plan, c config.Config, h sandbox.NetworkHost, uid i
 		}
 		host = h
 	} else {
-		host = helper.NewClient(root.socket, plan, c.BridgeName)
+		client := helper.NewClient(root.socket, plan, c.BridgeName)
+		host, link.Listen, link.Keep = client, client.ListenDNS, client.KeepNames
 	}
 	if check {
 		ctx, cancel := context.WithTimeout(context.Background(), lookTime)
@@ -87,7 +89,9 @@ func openBridge(plan network.Plan, c config.Config, h sandbox.NetworkHost, uid i
 	b = bridge.New(host, bridge.Options{
 		Plan: plan, Bridge: c.BridgeName, Pool: c.TapPoolSize, Free: h.FreeSlots, Log: h.Log,
 		Up: func(addresses []netip.Addr) {
-			h.LinkUp(sandbox.Link{Name: c.BridgeName, Addresses: addresses, Guest: b.Guest})
+			up := link
+			up.Addresses, up.Guest = addresses, b.Guest
+			h.LinkUp(up)
 		},
 		Down: h.LinkDown,
 	})

@@ -46,10 +46,14 @@ func TestRootHelper(t *testing.T) {
 	if got := user.in("web", greeting); !strings.HasPrefix(got, "SSH-2.0") {
 		t.Errorf("with NAT the guest hears %q of the world", got)
 	}
-	// What the process has: CAP_NET_ADMIN (bit 12 of capabilities(7)) and a filter.
+	if got := user.do("resolvectl query web.vm"); !strings.Contains(got, address) || !strings.Contains(got, "banger0") {
+		t.Errorf("the host resolves web.vm: %s", got)
+	}
+	want("the guest resolves itself", user.in("web", "getent ahostsv4 web.vm | head -1 | cut -d' ' -f1"), address)
+	// What the process has: CAP_NET_BIND_SERVICE and CAP_NET_ADMIN (bits 10 and 12 of capabilities(7)) and a filter.
 	pid := strings.TrimSpace(root.do("systemctl show -P MainPID " + unit))
 	want("the helper's rights", root.do("grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp):' /proc/"+pid+"/status | tr -d '\\t' | tr '\\n' ' '"),
-		"CapEff:0000000000001000 CapBnd:0000000000001000 NoNewPrivs:1 Seccomp:2")
+		"CapEff:0000000000001400 CapBnd:0000000000001400 NoNewPrivs:1 Seccomp:2")
 
 	// It dies, and nobody notices.
 	root.do("kill -9 " + pid)

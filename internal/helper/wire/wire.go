@@ -23,6 +23,9 @@ import (
 // different ones do not work together.
 const Revision = 1
 
+// Subject is what faults are about that concern the helper itself.
+const Subject = "root helper"
+
 // RunDir is where the helper keeps what goes with a reboot: the sockets, and its records.
 const RunDir = "/run/banger"
 
@@ -32,7 +35,7 @@ func Socket(uid int) string { return filepath.Join(RunDir, fmt.Sprintf("helper-%
 // Verb is what a caller asks for.
 type Verb string
 
-// The verbs. Apart from Version, each is one of bridge.Host's.
+// The verbs. Most are of bridge.Host; ListenDNS and KeepNames are what guests' and hosts' resolvers take.
 const (
 	Version    Verb = "version" // says which helper it is; whatever the caller's revision
 	Check      Verb = "check"
@@ -44,6 +47,8 @@ const (
 	Remove     Verb = "remove"
 	Watch      Verb = "watch" // answered with every change, until the caller hangs up
 	Obstacles  Verb = "obstacles"
+	ListenDNS  Verb = "listen-dns" // answered with two descriptors: of a listener over TCP, of a socket over UDP
+	KeepNames  Verb = "keep-names" // answered if it does not work, or no more; else until the caller hangs up
 )
 
 // Network names the network of one installation. It is data of the caller's and nothing in it is believed.
@@ -73,6 +78,8 @@ type Request struct {
 	Isolated  bool           `json:"isolated,omitempty"`  // AddTAP
 	Hosts     []netip.Addr   `json:"hosts,omitempty"`     // Policy
 	Guests    []Guest        `json:"guests,omitempty"`    // Policy
+	At        netip.Addr     `json:"at"`                  // ListenDNS: an address of the bridge
+	Server    netip.AddrPort `json:"server"`              // KeepNames: who answers for .vm
 }
 
 // Fault is a fault.Error.
@@ -140,29 +147,29 @@ func read(r io.Reader) ([]byte, error) {
 func ReadRequest(r io.Reader) (Request, error) {
 	body, err := read(r)
 	if err != nil {
-		return Request{}, fault.Wrap(err, fault.Invalid, "root helper", "the request cannot be read")
+		return Request{}, fault.Wrap(err, fault.Invalid, Subject, "the request cannot be read")
 	}
 	var head struct {
 		Revision int  `json:"revision"`
 		Verb     Verb `json:"verb"`
 	}
 	if err := json.Unmarshal(body, &head); err != nil {
-		return Request{}, fault.Wrap(err, fault.Invalid, "root helper", "the request is none")
+		return Request{}, fault.Wrap(err, fault.Invalid, Subject, "the request is none")
 	}
 	if head.Verb == Version {
 		return Request{Revision: head.Revision, Verb: Version}, nil
 	}
 	if head.Revision != Revision {
-		return Request{}, fault.New(fault.VersionSkew, "root helper", "it speaks revision %d, and the caller %d", Revision, head.Revision)
+		return Request{}, fault.New(fault.VersionSkew, Subject, "it speaks revision %d, and the caller %d", Revision, head.Revision)
 	}
 	var out Request
 	strict := json.NewDecoder(bytes.NewReader(body))
 	strict.DisallowUnknownFields()
 	if err := strict.Decode(&out); err != nil {
-		return Request{}, fault.Wrap(err, fault.Invalid, "root helper", "the request is none")
+		return Request{}, fault.Wrap(err, fault.Invalid, Subject, "the request is none")
 	}
 	if strict.More() {
-		return Request{}, fault.New(fault.Invalid, "root helper", "the request has something after its end")
+		return Request{}, fault.New(fault.Invalid, Subject, "the request has something after its end")
 	}
 	return out, nil
 }
@@ -194,7 +201,7 @@ func FaultOf(err error) *Fault {
 	}
 	var f *fault.Error
 	if !errors.As(err, &f) {
-		return &Fault{Code: fault.CodeOf(err), Subject: "root helper", Message: err.Error()}
+		return &Fault{Code: fault.CodeOf(err), Subject: Subject, Message: err.Error()}
 	}
 	out := &Fault{Code: f.Code, Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: fault.HintOf(err)}
 	if f.Cause != nil {
