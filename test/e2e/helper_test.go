@@ -74,6 +74,9 @@ func TestRootHelper(t *testing.T) {
 	if got := get("http://" + worldAddr + ":8080/"); got != "the world, to "+hostAddr {
 		t.Errorf("out: %q", got)
 	}
+	if got := get("http://server.example:8080/"); got != "the world, to "+hostAddr { // by the DNS server at port 53, which no user may open
+		t.Errorf("out by name: %q", got)
+	}
 	h.in("web", "mkdir -p /srv/www && echo hello from web > /srv/www/index.html && systemd-run --quiet python3 -m http.server --protocol HTTP/1.1 --directory /srv/www 3000")
 	var conn net.Conn
 	for deadline := time.Now().Add(callTime); ; time.Sleep(200 * time.Millisecond) { // until Python listens
