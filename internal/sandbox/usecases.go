@@ -580,10 +580,35 @@ func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int, wait bool) 
 	}
 	conn, err := session.DialTCP(ctx, port, wait)
 	if err != nil {
-		return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "port %d of the guest cannot be reached", port).
-			WithHint("see what listens there: banger vm ports %s", v.Name)
+		return nil, unreached(v, port, err)
 	}
 	return conn, nil
+}
+
+func unreached(v vm.VM, port int, err error) error {
+	return fault.Wrap(err, fault.CodeOf(err), v.Name, "port %d of the guest cannot be reached", port).
+		WithHint("see what listens there: banger vm ports %s", v.Name)
+}
+
+// DialForward opens a TCP connection to a port on the guest's loopback where something listens now. The stream has frame.Duplex's
+// form, so that each direction ends by itself on every VMM, and is backed as DialGuest says. fault.VersionSkew if the guest runs an agent that lacks it.
+func (s *Service) DialForward(ctx context.Context, id vm.ID, port int) (net.Conn, error) {
+	v, session, err := s.reach(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := session.DialForward(ctx, port)
+	switch {
+	case err == nil:
+		return conn, nil
+	case fault.Is(err, fault.VersionSkew):
+		return nil, lacks(v, wire.KindForward, err)
+	}
+	return nil, unreached(v, port, err)
+}
+
+func lacks(v vm.VM, feature wire.Kind, err error) error {
+	return fault.Wrap(err, fault.VersionSkew, v.Name, "its agent lacks the feature %q", feature).WithHint("banger vm restart %s", v.Name)
 }
 
 // DialAgent opens a stream of a service of the guest's agent, backed as DialGuest says.
@@ -598,8 +623,7 @@ func (s *Service) DialAgent(ctx context.Context, id vm.ID, service wire.Kind) (n
 	case err == nil:
 		return conn, nil
 	case fault.Is(err, fault.VersionSkew):
-		return nil, fault.Wrap(err, fault.VersionSkew, v.Name, "its agent lacks the feature %q", service).
-			WithHint("banger vm restart %s", v.Name)
+		return nil, lacks(v, service, err)
 	}
 	return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "the guest's agent did not take the request").
 		WithHint("see `banger vm show %s`", v.Name)

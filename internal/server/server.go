@@ -79,6 +79,7 @@ type Host interface {
 // Dialer opens streams to guests, for the dial socket.
 type Dialer interface {
 	DialGuest(ctx context.Context, id vm.ID, port int, wait bool) (net.Conn, error)
+	DialForward(ctx context.Context, id vm.ID, port int) (net.Conn, error)
 	DialAgent(ctx context.Context, id vm.ID, service wire.Kind) (net.Conn, error)
 }
 
