@@ -125,7 +125,7 @@ func TestSchema(t *testing.T) {
 	for _, line := range []string{
 		"vm create --name otter --label a=b", "vm list", "vm show otter", "vm wait otter", "vm stats", "vm ports", "vm logs otter",
 		"vm stop otter nobody", "vm start otter", "vm restart otter", "vm set otter --label c=d", "vm trim otter", "vm kill otter", "vm stats otter nobody",
-		"image list", "image show default", "image show default nobody", "image promote nobody", "image delete nobody", "image prune --dry-run", "operation list", "daemon status", "daemon socket", "daemon restart", "doctor", "version", "ssh-config", "ssh-config install", "schema", "bench create --runs 1",
+		"image list", "image show default", "image show default nobody", "image promote nobody", "image delete nobody", "image prune --dry-run", "operation list", "daemon status", "daemon socket", "daemon restart", "doctor", "version", "ssh-config", "ssh-config install", "schema", "bench create --runs 1", "system status",
 		"vm delete otter", "vm list", "daemon stop",
 	} {
 		out, _ := run(line + " -o json")
@@ -152,7 +152,8 @@ func TestSchema(t *testing.T) {
 			continue
 		}
 		switch c.Command {
-		case "banger image register", "banger image export", "banger image import", "banger vm cp", "banger vm port-forward", "banger operation watch", "banger operation cancel": // take more than a line
+		case "banger image register", "banger image export", "banger image import", "banger vm cp", "banger vm port-forward", "banger operation watch", "banger operation cancel", // take more than a line
+			"banger system install", "banger system uninstall": // change the host
 		default:
 			t.Errorf("%s is not tried here", c.Command)
 		}
