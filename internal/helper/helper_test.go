@@ -590,6 +590,7 @@ func FuzzRequest(f *testing.F) {
 	}
 	for _, verb := range append([]wire.Verb{wire.Version, wire.Watch, wire.ListenDNS, wire.KeepNames}, verbs...) {
 		seed(func(r *wire.Request) { r.Verb = verb })
+		seed(func(r *wire.Request) { r.Verb, r.At, r.Server = verb, p.Host4().Addr(), netip.MustParseAddrPort("127.0.0.1:53") })
 		seed(func(r *wire.Request) { r.Verb, r.Network.Installation = verb, foreign })
 		seed(func(r *wire.Request) { r.Verb, r.Slots = verb, []int{0} })
 		seed(func(r *wire.Request) { r.Verb, r.Slots, r.Isolated = verb, []int{-1, 1 << 30}, true })
@@ -621,10 +622,29 @@ func FuzzRequest(f *testing.F) {
 			}
 			return
 		}
-		if r.Verb == wire.Version || r.Verb == wire.Watch || r.Verb == wire.ListenDNS || r.Verb == wire.KeepNames {
-			return
+		o.ListenDNS = func(at netip.Addr) (net.Listener, net.PacketConn, error) {
+			if !slices.ContainsFunc(addresses(p), func(a netip.Prefix) bool { return a.Addr() == at }) {
+				t.Errorf("port 53 of %s is opened", at)
+			}
+			return nil, nil, fault.New(fault.Unavailable, "port 53", "it is taken")
 		}
-		_, err = NewServer(o).do(t.Context(), r)
+		o.KeepNames = func(_ context.Context, _ int, addr netip.AddrPort) error {
+			if !addr.Addr().IsLoopback() {
+				t.Errorf("the resolver is told of %s", addr)
+			}
+			return nil
+		}
+		s := NewServer(o)
+		switch r.Verb {
+		case wire.Version, wire.Watch:
+			return
+		case wire.ListenDNS:
+			_, err = s.listenDNS(t.Context(), r)
+		case wire.KeepNames:
+			err = s.keepNames(t.Context(), r)
+		default:
+			_, err = s.do(t.Context(), r)
+		}
 		if err != nil && fault.Is(err, fault.Internal) {
 			t.Errorf("%s: %v", body, err)
 		}

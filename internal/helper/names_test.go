@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/helper/wire"
@@ -152,14 +154,14 @@ func TestNames(t *testing.T) {
 func TestDescriptorsOfAnError(t *testing.T) {
 	_, o, _ := fakeService(t)
 	o.ListenDNS = func(netip.Addr) (net.Listener, net.PacketConn, error) {
-		return nil, nil, fault.New(fault.Unavailable, "172.16.88.1:53", "another program answers there").WithHint("sudo ss -lunp")
+		return nil, nil, fault.Wrap(unix.EADDRNOTAVAIL, fault.Unavailable, "172.16.88.1:53", "cannot listen there").WithHint("sudo ss -lunp")
 	}
 	p := sample(installation)
 	c := NewClient(serveFor(t, o), p, "banger0")
 	if _, err := c.Setup(t.Context(), addresses(p)); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := c.ListenDNS(t.Context(), p.Host4().Addr()); !fault.Is(err, fault.Unavailable) || fault.HintOf(err) != "sudo ss -lunp" {
+	if _, _, err := c.ListenDNS(t.Context(), p.Host4().Addr()); !fault.Is(err, fault.Unavailable) || fault.HintOf(err) != "sudo ss -lunp" || !errors.Is(err, unix.EADDRNOTAVAIL) || err.Error() != "172.16.88.1:53: cannot listen there: cannot assign requested address" {
 		t.Errorf("%v", err)
 	}
 	before := descriptors(t)

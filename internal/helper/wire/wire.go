@@ -16,6 +16,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
@@ -90,6 +92,7 @@ type Fault struct {
 	Message string     `json:"message"`
 	Hint    string     `json:"hint,omitempty"`
 	Cause   string     `json:"cause,omitempty"`
+	Errno   int        `json:"errno,omitempty"` // of the system, if it comes down to one
 }
 
 // Obstacle is a hostnet.Obstacle.
@@ -187,11 +190,26 @@ func ReadAnswer(r io.Reader) (Answer, error) {
 	if f := out.Fault; f != nil && out.Revision == Revision {
 		e := &fault.Error{Code: f.Code, Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: f.Hint}
 		if f.Cause != "" {
-			e.Cause = errors.New(f.Cause)
+			e.Cause = cause{f.Cause, unix.Errno(f.Errno)}
 		}
 		return out, e
 	}
 	return out, nil
+}
+
+// cause is an error of the helper's: its words, and the system's number for errors.Is.
+type cause struct {
+	text  string
+	errno unix.Errno
+}
+
+func (c cause) Error() string { return c.text }
+
+func (c cause) Unwrap() error {
+	if c.errno == 0 {
+		return nil
+	}
+	return c.errno
 }
 
 // FaultOf makes an error fit for an answer; nil of nil.
@@ -206,6 +224,10 @@ func FaultOf(err error) *Fault {
 	out := &Fault{Code: f.Code, Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: fault.HintOf(err)}
 	if f.Cause != nil {
 		out.Cause = f.Cause.Error()
+	}
+	var errno unix.Errno
+	if errors.As(err, &errno) {
+		out.Errno = int(errno)
 	}
 	return out
 }
