@@ -590,7 +590,9 @@ func FuzzRequest(f *testing.F) {
 	}
 	for _, verb := range append([]wire.Verb{wire.Version, wire.Watch, wire.ListenDNS, wire.KeepNames}, verbs...) {
 		seed(func(r *wire.Request) { r.Verb = verb })
-		seed(func(r *wire.Request) { r.Verb, r.At, r.Server = verb, p.Host4().Addr(), netip.MustParseAddrPort("127.0.0.1:53") })
+		seed(func(r *wire.Request) {
+			r.Verb, r.At, r.Server = verb, p.Host4().Addr(), netip.MustParseAddrPort("127.0.0.1:53")
+		})
 		seed(func(r *wire.Request) { r.Verb, r.Network.Installation = verb, foreign })
 		seed(func(r *wire.Request) { r.Verb, r.Slots = verb, []int{0} })
 		seed(func(r *wire.Request) { r.Verb, r.Slots, r.Isolated = verb, []int{-1, 1 << 30}, true })
