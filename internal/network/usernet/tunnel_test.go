@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"io"
@@ -240,4 +241,27 @@ func TestProgramIsStartedAgain(t *testing.T) {
 	if up, err := a.host.Running(t.Context(), string(v.ID)); up || err != nil {
 		t.Errorf("after its end: %v, %v", up, err)
 	}
+}
+
+// FuzzGuestFrames: whatever comes from a guest after its key, reading it ends, and the network lives on.
+func FuzzGuestFrames(f *testing.F) {
+	frame := func(b ...byte) []byte { return append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...) }
+	f.Add(frame())
+	f.Add(frame(make([]byte, 14)...))
+	f.Add(append(frame(1, 2, 3), 0xff, 0xff, 0xff, 0xff))
+	f.Add([]byte{0, 0, 0, 60, 1, 2})
+	arp := append([]byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 5, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 5}, 10, 77, 0, 5, 0, 0, 0, 0, 0, 0, 10, 77, 0, 1)
+	f.Add(frame(arp...))
+	n, err := New(Config{MAC: "02:00:00:00:00:01", Guest4: guest4, Gateway4: netip.MustParseAddr("10.77.0.1"), MTU: MTU, Publish: netip.MustParseAddr("127.201.0.1")},
+		Outside{Reach: func(netip.Addr) error { return errHost }, Dial: nil, Resolvers: func() ([]string, error) { return nil, nil }}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = n.Close() })
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if err := n.readFrames(bytes.NewReader(data)); err == nil {
+			t.Error("the end of a stream is no end")
+		}
+		n.link.Drain()
+	})
 }
