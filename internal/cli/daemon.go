@@ -211,52 +211,6 @@ func (a *app) doctor(ctx context.Context) error {
 	return nil
 }
 
-func (a *app) imageCommand() *cobra.Command {
-	cmd := group(&cobra.Command{
-		Use: "image", Short: "Look at the images that VMs are made from",
-		Example: `  banger image list`,
-	})
-	cmd.AddCommand(&cobra.Command{
-		Use: "list", Aliases: []string{"ls"}, Short: "List all images",
-		Example: `  banger image list`,
-		Args:    noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.connect()
-			if err != nil {
-				return err
-			}
-			resp, err := c.Images.ListImages(cmd.Context(), &bangerv1.ListImagesRequest{})
-			if err != nil {
-				return err
-			}
-			if a.json {
-				views := []imageView{}
-				for _, im := range resp.GetImages() {
-					views = append(views, viewImage(im))
-				}
-				return a.printJSON(views)
-			}
-			if len(resp.GetImages()) == 0 {
-				fmt.Fprintln(a.stderr, "No images. banger doctor says why")
-				return nil
-			}
-			var rows [][]cell
-			for _, im := range resp.GetImages() {
-				isDefault := ""
-				if im.GetIsDefault() {
-					isDefault = "default"
-				}
-				rows = append(rows, []cell{
-					{text: im.GetName()}, {text: shortID(im.GetId())}, {text: formatBytes(im.GetSizeBytes())},
-					{text: formatAge(a.now(), im.GetCreatedAt())}, {text: isDefault},
-				})
-			}
-			return table(a.stdout, a.color, []string{"NAME", "ID", "SIZE", "CREATED", ""}, rows)
-		},
-	})
-	return cmd
-}
-
 func (a *app) operationCommand() *cobra.Command {
 	cmd := group(&cobra.Command{
 		Use: "operation", Aliases: []string{"op"}, Short: "Look at what the daemon is doing",
@@ -294,7 +248,7 @@ func (a *app) operationCommand() *cobra.Command {
 					return err
 				}
 				if !a.json {
-					fmt.Fprintf(a.stdout, "%s: %s %s\n", op.GetVmName(), op.GetKind(), op.GetState())
+					fmt.Fprintf(a.stdout, "%s: %s %s\n", subject(op), op.GetKind(), op.GetState())
 				}
 				return nil
 			},
@@ -319,9 +273,9 @@ func (a *app) operationCommand() *cobra.Command {
 					return a.printJSON(viewOperation(op))
 				}
 				if op.GetState() != "cancelled" {
-					return fault.New(fault.Precondition, op.GetVmName(), "too late: the %s had ended already (%s)", op.GetKind(), op.GetState())
+					return fault.New(fault.Precondition, subject(op), "too late: the %s had ended already (%s)", op.GetKind(), op.GetState())
 				}
-				fmt.Fprintf(a.stdout, "%s: %s cancelled\n", op.GetVmName(), op.GetKind())
+				fmt.Fprintf(a.stdout, "%s: %s cancelled\n", subject(op), op.GetKind())
 				return nil
 			},
 		},
@@ -356,7 +310,7 @@ func (a *app) operationList(ctx context.Context) error {
 			end = op.GetFinishedAt().AsTime()
 		}
 		rows = append(rows, []cell{
-			{text: op.GetId()}, {text: op.GetKind()}, {text: op.GetVmName()},
+			{text: op.GetId()}, {text: op.GetKind()}, {text: subject(op)},
 			{text: op.GetState(), color: stateColor(op.GetState())},
 			{text: formatAge(a.now(), op.GetCreatedAt())}, {text: formatTook(end.Sub(op.GetCreatedAt().AsTime()))},
 		})

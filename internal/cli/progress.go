@@ -92,6 +92,13 @@ func (p *progress) label() string {
 // stageTexts says for people what a stage does; programs get its name. A stage that is not here is
 // shown by its name: a newer daemon may have others.
 var stageTexts = map[string]string{
+	"kernel":               "taking in the kernel",
+	"root filesystem":      "taking in the root filesystem",
+	"work seed":            "taking in the work seed",
+	"publish":              "publishing the image",
+	"capture":              "capturing the image",
+	"write":                "writing the file",
+	"unpack":               "unpacking the file",
 	"image":                "preparing the image",
 	"system disk":          "making the system disk",
 	"work disk":            "making the work disk",
@@ -140,8 +147,8 @@ func (p *progress) beat() {
 func (p *progress) update(op *bangerv1.Operation) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.title == "" || op.GetVmName() != "" {
-		p.title = op.GetVmName()
+	if name := subject(op); p.title == "" || name != "" {
+		p.title = name
 	}
 	stages := op.GetStages()
 	for ; p.printed < len(stages) && stages[p.printed].GetFinishedAt() != nil; p.printed++ {
@@ -199,11 +206,11 @@ func (p *progress) end() {
 // follow watches an operation until it ends, showing its stages unless quiet. The error is the
 // operation's own fault, or that it could not be watched. The operation goes on in either case.
 func (a *app) follow(ctx context.Context, c *client.Client, op *bangerv1.Operation, quiet bool) (*bangerv1.Operation, error) {
-	p := a.progress(op.GetVmName(), quiet)
+	p := a.progress(subject(op), quiet)
 	last, err := c.WatchOperation(ctx, op.GetId(), client.Watcher{
 		Changed: p.update,
 		Lost: func(error) {
-			p.line("%s: lost the connection to the daemon; connecting again", op.GetVmName())
+			p.line("%s: lost the connection to the daemon; connecting again", subject(op))
 		},
 	})
 	p.end()
@@ -217,18 +224,26 @@ func (a *app) follow(ctx context.Context, c *client.Client, op *bangerv1.Operati
 		return last, client.FromFault(f)
 	}
 	if last.GetState() != "succeeded" {
-		return last, fault.New(fault.Cancelled, last.GetVmName(), "the %s was %s", last.GetKind(), last.GetState())
+		return last, fault.New(fault.Cancelled, subject(last), "the %s was %s", last.GetKind(), last.GetState())
 	}
 	return last, nil
+}
+
+// subject is what people know an operation by: the image that it is about, else its VM.
+func subject(op *bangerv1.Operation) string {
+	if op.GetImage() != "" {
+		return op.GetImage()
+	}
+	return op.GetVmName()
 }
 
 // goesOn says how to come back to an operation that was left running.
 func (a *app) goesOn(op *bangerv1.Operation) {
 	if a.json {
-		a.printError(fault.Wrap(errInterrupted, fault.Cancelled, op.GetVmName(), "the %s goes on in the daemon", op.GetKind()).
+		a.printError(fault.Wrap(errInterrupted, fault.Cancelled, subject(op), "the %s goes on in the daemon", op.GetKind()).
 			WithHint("banger operation watch %s, or banger operation cancel %s", op.GetId(), op.GetId()))
 		return
 	}
 	fmt.Fprintf(a.stderr, "%s: the %s goes on in the daemon\n  watch it:  banger operation watch %s\n  cancel it: banger operation cancel %s\n",
-		op.GetVmName(), op.GetKind(), op.GetId(), op.GetId())
+		subject(op), op.GetKind(), op.GetId(), op.GetId())
 }

@@ -24,6 +24,7 @@ type vmView struct {
 	Labels      map[string]string `json:"labels"`
 	Autostart   bool              `json:"autostart"`
 	NAT         bool              `json:"nat"`
+	Group       string            `json:"network_group,omitempty"`
 	Network     string            `json:"network,omitempty"`
 	Address     string            `json:"address,omitempty"`
 	CreatedAt   *time.Time        `json:"created_at"`
@@ -79,7 +80,7 @@ func viewVM(m *bangerv1.VM) *vmView {
 		ID: m.GetId(), Name: m.GetName(), State: m.GetState(), Desired: m.GetDesired(),
 		Image: m.GetImage(), ImageID: m.GetImageId(), VCPU: m.GetVcpu(), MemoryMiB: m.GetMemoryMib(),
 		DiskBytes: m.GetDiskBytes(), SystemBytes: m.GetSystemBytes(), Labels: m.GetLabels(), Autostart: m.GetAutostart(),
-		NAT: m.GetNat(), Network: m.GetNetwork(), Address: m.GetAddress(),
+		NAT: m.GetNat(), Group: m.GetNetworkGroup(), Network: m.GetNetwork(), Address: m.GetAddress(),
 		CreatedAt: timeOf(m.GetCreatedAt()), StartedAt: timeOf(m.GetStartedAt()), StoppedAt: timeOf(m.GetStoppedAt()),
 		VMM: m.GetVmm(), Accel: m.GetAccel(), PID: m.GetPid(), Note: m.GetNote(), Boot: []bootView{},
 		Kernel: m.GetKernel(), OperationID: m.GetOperationId(),
@@ -105,25 +106,6 @@ func viewVM(m *bangerv1.VM) *vmView {
 	return v
 }
 
-type imageView struct {
-	ID          string     `json:"id"`
-	Name        string     `json:"name"`
-	SizeBytes   int64      `json:"size_bytes"`
-	Kernel      string     `json:"kernel"`
-	Managed     bool       `json:"managed"`
-	HasWorkSeed bool       `json:"has_work_seed"`
-	IsDefault   bool       `json:"is_default"`
-	Source      string     `json:"source"`
-	CreatedAt   *time.Time `json:"created_at"`
-}
-
-func viewImage(m *bangerv1.Image) imageView {
-	return imageView{
-		ID: m.GetId(), Name: m.GetName(), SizeBytes: m.GetSizeBytes(), Kernel: m.GetKernel(), Managed: m.GetManaged(),
-		HasWorkSeed: m.GetHasWorkSeed(), IsDefault: m.GetIsDefault(), Source: m.GetSource(), CreatedAt: timeOf(m.GetCreatedAt()),
-	}
-}
-
 type operationView struct {
 	ID         string      `json:"id"`
 	Kind       string      `json:"kind"`
@@ -135,6 +117,7 @@ type operationView struct {
 	CreatedAt  *time.Time  `json:"created_at"`
 	FinishedAt *time.Time  `json:"finished_at,omitempty"`
 	Error      *errorView  `json:"error,omitempty"`
+	Image      string      `json:"image,omitempty"` // that it is about
 }
 
 type stageView struct {
@@ -149,7 +132,7 @@ func viewOperation(m *bangerv1.Operation) operationView {
 		ID: m.GetId(), Kind: m.GetKind(), VMID: m.GetVmId(), VMName: m.GetVmName(), State: m.GetState(),
 		Stages: []stageView{}, Notices: append([]string{}, m.GetNotices()...),
 		CreatedAt: timeOf(m.GetCreatedAt()), FinishedAt: timeOf(m.GetFinishedAt()),
-		Error: viewError(client.FromFault(m.GetFault())),
+		Error: viewError(client.FromFault(m.GetFault())), Image: m.GetImage(),
 	}
 	for _, s := range m.GetStages() {
 		v.Stages = append(v.Stages, stageView{s.GetName(), s.GetDetail(), timeOf(s.GetStartedAt()), timeOf(s.GetFinishedAt())})

@@ -30,54 +30,29 @@ type Captured struct {
 //
 // fault.Corrupt if the content is not want's, fault.Busy if src changes meanwhile, NotFound, Exhausted.
 func Capture(ctx context.Context, src, dir, want string) (Captured, error) {
-	in, err := openSource(src)
-	if err != nil {
-		return Captured{}, err
-	}
-	defer in.Close()
-	id, err := identify(in)
-	if err != nil {
-		return Captured{}, wrap(err, src)
-	}
 	if want != "" {
-		if c, ok := present(dir, want, id.size); ok {
+		in, err := openSource(src)
+		if err != nil {
+			return Captured{}, err
+		}
+		fi, err := in.Stat()
+		if err := errors.Join(err, in.Close()); err != nil {
+			return Captured{}, wrap(err, src)
+		}
+		if c, ok := present(dir, want, fi.Size()); ok {
 			return c, nil
 		}
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return Captured{}, wrap(err, dir)
-	}
-	out, err := newTemp(dir)
+	s, err := Stage(ctx, src, dir, nil)
 	if err != nil {
 		return Captured{}, err
 	}
-	defer out.discard()
-	c := Captured{Size: id.size}
-	if c.Copied, err = copyInto(ctx, in, out.File); err != nil {
-		return Captured{}, wrap(err, filepath.Join(dir, "x"))
-	}
-	// The copy is hashed, not the source: what is kept is what was looked at.
-	if c.ID, err = contentID(ctx, out.File, c.Size); err != nil {
-		return Captured{}, wrap(err, out.Name())
-	}
-	if want != "" && c.ID != want {
-		return Captured{}, fault.New(fault.Corrupt, src, "is damaged: its SHA-256 is %s, the bundle says %s", c.ID, want).
+	defer s.Discard()
+	if want != "" && s.ID != want {
+		return Captured{}, fault.New(fault.Corrupt, src, "is damaged: its SHA-256 is %s, the bundle says %s", s.ID, want).
 			WithHint("build the runtime bundle again: make runtime")
 	}
-	if have, ok := present(dir, c.ID, c.Size); ok {
-		return have, nil
-	}
-	c.Path = filepath.Join(dir, c.ID)
-	if err := out.Chmod(0o400); err != nil {
-		return Captured{}, wrap(err, c.Path)
-	}
-	if err := out.publish(c.Path); err != nil {
-		if have, ok := present(dir, c.ID, c.Size); ok && fault.Is(err, fault.Exists) {
-			return have, nil // another capture of the same content was quicker
-		}
-		return Captured{}, err
-	}
-	return c, nil
+	return s.Publish()
 }
 
 func present(dir, id string, size int64) (Captured, bool) {
@@ -100,12 +75,12 @@ func ContentID(ctx context.Context, path string) (string, error) {
 	if err != nil {
 		return "", wrap(err, path)
 	}
-	id, err := contentID(ctx, f, fi.Size())
+	id, err := contentID(ctx, f, fi.Size(), nil)
 	return id, wrap(err, path)
 }
 
 // contentID hashes size bytes of f. Holes are hashed from memory instead of being read.
-func contentID(ctx context.Context, f *os.File, size int64) (string, error) {
+func contentID(ctx context.Context, f *os.File, size int64, progress Progress) (string, error) {
 	h := sha256.New()
 	buf := make([]byte, 1<<20)
 	var done int64
@@ -123,6 +98,7 @@ func contentID(ctx context.Context, f *os.File, size int64) (string, error) {
 			}
 			h.Write(buf[:n])
 			offset += int64(n)
+			progress.tell("checked", offset, size)
 		}
 		done = offset
 		return nil

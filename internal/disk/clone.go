@@ -62,7 +62,7 @@ func cloneTo(ctx context.Context, src, dst string, size int64) (c Copied, err er
 		return Copied{}, err
 	}
 	defer out.discard()
-	if c, err = copyInto(ctx, in, out.File); err != nil {
+	if c, err = copyInto(ctx, in, out.File, nil); err != nil {
 		return Copied{}, wrap(err, dst)
 	}
 	if size >= 0 {
@@ -85,7 +85,7 @@ func openSource(src string) (*os.File, error) {
 }
 
 // copyInto fills the empty file out with in. It fails if in changes meanwhile.
-func copyInto(ctx context.Context, in, out *os.File) (Copied, error) {
+func copyInto(ctx context.Context, in, out *os.File, progress Progress) (Copied, error) {
 	before, err := identify(in)
 	if err != nil {
 		return Copied{}, err
@@ -99,7 +99,11 @@ func copyInto(ctx context.Context, in, out *os.File) (Copied, error) {
 		if err := roomFor(in, filepath.Dir(out.Name())); err != nil {
 			return Copied{}, err
 		}
-		if c.Bytes, err = sparseCopy(ctx, in, out, before.size); err != nil {
+		var total int64
+		if total, err = Allocated(in.Name()); err != nil {
+			return Copied{}, err
+		}
+		if c.Bytes, err = sparseCopy(ctx, in, out, before.size, func(done int64) { progress.tell("copied", done, total) }); err != nil {
 			return Copied{}, err
 		}
 	}
@@ -165,8 +169,8 @@ func extents(file *os.File, size int64, f func(offset, length int64) error) erro
 	return nil
 }
 
-// sparseCopy copies the data of in and leaves holes. It returns the bytes written.
-func sparseCopy(ctx context.Context, in, out *os.File, size int64) (written int64, err error) {
+// sparseCopy copies the data of in and leaves holes. It returns the bytes written, and tells them on the way.
+func sparseCopy(ctx context.Context, in, out *os.File, size int64, tell func(written int64)) (written int64, err error) {
 	if err := out.Truncate(size); err != nil {
 		return 0, err
 	}
@@ -177,6 +181,7 @@ func sparseCopy(ctx context.Context, in, out *os.File, size int64) (written int6
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
+			tell(written)
 			want := min(end-offset, chunk)
 			if inKernel {
 				from, to := offset, offset

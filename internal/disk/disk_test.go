@@ -138,13 +138,13 @@ func TestCopyWithoutCopyFileRange(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer out.Close()
-	if n, err := sparseCopy(ctx, in, out, 100); err != nil || n != 100 {
+	if n, err := sparseCopy(ctx, in, out, 100, func(int64) {}); err != nil || n != 100 {
 		t.Fatal(n, err)
 	}
 	if b, _ := os.ReadFile(out.Name()); len(b) != 100 || !bytes.HasPrefix(b, []byte("Name:")) {
 		t.Errorf("%q", b)
 	}
-	if _, err := sparseCopy(ctx, in, out, 1<<20); !fault.Is(err, fault.Busy) {
+	if _, err := sparseCopy(ctx, in, out, 1<<20, func(int64) {}); !fault.Is(err, fault.Busy) {
 		t.Errorf("a source that is shorter than it said: %v", err)
 	}
 }

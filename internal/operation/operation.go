@@ -34,6 +34,11 @@ const (
 	Delete  Kind = "delete"
 	Set     Kind = "set"
 	Trim    Kind = "trim"
+
+	// Of images. They have no VM, but for a build, which has the one that it builds in.
+	ImageRegister Kind = "image-register"
+	ImageExport   Kind = "image-export"
+	ImageImport   Kind = "image-import"
 )
 
 // Stage is one step of an operation as people see it. FinishedAt is zero while it runs.
@@ -59,4 +64,13 @@ type Operation struct {
 	// Request is what was asked beyond the kind, in its owner's form: it is on record before anything is
 	// done, so that the next daemon can finish it.
 	Request json.RawMessage `json:"request,omitempty"`
+	Image   string          `json:"image,omitempty"` // name of the image that it is about
+}
+
+// Subject is what people know the operation by: the image that it is about, else its VM.
+func (op Operation) Subject() string {
+	if op.Image != "" {
+		return op.Image
+	}
+	return op.VMName
 }

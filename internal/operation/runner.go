@@ -105,10 +105,10 @@ func (r *Runner) Go(op Operation, suspended error, fn func(context.Context, *Han
 				op.State = Succeeded
 			case ctx.Err() != nil:
 				op.State = Cancelled
-				op.Fault = fault.Wrap(context.Cause(ctx), fault.Cancelled, op.VMName, "the operation did not finish")
+				op.Fault = fault.Wrap(context.Cause(ctx), fault.Cancelled, op.Subject(), "the operation did not finish")
 			default:
 				op.State = Failed
-				op.Fault = asFault(err, op.VMName)
+				op.Fault = asFault(err, op.Subject())
 			}
 		}, false)
 		saveCtx, done := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
@@ -241,7 +241,7 @@ func (r *Runner) Watch(ctx context.Context, id string, send func(Operation) erro
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-r.base.Done():
-			return fault.New(fault.Unavailable, op.VMName, "the daemon is stopping; the operation goes on with the next one").
+			return fault.New(fault.Unavailable, op.Subject(), "the daemon is stopping; the operation goes on with the next one").
 				WithHint("banger operation watch %s", id)
 		}
 	}

@@ -108,24 +108,17 @@ func (im *images) pins(ctx context.Context, name string) (p vm.Pins, release fun
 		return vm.Pins{}, nil, err
 	}
 	defer unlock()
-	list, err := im.store.Images(ctx)
+	img, err := im.find(ctx, name)
 	if err != nil {
 		return vm.Pins{}, nil, err
 	}
-	var known []string
-	for _, img := range list {
-		if img.Name == name {
-			p = vm.Pins{Image: img.Name, ImageID: img.ID, Base: img.Base, Seed: img.Seed, Kernel: img.Kernel}
-			return p, im.hold(p), nil
+	p = vm.Pins{Image: img.Name, ImageID: img.ID, Base: img.Base, Seed: img.Seed, Kernel: img.Kernel}
+	if p.Kernel == "" {
+		if p.Kernel, err = im.defaultKernel(ctx, img.Name); err != nil {
+			return vm.Pins{}, nil, err
 		}
-		known = append(known, img.Name)
 	}
-	if len(known) == 0 {
-		return vm.Pins{}, nil, fault.New(fault.NotFound, name, "there is no image of this name, nor any other").
-			WithHint("make the default one: make runtime")
-	}
-	return vm.Pins{}, nil, fault.New(fault.NotFound, name, "there is no image of this name").
-		WithHint("choose one of: %s (banger image list)", strings.Join(known, ", "))
+	return p, im.hold(p), nil
 }
 
 // hold keeps content from collect until it is released. Call it with mu held.
@@ -211,7 +204,7 @@ func (im *images) refresh(ctx context.Context) error {
 		return fault.Wrap(err, fault.NotFound, img.Source, "the root filesystem cannot be read")
 	}
 	img.SizeBytes = st.Size()
-	k, err := im.kernelSources(ctx, b, take)
+	k, err := im.kernelSources(ctx, b, configuredFiles(c), take)
 	if err != nil {
 		return err
 	}
@@ -258,15 +251,27 @@ func indexOf(modules string) string {
 	return filepath.Join(modules, "modules.dep")
 }
 
-// kernelSources finds the files of the kernel that new VMs boot with: the bundle's, or what the
-// configuration puts in their place. What has to be made of them is made in the cache.
-func (im *images) kernelSources(ctx context.Context, b *bundle.Bundle, take func(string, bundle.Role) (string, error)) (image.Kernel, error) {
-	c := im.cfg
-	k := image.Kernel{Version: b.KernelVersion, ForeignInitrd: c.DefaultInitrd != "", CreatedAt: time.Now()}
+// bootFiles are files of somebody's own to boot with instead of the bundle's, by path; "" is the bundle's.
+type bootFiles struct {
+	kernel, initrd, modules string
+	// What the user knows them by, and where they are set.
+	kernelKey, modulesKey, where string
+}
+
+// configuredFiles are those that the settings name.
+func configuredFiles(c config.Config) bootFiles {
+	return bootFiles{c.DefaultKernel, c.DefaultInitrd, c.DefaultModulesDir, "default_kernel", "default_modules_dir", "in config.toml"}
+}
+
+// kernelSources finds the files of the kernel to boot with: the bundle's, or what is given in their place. What
+// has to be made of them is made in the cache. take names the content of a file, or of the bundle's part where there is
+// none.
+func (im *images) kernelSources(ctx context.Context, b *bundle.Bundle, files bootFiles, take func(string, bundle.Role) (string, error)) (image.Kernel, error) {
+	k := image.Kernel{Version: b.KernelVersion, ForeignInitrd: files.initrd != "", CreatedAt: time.Now()}
 	var own ownKernel
-	if c.DefaultKernel != "" || c.DefaultModulesDir != "" {
+	if files.kernel != "" || files.modules != "" {
 		var err error
-		if own, err = im.makeKernel(ctx); err != nil {
+		if own, err = im.makeKernel(ctx, files); err != nil {
 			return k, err
 		}
 		k.Version = own.version
@@ -275,6 +280,10 @@ func (im *images) kernelSources(ctx context.Context, b *bundle.Bundle, take func
 		path string
 		role bundle.Role
 	}{{own.vmlinux, bundle.Kernel}, {own.initrd, bundle.Initrd}, {own.modules, bundle.Modules}}
+	if files.initrd != "" {
+		parts = append(parts, parts[partInitrd])
+		parts[partForeign].path = files.initrd
+	}
 	var ids []string
 	for _, p := range parts {
 		id, err := take(p.path, p.role)
@@ -283,39 +292,33 @@ func (im *images) kernelSources(ctx context.Context, b *bundle.Bundle, take func
 		}
 		ids = append(ids, id)
 	}
-	if c.DefaultInitrd != "" {
-		id, err := take(c.DefaultInitrd, bundle.Initrd)
-		if err != nil {
-			return k, err
-		}
-		ids = append(ids, id)
-	}
-	// The id names its parts, so that a kernel can be captured by it alone.
-	sum := sha256.Sum256([]byte("kernel\n" + strings.Join(ids, "\n")))
-	k.ID = hex.EncodeToString(sum[:])
-	k.Files = ids
+	k.ID, k.Files = kernelID(ids), ids
 	return k, nil
+}
+
+// kernelID names a kernel by its parts, so that it can be captured by its id alone.
+func kernelID(files []string) string {
+	sum := sha256.Sum256([]byte("kernel\n" + strings.Join(files, "\n")))
+	return hex.EncodeToString(sum[:])
 }
 
 type ownKernel struct{ vmlinux, initrd, modules, version string }
 
-// makeKernel makes boot artifacts of default_kernel and default_modules_dir, once per content, in
-// the cache.
-func (im *images) makeKernel(ctx context.Context) (ownKernel, error) {
-	c := im.cfg
-	if c.DefaultModulesDir == "" || c.DefaultKernel == "" {
-		return ownKernel{}, fault.New(fault.Invalid, "default_kernel", "default_kernel and default_modules_dir go together: modules fit one kernel only").
-			WithHint("set both in config.toml, or neither")
+// makeKernel makes boot artifacts of a kernel and its modules, once per content, in the cache.
+func (im *images) makeKernel(ctx context.Context, files bootFiles) (ownKernel, error) {
+	if files.modules == "" || files.kernel == "" {
+		return ownKernel{}, fault.New(fault.Invalid, files.kernelKey, "%s and %s go together: modules fit one kernel only", files.kernelKey, files.modulesKey).
+			WithHint("set both %s, or neither", files.where)
 	}
-	tree, err := kernel.OpenTree(c.DefaultModulesDir)
+	tree, err := kernel.OpenTree(files.modules)
 	if err != nil {
 		return ownKernel{}, err
 	}
-	raw, err := os.ReadFile(c.DefaultKernel)
+	raw, err := os.ReadFile(files.kernel)
 	if err != nil {
-		return ownKernel{}, fault.Wrap(err, fault.NotFound, c.DefaultKernel, "the kernel cannot be read").WithHint("see default_kernel in config.toml")
+		return ownKernel{}, fault.Wrap(err, fault.NotFound, files.kernel, "the kernel cannot be read").WithHint("see %s %s", files.kernelKey, files.where)
 	}
-	vmlinux, err := kernel.Unpack(raw, c.DefaultKernel)
+	vmlinux, err := kernel.Unpack(raw, files.kernel)
 	if err != nil {
 		return ownKernel{}, err
 	}
@@ -323,7 +326,10 @@ func (im *images) makeKernel(ctx context.Context) (ownKernel, error) {
 	if err != nil {
 		return ownKernel{}, err
 	}
-	sum := sha256.Sum256([]byte(fingerprint(c.DefaultKernel, c.DefaultModulesDir, indexOf(c.DefaultModulesDir))))
+	if err := checkVersion(vmlinux, files.kernel, files.modules, version); err != nil {
+		return ownKernel{}, err
+	}
+	sum := sha256.Sum256([]byte(fingerprint(files.kernel, files.modules, indexOf(files.modules))))
 	out := filepath.Join(im.paths.Cache, "kernels", hex.EncodeToString(sum[:16]))
 	if err := os.MkdirAll(out, 0o700); err != nil {
 		return ownKernel{}, fault.Wrap(err, fault.Internal, out, "the cache cannot be written")
@@ -596,11 +602,42 @@ func (im *images) collectUnused(ctx context.Context) error {
 
 // collect removes captured content that neither an image nor a VM refers to. Call it with mu held.
 func (im *images) collect(ctx context.Context) error {
-	keep := map[string]bool{}
 	list, err := im.store.Images(ctx)
 	if err != nil {
 		return err
 	}
+	files, err := im.unreferenced(ctx, list)
+	if err != nil {
+		return err
+	}
+	// Records first: content without one is collected again, a record without its content is a broken VM.
+	kernels, err := im.store.Kernels(ctx)
+	if err != nil {
+		return err
+	}
+	keep, complete, err := im.referenced(list)
+	if err != nil || !complete {
+		return err
+	}
+	for _, k := range kernels {
+		if !keep[k.ID] {
+			if err := im.store.DeleteKernel(ctx, k.ID); err != nil {
+				return err
+			}
+		}
+	}
+	for _, path := range files {
+		if err := disk.Remove(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// referenced are the ids that images, VMs and holds refer to. It is not complete if there are disks without a record:
+// one is kept, and is worth nothing without the base that it was made from, which only the lost record names.
+func (im *images) referenced(list []image.Image) (keep map[string]bool, complete bool, err error) {
+	keep = map[string]bool{}
 	for _, img := range list {
 		keep[img.Base], keep[img.Seed], keep[img.Kernel] = true, true, true
 	}
@@ -612,51 +649,52 @@ func (im *images) collect(ctx context.Context) error {
 	for p := range im.held {
 		keep[p.Base], keep[p.Seed], keep[p.Kernel] = true, true, true
 	}
-	// A disk without a record is kept, and is worth nothing without the base that it was made from,
-	// which only the lost record names.
 	disks, err := names(im.paths.VMs())
 	if err != nil {
-		return err
+		return nil, false, err
 	}
 	for _, id := range disks {
 		if !known[id] {
-			return nil
+			return keep, false, nil
 		}
+	}
+	return keep, true, nil
+}
+
+// unreferenced are the files of captured content that nothing would refer to if list were the images there are.
+func (im *images) unreferenced(ctx context.Context, list []image.Image) ([]string, error) {
+	keep, complete, err := im.referenced(list)
+	if err != nil || !complete {
+		return nil, err
 	}
 	kernels, err := im.store.Kernels(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, k := range kernels {
-		if !keep[k.ID] {
-			if err := im.store.DeleteKernel(ctx, k.ID); err != nil {
-				return err
+		if keep[k.ID] {
+			for _, id := range k.Files {
+				keep[id] = true
 			}
-			continue
-		}
-		for _, id := range k.Files {
-			keep[id] = true
 		}
 	}
+	var files []string
 	for _, dir := range []string{im.paths.Images(), im.paths.Kernels()} {
 		have, err := names(dir)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		for _, id := range have {
 			// Only names of the form that capture makes: what else lies there is not ours to judge.
-			if raw, err := hex.DecodeString(id); err != nil || len(raw) != sha256.Size || keep[id] {
-				continue
-			}
-			if err := disk.Remove(filepath.Join(dir, id)); err != nil {
-				return err
+			if raw, err := hex.DecodeString(id); err == nil && len(raw) == sha256.Size && !keep[id] {
+				files = append(files, filepath.Join(dir, id))
 			}
 		}
 	}
-	return nil
+	return files, nil
 }
 
-// sweep removes half-written captures of a crash.
+// sweep removes half-written captures and unpacked imports of a crash.
 func (im *images) sweep(ctx context.Context) error {
 	unlock, err := im.mu.lock(ctx)
 	if err != nil {
@@ -666,6 +704,17 @@ func (im *images) sweep(ctx context.Context) error {
 	for _, dir := range []string{im.paths.Images(), im.paths.Kernels(), im.paths.Templates()} {
 		if _, err := disk.Sweep(dir); err != nil {
 			return err
+		}
+	}
+	left, err := names(im.paths.Images())
+	if err != nil {
+		return err
+	}
+	for _, name := range left {
+		if strings.HasPrefix(name, importPrefix) {
+			if err := os.RemoveAll(filepath.Join(im.paths.Images(), name)); err != nil {
+				return fault.Wrap(err, fault.Internal, name, "what is left of an import cannot be removed")
+			}
 		}
 	}
 	return nil

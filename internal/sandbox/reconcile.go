@@ -266,10 +266,10 @@ func (s *Service) endInterrupted(ctx context.Context, op operation.Operation, f 
 	switch {
 	case f != nil:
 		op.State = operation.Failed
-		op.Fault = &fault.Error{Code: fault.Code(f.Code), Subject: op.VMName, Message: f.Message, Hint: f.Hint}
+		op.Fault = &fault.Error{Code: fault.Code(f.Code), Subject: op.Subject(), Message: f.Message, Hint: f.Hint}
 	case !reached:
 		op.State = operation.Failed
-		op.Fault = fault.New(fault.Cancelled, op.VMName, "the daemon ended before this %s got anywhere", op.Kind).
+		op.Fault = fault.New(fault.Cancelled, op.Subject(), "the daemon ended before this %s got anywhere", op.Kind).
 			WithHint("type it again")
 	}
 	if err := s.store.SaveOperation(ctx, op); err != nil {

@@ -73,6 +73,9 @@ func (s *Service) define(ctx context.Context, r CreateRequest) (v vm.VM, release
 	if r.NAT != nil {
 		v.Spec.NAT = *r.NAT
 	}
+	if r.NetworkGroup != nil {
+		v.Spec.NetworkGroup = *r.NetworkGroup
+	}
 	if err := v.Spec.Validate(s.host); err != nil {
 		return v, nil, err
 	}
@@ -662,8 +665,9 @@ func (s *Service) Status(context.Context) (Status, error) {
 	s.warnMu.Lock()
 	st.Warnings = append(st.Warnings, s.warnings...)
 	s.warnMu.Unlock()
-	if w := s.dnsWarning(); w != "" {
-		st.Warnings = append(st.Warnings, w)
+	if n := s.networkNotice; n != nil {
+		st.Warnings = append(st.Warnings, "network of VMs: "+n.Detail)
 	}
+	st.Warnings = append(st.Warnings, s.dnsWarnings()...)
 	return st, nil
 }

@@ -7,7 +7,6 @@ import (
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
-	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/sandbox"
 	"git.thaloco.com/thaloco/banger/internal/vm"
@@ -37,7 +36,7 @@ func vmMessage(v vm.VM) *bangerv1.VM {
 		DiskBytes: v.Spec.DiskSize, SystemBytes: v.Spec.SystemSize, Labels: v.Spec.Labels,
 		CreatedAt: stamp(v.CreatedAt), StartedAt: stampPtr(v.StartedAt), StoppedAt: stampPtr(v.StoppedAt),
 		Vmm: v.VMM, Accel: v.Accel, Pid: int32(v.PID), Note: v.Note, Autostart: v.Spec.Autostart,
-		Nat: v.Spec.NAT,
+		Nat: v.Spec.NAT, NetworkGroup: v.Spec.NetworkGroup,
 	}
 	if i := v.Interface; i != nil {
 		m.Network, m.Address = i.Kind, i.IPv4.Addr().String()
@@ -85,23 +84,11 @@ func vmMessages(list []vm.VM) []*bangerv1.VM {
 	return out
 }
 
-func imageMessages(list []image.Image, byDefault string) []*bangerv1.Image {
-	out := make([]*bangerv1.Image, len(list))
-	for i, im := range list {
-		out[i] = &bangerv1.Image{
-			Id: im.ID, Name: im.Name, SizeBytes: im.SizeBytes, Managed: im.Managed,
-			HasWorkSeed: im.Seed != "", IsDefault: im.Name == byDefault, Source: im.Source,
-			CreatedAt: stamp(im.CreatedAt),
-		}
-	}
-	return out
-}
-
 // operationMessage leaves the VM out: only the handlers know whether it is worth a look.
 func operationMessage(op operation.Operation) *bangerv1.Operation {
 	m := &bangerv1.Operation{
 		Id: op.ID, Kind: string(op.Kind), VmId: op.VMID, VmName: op.VMName, State: string(op.State),
-		CreatedAt: stamp(op.CreatedAt), FinishedAt: stamp(op.FinishedAt), Notices: op.Notices,
+		CreatedAt: stamp(op.CreatedAt), FinishedAt: stamp(op.FinishedAt), Notices: op.Notices, Image: op.Image,
 	}
 	for _, s := range op.Stages {
 		m.Stages = append(m.Stages, &bangerv1.OperationStage{

@@ -19,7 +19,7 @@ type vmHandler struct {
 
 func (h *vmHandler) CreateVM(ctx context.Context, r *bangerv1.CreateVMRequest) (*bangerv1.CreateVMResponse, error) {
 	op, err := h.svc.Create(ctx, sandbox.CreateRequest{
-		Name: r.GetName(), Image: r.GetImage(), NoStart: r.GetNoStart(), NAT: r.Nat,
+		Name: r.GetName(), Image: r.GetImage(), NoStart: r.GetNoStart(), NAT: r.Nat, NetworkGroup: r.NetworkGroup,
 		Spec: vm.Spec{
 			VCPU: int(r.GetVcpu()), MemoryMiB: r.GetMemoryMib(),
 			DiskSize: r.GetDiskBytes(), SystemSize: r.GetSystemBytes(), Labels: r.GetLabels(),
@@ -65,7 +65,7 @@ func (h *vmHandler) DeleteVM(ctx context.Context, r *bangerv1.DeleteVMRequest) (
 
 func (h *vmHandler) SetVM(ctx context.Context, r *bangerv1.SetVMRequest) (*bangerv1.SetVMResponse, error) {
 	change := vm.Change{
-		MemoryMiB: r.MemoryMib, DiskSize: r.DiskBytes, SystemSize: r.SystemBytes, Autostart: r.Autostart, NAT: r.Nat,
+		MemoryMiB: r.MemoryMib, DiskSize: r.DiskBytes, SystemSize: r.SystemBytes, Autostart: r.Autostart, NAT: r.Nat, Group: r.NetworkGroup,
 		Labels: r.GetLabels(), DropLabels: r.GetDropLabels(),
 	}
 	if r.Vcpu != nil {
@@ -167,23 +167,10 @@ func (h *vmHandler) ReadLog(ctx context.Context, r *bangerv1.ReadLogRequest, str
 	})
 }
 
-type imageHandler struct{ svc Machines }
-
-func (h *imageHandler) ListImages(ctx context.Context, _ *bangerv1.ListImagesRequest) (*bangerv1.ListImagesResponse, error) {
-	list, byDefault, err := h.svc.Images(ctx)
-	if err != nil {
-		return nil, err
-	}
-	messages := imageMessages(list, byDefault)
-	for i := range list {
-		messages[i].Kernel = h.svc.KernelVersion(ctx, list[i].Kernel)
-	}
-	return &bangerv1.ListImagesResponse{Images: messages}, nil
-}
-
 type operationHandler struct {
 	svc    Operations
 	vms    Machines
+	images Images
 	ending <-chan struct{}
 }
 
@@ -217,11 +204,20 @@ func streamed(ctx context.Context, ending <-chan struct{}, watch func(context.Co
 	return err
 }
 
-// final adds the VM as it is to the message of an operation that ended.
+// final adds the VM or image as it is to the message of an operation that ended.
 func (h *operationHandler) final(ctx context.Context, op operation.Operation) (*bangerv1.Operation, error) {
 	m := operationMessage(op)
 	if op.State == operation.Running {
 		return m, nil
+	}
+	if op.Image != "" {
+		d, err := h.images.Image(ctx, op.Image)
+		switch {
+		case err == nil:
+			m.Made = imageDetailMessage(d)
+		case !fault.Is(err, fault.NotFound):
+			return nil, err
+		}
 	}
 	v, err := h.vms.Resolve(ctx, op.VMID)
 	switch {

@@ -46,6 +46,18 @@ type Machines interface {
 	KernelVersion(ctx context.Context, id string) string
 }
 
+// Images is what the image calls need, beside Machines.
+type Images interface {
+	Image(ctx context.Context, ref string) (sandbox.ImageDetail, error)
+	ImageUsers() map[string][]string
+	RegisterImage(ctx context.Context, r sandbox.RegisterRequest) (operation.Operation, error)
+	DeleteImage(ctx context.Context, ref string) (image.Image, error)
+	PromoteImage(ctx context.Context, ref string) (image.Image, bool, error)
+	PruneImages(ctx context.Context, r sandbox.PruneRequest) (sandbox.Pruned, error)
+	ExportImage(ctx context.Context, ref, path string) (operation.Operation, error)
+	ImportImage(ctx context.Context, path, name string) (operation.Operation, error)
+}
+
 // Operations is what the operation calls need.
 type Operations interface {
 	Operation(ctx context.Context, id string) (operation.Operation, error)
@@ -73,6 +85,7 @@ type Dialer interface {
 // Service is everything that the server serves. *sandbox.Service is the one in the daemon.
 type Service interface {
 	Machines
+	Images
 	Operations
 	Host
 	Dialer
@@ -109,8 +122,8 @@ func New(svc Service, info Info, log *slog.Logger) http.Handler {
 	)
 	mux := http.NewServeMux()
 	mux.Handle(bangerv1connect.NewVMServiceHandler(&vmHandler{svc, info}, opts))
-	mux.Handle(bangerv1connect.NewImageServiceHandler(&imageHandler{svc}, opts))
-	mux.Handle(bangerv1connect.NewOperationServiceHandler(&operationHandler{svc, svc, info.Ending}, opts))
+	mux.Handle(bangerv1connect.NewImageServiceHandler(&imageHandler{svc, svc}, opts))
+	mux.Handle(bangerv1connect.NewOperationServiceHandler(&operationHandler{svc, svc, svc, info.Ending}, opts))
 	mux.Handle(bangerv1connect.NewDaemonServiceHandler(&daemonHandler{svc, info}, opts))
 	return mux
 }

@@ -137,10 +137,9 @@ type Machine interface {
 
 // Features says what a driver has, for people, doctor and tests.
 type Features struct {
-	Accel      string // "kvm" or "tcg"
-	Vsock      bool   // agent over vsock, else over virtio-serial
-	NICSockets bool   // a NIC may have a Socket
-	// NICVsock: such a NIC is no device of the guest's, which connects to NICPort by itself.
+	Accel string // "kvm" or "tcg"
+	Vsock bool   // agent over vsock, else over virtio-serial
+	// NICVsock: a NIC with a Socket is no device of the guest's, which connects to NICPort by itself.
 	NICVsock bool
 	// OverheadMiB is memory that it may need beside the guest's and beside the 256 MiB that any VMM gets.
 	OverheadMiB int64

@@ -115,33 +115,34 @@ func (x *Fault) GetCause() string {
 }
 
 type VM struct {
-	state       protoimpl.MessageState `protogen:"open.v1"`
-	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name        string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	State       string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`     // defined starting running stopping stopped failed deleting
-	Desired     string                 `protobuf:"bytes,4,opt,name=desired,proto3" json:"desired,omitempty"` // running stopped deleted
-	Image       string                 `protobuf:"bytes,5,opt,name=image,proto3" json:"image,omitempty"`
-	ImageId     string                 `protobuf:"bytes,6,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
-	Vcpu        int32                  `protobuf:"varint,7,opt,name=vcpu,proto3" json:"vcpu,omitempty"`
-	MemoryMib   int64                  `protobuf:"varint,8,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
-	DiskBytes   int64                  `protobuf:"varint,9,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
-	SystemBytes int64                  `protobuf:"varint,10,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
-	Labels      map[string]string      `protobuf:"bytes,11,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	CreatedAt   *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	StartedAt   *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
-	StoppedAt   *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=stopped_at,json=stoppedAt,proto3" json:"stopped_at,omitempty"`
-	Failure     *Failure               `protobuf:"bytes,15,opt,name=failure,proto3" json:"failure,omitempty"`
-	Vmm         string                 `protobuf:"bytes,16,opt,name=vmm,proto3" json:"vmm,omitempty"`
-	Accel       string                 `protobuf:"bytes,17,opt,name=accel,proto3" json:"accel,omitempty"`
-	Pid         int32                  `protobuf:"varint,18,opt,name=pid,proto3" json:"pid,omitempty"`
-	Note        string                 `protobuf:"bytes,19,opt,name=note,proto3" json:"note,omitempty"`
-	Boot        []*Stage               `protobuf:"bytes,20,rep,name=boot,proto3" json:"boot,omitempty"`
-	Kernel      string                 `protobuf:"bytes,21,opt,name=kernel,proto3" json:"kernel,omitempty"`                              // version
-	OperationId string                 `protobuf:"bytes,22,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"` // running operation, if any
-	Autostart   bool                   `protobuf:"varint,23,opt,name=autostart,proto3" json:"autostart,omitempty"`                       // started again after a reboot of the host that it ran in
-	Nat         bool                   `protobuf:"varint,24,opt,name=nat,proto3" json:"nat,omitempty"`                                   // it may reach what the host reaches
-	Network     string                 `protobuf:"bytes,25,opt,name=network,proto3" json:"network,omitempty"`                            // kind of network it was put on at its last start: bridge, user; empty: none
-	Address     string                 `protobuf:"bytes,26,opt,name=address,proto3" json:"address,omitempty"`                            // its own IPv4 address there
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Id           string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name         string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	State        string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`     // defined starting running stopping stopped failed deleting
+	Desired      string                 `protobuf:"bytes,4,opt,name=desired,proto3" json:"desired,omitempty"` // running stopped deleted
+	Image        string                 `protobuf:"bytes,5,opt,name=image,proto3" json:"image,omitempty"`
+	ImageId      string                 `protobuf:"bytes,6,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
+	Vcpu         int32                  `protobuf:"varint,7,opt,name=vcpu,proto3" json:"vcpu,omitempty"`
+	MemoryMib    int64                  `protobuf:"varint,8,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
+	DiskBytes    int64                  `protobuf:"varint,9,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	SystemBytes  int64                  `protobuf:"varint,10,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
+	Labels       map[string]string      `protobuf:"bytes,11,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	CreatedAt    *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	StartedAt    *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	StoppedAt    *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=stopped_at,json=stoppedAt,proto3" json:"stopped_at,omitempty"`
+	Failure      *Failure               `protobuf:"bytes,15,opt,name=failure,proto3" json:"failure,omitempty"`
+	Vmm          string                 `protobuf:"bytes,16,opt,name=vmm,proto3" json:"vmm,omitempty"`
+	Accel        string                 `protobuf:"bytes,17,opt,name=accel,proto3" json:"accel,omitempty"`
+	Pid          int32                  `protobuf:"varint,18,opt,name=pid,proto3" json:"pid,omitempty"`
+	Note         string                 `protobuf:"bytes,19,opt,name=note,proto3" json:"note,omitempty"`
+	Boot         []*Stage               `protobuf:"bytes,20,rep,name=boot,proto3" json:"boot,omitempty"`
+	Kernel       string                 `protobuf:"bytes,21,opt,name=kernel,proto3" json:"kernel,omitempty"`                                 // version
+	OperationId  string                 `protobuf:"bytes,22,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`    // running operation, if any
+	Autostart    bool                   `protobuf:"varint,23,opt,name=autostart,proto3" json:"autostart,omitempty"`                          // started again after a reboot of the host that it ran in
+	Nat          bool                   `protobuf:"varint,24,opt,name=nat,proto3" json:"nat,omitempty"`                                      // it may reach what the host reaches
+	Network      string                 `protobuf:"bytes,25,opt,name=network,proto3" json:"network,omitempty"`                               // kind of network it was put on at its last start: bridge, user; empty: none
+	Address      string                 `protobuf:"bytes,26,opt,name=address,proto3" json:"address,omitempty"`                               // its own IPv4 address there
+	NetworkGroup string                 `protobuf:"bytes,27,opt,name=network_group,json=networkGroup,proto3" json:"network_group,omitempty"` // VMs of one group may talk to each other; empty: none
 	// Only in GetVM: they cost system calls.
 	DiskAllocatedBytes   int64        `protobuf:"varint,40,opt,name=disk_allocated_bytes,json=diskAllocatedBytes,proto3" json:"disk_allocated_bytes,omitempty"`
 	SystemAllocatedBytes int64        `protobuf:"varint,41,opt,name=system_allocated_bytes,json=systemAllocatedBytes,proto3" json:"system_allocated_bytes,omitempty"`
@@ -363,6 +364,13 @@ func (x *VM) GetNetwork() string {
 func (x *VM) GetAddress() string {
 	if x != nil {
 		return x.Address
+	}
+	return ""
+}
+
+func (x *VM) GetNetworkGroup() string {
+	if x != nil {
+		return x.NetworkGroup
 	}
 	return ""
 }
@@ -638,18 +646,28 @@ func (x *Stage) GetAtMs() float64 {
 }
 
 type Image struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	SizeBytes     int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	Kernel        string                 `protobuf:"bytes,4,opt,name=kernel,proto3" json:"kernel,omitempty"`
-	Managed       bool                   `protobuf:"varint,5,opt,name=managed,proto3" json:"managed,omitempty"`
-	HasWorkSeed   bool                   `protobuf:"varint,6,opt,name=has_work_seed,json=hasWorkSeed,proto3" json:"has_work_seed,omitempty"`
-	IsDefault     bool                   `protobuf:"varint,7,opt,name=is_default,json=isDefault,proto3" json:"is_default,omitempty"`
-	Source        string                 `protobuf:"bytes,8,opt,name=source,proto3" json:"source,omitempty"`
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name        string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	SizeBytes   int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Kernel      string                 `protobuf:"bytes,4,opt,name=kernel,proto3" json:"kernel,omitempty"`
+	Managed     bool                   `protobuf:"varint,5,opt,name=managed,proto3" json:"managed,omitempty"`
+	HasWorkSeed bool                   `protobuf:"varint,6,opt,name=has_work_seed,json=hasWorkSeed,proto3" json:"has_work_seed,omitempty"`
+	IsDefault   bool                   `protobuf:"varint,7,opt,name=is_default,json=isDefault,proto3" json:"is_default,omitempty"`
+	Source      string                 `protobuf:"bytes,8,opt,name=source,proto3" json:"source,omitempty"`
+	CreatedAt   *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	Packages    string                 `protobuf:"bytes,10,opt,name=packages,proto3" json:"packages,omitempty"`                     // file with the list of packages that it was made from
+	OwnKernel   bool                   `protobuf:"varint,11,opt,name=own_kernel,json=ownKernel,proto3" json:"own_kernel,omitempty"` // it is bound to a kernel; else its VMs boot with that of the default image
+	Base        string                 `protobuf:"bytes,12,opt,name=base,proto3" json:"base,omitempty"`                             // content id (SHA-256) of the root filesystem
+	WorkSeed    string                 `protobuf:"bytes,13,opt,name=work_seed,json=workSeed,proto3" json:"work_seed,omitempty"`     // likewise; empty: none
+	Vms         []string               `protobuf:"bytes,14,rep,name=vms,proto3" json:"vms,omitempty"`                               // names of those that were made from it, as it is now
+	// Only in GetImage and as the result of an operation: they cost system calls.
+	BaseAllocatedBytes     int64  `protobuf:"varint,30,opt,name=base_allocated_bytes,json=baseAllocatedBytes,proto3" json:"base_allocated_bytes,omitempty"` // 0: not captured yet
+	WorkSeedAllocatedBytes int64  `protobuf:"varint,31,opt,name=work_seed_allocated_bytes,json=workSeedAllocatedBytes,proto3" json:"work_seed_allocated_bytes,omitempty"`
+	Filesystem             string `protobuf:"bytes,32,opt,name=filesystem,proto3" json:"filesystem,omitempty"`                               // ext4, erofs, squashfs; empty: not captured yet
+	WorkSeedBytes          int64  `protobuf:"varint,33,opt,name=work_seed_bytes,json=workSeedBytes,proto3" json:"work_seed_bytes,omitempty"` // the smallest work disk that a VM of it can have
+	unknownFields          protoimpl.UnknownFields
+	sizeCache              protoimpl.SizeCache
 }
 
 func (x *Image) Reset() {
@@ -745,10 +763,73 @@ func (x *Image) GetCreatedAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Image) GetPackages() string {
+	if x != nil {
+		return x.Packages
+	}
+	return ""
+}
+
+func (x *Image) GetOwnKernel() bool {
+	if x != nil {
+		return x.OwnKernel
+	}
+	return false
+}
+
+func (x *Image) GetBase() string {
+	if x != nil {
+		return x.Base
+	}
+	return ""
+}
+
+func (x *Image) GetWorkSeed() string {
+	if x != nil {
+		return x.WorkSeed
+	}
+	return ""
+}
+
+func (x *Image) GetVms() []string {
+	if x != nil {
+		return x.Vms
+	}
+	return nil
+}
+
+func (x *Image) GetBaseAllocatedBytes() int64 {
+	if x != nil {
+		return x.BaseAllocatedBytes
+	}
+	return 0
+}
+
+func (x *Image) GetWorkSeedAllocatedBytes() int64 {
+	if x != nil {
+		return x.WorkSeedAllocatedBytes
+	}
+	return 0
+}
+
+func (x *Image) GetFilesystem() string {
+	if x != nil {
+		return x.Filesystem
+	}
+	return ""
+}
+
+func (x *Image) GetWorkSeedBytes() int64 {
+	if x != nil {
+		return x.WorkSeedBytes
+	}
+	return 0
+}
+
 type Operation struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // create start stop restart delete set trim
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // create start stop restart delete set trim image-register image-export image-import ...
 	VmId          string                 `protobuf:"bytes,3,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"`
 	VmName        string                 `protobuf:"bytes,4,opt,name=vm_name,json=vmName,proto3" json:"vm_name,omitempty"`
 	State         string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"` // running succeeded failed cancelled
@@ -758,6 +839,8 @@ type Operation struct {
 	Fault         *Fault                 `protobuf:"bytes,9,opt,name=fault,proto3" json:"fault,omitempty"`
 	Vm            *VM                    `protobuf:"bytes,10,opt,name=vm,proto3" json:"vm,omitempty"`           // as it is at the end; not set after delete
 	Notices       []string               `protobuf:"bytes,11,rep,name=notices,proto3" json:"notices,omitempty"` // e.g. "already running"
+	Image         string                 `protobuf:"bytes,12,opt,name=image,proto3" json:"image,omitempty"`     // name of the image that it makes or writes; vm_id may be empty then
+	Made          *Image                 `protobuf:"bytes,13,opt,name=made,proto3" json:"made,omitempty"`       // that image, as it is at the end
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -869,6 +952,20 @@ func (x *Operation) GetNotices() []string {
 	return nil
 }
 
+func (x *Operation) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *Operation) GetMade() *Image {
+	if x != nil {
+		return x.Made
+	}
+	return nil
+}
+
 type OperationStage struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -947,8 +1044,9 @@ type CreateVMRequest struct {
 	DiskBytes     int64             `protobuf:"varint,5,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	SystemBytes   int64             `protobuf:"varint,6,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
 	Labels        map[string]string `protobuf:"bytes,7,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	NoStart       bool              `protobuf:"varint,8,opt,name=no_start,json=noStart,proto3" json:"no_start,omitempty"` // make it, do not start it
-	Nat           *bool             `protobuf:"varint,9,opt,name=nat,proto3,oneof" json:"nat,omitempty"`                  // not set: the default
+	NoStart       bool              `protobuf:"varint,8,opt,name=no_start,json=noStart,proto3" json:"no_start,omitempty"`                      // make it, do not start it
+	Nat           *bool             `protobuf:"varint,9,opt,name=nat,proto3,oneof" json:"nat,omitempty"`                                       // not set: the default
+	NetworkGroup  *string           `protobuf:"bytes,10,opt,name=network_group,json=networkGroup,proto3,oneof" json:"network_group,omitempty"` // not set: the default; empty: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1044,6 +1142,13 @@ func (x *CreateVMRequest) GetNat() bool {
 		return *x.Nat
 	}
 	return false
+}
+
+func (x *CreateVMRequest) GetNetworkGroup() string {
+	if x != nil && x.NetworkGroup != nil {
+		return *x.NetworkGroup
+	}
+	return ""
 }
 
 type CreateVMResponse struct {
@@ -1463,6 +1568,7 @@ type SetVMRequest struct {
 	DropLabels    []string          `protobuf:"bytes,8,rep,name=drop_labels,json=dropLabels,proto3" json:"drop_labels,omitempty"`                                                 // keys
 	Restart       bool              `protobuf:"varint,9,opt,name=restart,proto3" json:"restart,omitempty"`                                                                        // stop and start it if the change needs that
 	Nat           *bool             `protobuf:"varint,10,opt,name=nat,proto3,oneof" json:"nat,omitempty"`
+	NetworkGroup  *string           `protobuf:"bytes,11,opt,name=network_group,json=networkGroup,proto3,oneof" json:"network_group,omitempty"` // empty: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1565,6 +1671,13 @@ func (x *SetVMRequest) GetNat() bool {
 		return *x.Nat
 	}
 	return false
+}
+
+func (x *SetVMRequest) GetNetworkGroup() string {
+	if x != nil && x.NetworkGroup != nil {
+		return *x.NetworkGroup
+	}
+	return ""
 }
 
 type SetVMResponse struct {
@@ -4657,6 +4770,719 @@ func (*RemoveSSHConfigResponse) Descriptor() ([]byte, []int) {
 	return file_banger_v1_banger_proto_rawDescGZIP(), []int{74}
 }
 
+type GetImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetImageRequest) Reset() {
+	*x = GetImageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetImageRequest) ProtoMessage() {}
+
+func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetImageRequest.ProtoReflect.Descriptor instead.
+func (*GetImageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *GetImageRequest) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+type GetImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         *Image                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetImageResponse) Reset() {
+	*x = GetImageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetImageResponse) ProtoMessage() {}
+
+func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetImageResponse.ProtoReflect.Descriptor instead.
+func (*GetImageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *GetImageResponse) GetImage() *Image {
+	if x != nil {
+		return x.Image
+	}
+	return nil
+}
+
+type RegisterImageRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Absolute paths of the caller's own files. All but rootfs may be empty.
+	Rootfs        string `protobuf:"bytes,2,opt,name=rootfs,proto3" json:"rootfs,omitempty"`                     // ext4, erofs or squashfs with an init for this architecture
+	WorkSeed      string `protobuf:"bytes,3,opt,name=work_seed,json=workSeed,proto3" json:"work_seed,omitempty"` // ext4: what is in /root of new VMs
+	Kernel        string `protobuf:"bytes,4,opt,name=kernel,proto3" json:"kernel,omitempty"`                     // vmlinux or bzImage; goes with modules
+	Initrd        string `protobuf:"bytes,5,opt,name=initrd,proto3" json:"initrd,omitempty"`                     // to boot with besides banger's own
+	Modules       string `protobuf:"bytes,6,opt,name=modules,proto3" json:"modules,omitempty"`                   // directory of the kernel's modules
+	Packages      string `protobuf:"bytes,7,opt,name=packages,proto3" json:"packages,omitempty"`                 // list of packages, for people
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RegisterImageRequest) Reset() {
+	*x = RegisterImageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RegisterImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RegisterImageRequest) ProtoMessage() {}
+
+func (x *RegisterImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RegisterImageRequest.ProtoReflect.Descriptor instead.
+func (*RegisterImageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *RegisterImageRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RegisterImageRequest) GetRootfs() string {
+	if x != nil {
+		return x.Rootfs
+	}
+	return ""
+}
+
+func (x *RegisterImageRequest) GetWorkSeed() string {
+	if x != nil {
+		return x.WorkSeed
+	}
+	return ""
+}
+
+func (x *RegisterImageRequest) GetKernel() string {
+	if x != nil {
+		return x.Kernel
+	}
+	return ""
+}
+
+func (x *RegisterImageRequest) GetInitrd() string {
+	if x != nil {
+		return x.Initrd
+	}
+	return ""
+}
+
+func (x *RegisterImageRequest) GetModules() string {
+	if x != nil {
+		return x.Modules
+	}
+	return ""
+}
+
+func (x *RegisterImageRequest) GetPackages() string {
+	if x != nil {
+		return x.Packages
+	}
+	return ""
+}
+
+type RegisterImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RegisterImageResponse) Reset() {
+	*x = RegisterImageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RegisterImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RegisterImageResponse) ProtoMessage() {}
+
+func (x *RegisterImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RegisterImageResponse.ProtoReflect.Descriptor instead.
+func (*RegisterImageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *RegisterImageResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+type DeleteImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteImageRequest) Reset() {
+	*x = DeleteImageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteImageRequest) ProtoMessage() {}
+
+func (x *DeleteImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteImageRequest.ProtoReflect.Descriptor instead.
+func (*DeleteImageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{79}
+}
+
+func (x *DeleteImageRequest) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+type DeleteImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         *Image                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteImageResponse) Reset() {
+	*x = DeleteImageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteImageResponse) ProtoMessage() {}
+
+func (x *DeleteImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteImageResponse.ProtoReflect.Descriptor instead.
+func (*DeleteImageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *DeleteImageResponse) GetImage() *Image {
+	if x != nil {
+		return x.Image
+	}
+	return nil
+}
+
+type PromoteImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteImageRequest) Reset() {
+	*x = PromoteImageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteImageRequest) ProtoMessage() {}
+
+func (x *PromoteImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteImageRequest.ProtoReflect.Descriptor instead.
+func (*PromoteImageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{81}
+}
+
+func (x *PromoteImageRequest) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+type PromoteImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         *Image                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Already       bool                   `protobuf:"varint,2,opt,name=already,proto3" json:"already,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteImageResponse) Reset() {
+	*x = PromoteImageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[82]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteImageResponse) ProtoMessage() {}
+
+func (x *PromoteImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[82]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteImageResponse.ProtoReflect.Descriptor instead.
+func (*PromoteImageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{82}
+}
+
+func (x *PromoteImageResponse) GetImage() *Image {
+	if x != nil {
+		return x.Image
+	}
+	return nil
+}
+
+func (x *PromoteImageResponse) GetAlready() bool {
+	if x != nil {
+		return x.Already
+	}
+	return false
+}
+
+type ExportImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"` // absolute
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportImageRequest) Reset() {
+	*x = ExportImageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[83]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportImageRequest) ProtoMessage() {}
+
+func (x *ExportImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[83]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportImageRequest.ProtoReflect.Descriptor instead.
+func (*ExportImageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{83}
+}
+
+func (x *ExportImageRequest) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+func (x *ExportImageRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type ExportImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportImageResponse) Reset() {
+	*x = ExportImageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[84]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportImageResponse) ProtoMessage() {}
+
+func (x *ExportImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[84]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportImageResponse.ProtoReflect.Descriptor instead.
+func (*ExportImageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{84}
+}
+
+func (x *ExportImageResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+type ImportImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // absolute
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"` // empty: the one that it was exported under
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportImageRequest) Reset() {
+	*x = ImportImageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[85]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportImageRequest) ProtoMessage() {}
+
+func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[85]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportImageRequest.ProtoReflect.Descriptor instead.
+func (*ImportImageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{85}
+}
+
+func (x *ImportImageRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ImportImageRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ImportImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportImageResponse) Reset() {
+	*x = ImportImageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[86]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportImageResponse) ProtoMessage() {}
+
+func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[86]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportImageResponse.ProtoReflect.Descriptor instead.
+func (*ImportImageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{86}
+}
+
+func (x *ImportImageResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+type PruneImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Unused        bool                   `protobuf:"varint,1,opt,name=unused,proto3" json:"unused,omitempty"`               // also images that no VM was made from, except the default one
+	DryRun        bool                   `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"` // say what would be removed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneImagesRequest) Reset() {
+	*x = PruneImagesRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[87]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneImagesRequest) ProtoMessage() {}
+
+func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[87]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneImagesRequest.ProtoReflect.Descriptor instead.
+func (*PruneImagesRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{87}
+}
+
+func (x *PruneImagesRequest) GetUnused() bool {
+	if x != nil {
+		return x.Unused
+	}
+	return false
+}
+
+func (x *PruneImagesRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type PruneImagesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []*Image               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	Files         int32                  `protobuf:"varint,2,opt,name=files,proto3" json:"files,omitempty"` // of content that nothing refers to any more
+	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"` // of the host's disk, that they took
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneImagesResponse) Reset() {
+	*x = PruneImagesResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[88]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneImagesResponse) ProtoMessage() {}
+
+func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[88]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneImagesResponse.ProtoReflect.Descriptor instead.
+func (*PruneImagesResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{88}
+}
+
+func (x *PruneImagesResponse) GetImages() []*Image {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+func (x *PruneImagesResponse) GetFiles() int32 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *PruneImagesResponse) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 var File_banger_v1_banger_proto protoreflect.FileDescriptor
 
 const file_banger_v1_banger_proto_rawDesc = "" +
@@ -4668,7 +5494,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\asubject\x18\x03 \x01(\tR\asubject\x12\x18\n" +
 	"\amessage\x18\x04 \x01(\tR\amessage\x12\x12\n" +
 	"\x04hint\x18\x05 \x01(\tR\x04hint\x12\x14\n" +
-	"\x05cause\x18\x06 \x01(\tR\x05cause\"\x8a\t\n" +
+	"\x05cause\x18\x06 \x01(\tR\x05cause\"\xaf\t\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -4701,7 +5527,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\tautostart\x18\x17 \x01(\bR\tautostart\x12\x10\n" +
 	"\x03nat\x18\x18 \x01(\bR\x03nat\x12\x18\n" +
 	"\anetwork\x18\x19 \x01(\tR\anetwork\x12\x18\n" +
-	"\aaddress\x18\x1a \x01(\tR\aaddress\x120\n" +
+	"\aaddress\x18\x1a \x01(\tR\aaddress\x12#\n" +
+	"\rnetwork_group\x18\x1b \x01(\tR\fnetworkGroup\x120\n" +
 	"\x14disk_allocated_bytes\x18( \x01(\x03R\x12diskAllocatedBytes\x124\n" +
 	"\x16system_allocated_bytes\x18) \x01(\x03R\x14systemAllocatedBytes\x12\x1c\n" +
 	"\tdirectory\x18* \x01(\tR\tdirectory\x12\x10\n" +
@@ -4728,7 +5555,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"0\n" +
 	"\x05Stage\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x13\n" +
-	"\x05at_ms\x18\x02 \x01(\x01R\x04atMs\"\x92\x02\n" +
+	"\x05at_ms\x18\x02 \x01(\x01R\x04atMs\"\xc5\x04\n" +
 	"\x05Image\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -4741,7 +5568,20 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"is_default\x18\a \x01(\bR\tisDefault\x12\x16\n" +
 	"\x06source\x18\b \x01(\tR\x06source\x129\n" +
 	"\n" +
-	"created_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\"\xff\x02\n" +
+	"created_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1a\n" +
+	"\bpackages\x18\n" +
+	" \x01(\tR\bpackages\x12\x1d\n" +
+	"\n" +
+	"own_kernel\x18\v \x01(\bR\townKernel\x12\x12\n" +
+	"\x04base\x18\f \x01(\tR\x04base\x12\x1b\n" +
+	"\twork_seed\x18\r \x01(\tR\bworkSeed\x12\x10\n" +
+	"\x03vms\x18\x0e \x03(\tR\x03vms\x120\n" +
+	"\x14base_allocated_bytes\x18\x1e \x01(\x03R\x12baseAllocatedBytes\x129\n" +
+	"\x19work_seed_allocated_bytes\x18\x1f \x01(\x03R\x16workSeedAllocatedBytes\x12\x1e\n" +
+	"\n" +
+	"filesystem\x18  \x01(\tR\n" +
+	"filesystem\x12&\n" +
+	"\x0fwork_seed_bytes\x18! \x01(\x03R\rworkSeedBytes\"\xbb\x03\n" +
 	"\tOperation\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x13\n" +
@@ -4756,14 +5596,16 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x05fault\x18\t \x01(\v2\x10.banger.v1.FaultR\x05fault\x12\x1d\n" +
 	"\x02vm\x18\n" +
 	" \x01(\v2\r.banger.v1.VMR\x02vm\x12\x18\n" +
-	"\anotices\x18\v \x03(\tR\anotices\"\xb4\x01\n" +
+	"\anotices\x18\v \x03(\tR\anotices\x12\x14\n" +
+	"\x05image\x18\f \x01(\tR\x05image\x12$\n" +
+	"\x04made\x18\r \x01(\v2\x10.banger.v1.ImageR\x04made\"\xb4\x01\n" +
 	"\x0eOperationStage\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x129\n" +
 	"\n" +
 	"started_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x12;\n" +
 	"\vfinished_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"finishedAt\"\xe5\x02\n" +
+	"finishedAt\"\xa1\x03\n" +
 	"\x0fCreateVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x12\n" +
@@ -4775,11 +5617,14 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\fsystem_bytes\x18\x06 \x01(\x03R\vsystemBytes\x12>\n" +
 	"\x06labels\x18\a \x03(\v2&.banger.v1.CreateVMRequest.LabelsEntryR\x06labels\x12\x19\n" +
 	"\bno_start\x18\b \x01(\bR\anoStart\x12\x15\n" +
-	"\x03nat\x18\t \x01(\bH\x00R\x03nat\x88\x01\x01\x1a9\n" +
+	"\x03nat\x18\t \x01(\bH\x00R\x03nat\x88\x01\x01\x12(\n" +
+	"\rnetwork_group\x18\n" +
+	" \x01(\tH\x01R\fnetworkGroup\x88\x01\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x06\n" +
-	"\x04_nat\"F\n" +
+	"\x04_natB\x10\n" +
+	"\x0e_network_group\"F\n" +
 	"\x10CreateVMResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\" \n" +
 	"\x0eStartVMRequest\x12\x0e\n" +
@@ -4798,7 +5643,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"F\n" +
 	"\x10DeleteVMResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\xe2\x03\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\x9e\x04\n" +
 	"\fSetVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\x04vcpu\x18\x02 \x01(\x05H\x00R\x04vcpu\x88\x01\x01\x12\"\n" +
@@ -4813,7 +5658,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"dropLabels\x12\x18\n" +
 	"\arestart\x18\t \x01(\bR\arestart\x12\x15\n" +
 	"\x03nat\x18\n" +
-	" \x01(\bH\x05R\x03nat\x88\x01\x01\x1a9\n" +
+	" \x01(\bH\x05R\x03nat\x88\x01\x01\x12(\n" +
+	"\rnetwork_group\x18\v \x01(\tH\x06R\fnetworkGroup\x88\x01\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\a\n" +
@@ -4823,7 +5669,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\r_system_bytesB\f\n" +
 	"\n" +
 	"_autostartB\x06\n" +
-	"\x04_nat\"C\n" +
+	"\x04_natB\x10\n" +
+	"\x0e_network_group\"C\n" +
 	"\rSetVMResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"%\n" +
 	"\x0fGetStatsRequest\x12\x12\n" +
@@ -5034,7 +5881,47 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x18InstallSSHConfigResponse\x12,\n" +
 	"\x06config\x18\x01 \x01(\v2\x14.banger.v1.SSHConfigR\x06config\"\x18\n" +
 	"\x16RemoveSSHConfigRequest\"\x19\n" +
-	"\x17RemoveSSHConfigResponse2\xce\b\n" +
+	"\x17RemoveSSHConfigResponse\"#\n" +
+	"\x0fGetImageRequest\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\":\n" +
+	"\x10GetImageResponse\x12&\n" +
+	"\x05image\x18\x01 \x01(\v2\x10.banger.v1.ImageR\x05image\"\xc5\x01\n" +
+	"\x14RegisterImageRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06rootfs\x18\x02 \x01(\tR\x06rootfs\x12\x1b\n" +
+	"\twork_seed\x18\x03 \x01(\tR\bworkSeed\x12\x16\n" +
+	"\x06kernel\x18\x04 \x01(\tR\x06kernel\x12\x16\n" +
+	"\x06initrd\x18\x05 \x01(\tR\x06initrd\x12\x18\n" +
+	"\amodules\x18\x06 \x01(\tR\amodules\x12\x1a\n" +
+	"\bpackages\x18\a \x01(\tR\bpackages\"K\n" +
+	"\x15RegisterImageResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"&\n" +
+	"\x12DeleteImageRequest\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\"=\n" +
+	"\x13DeleteImageResponse\x12&\n" +
+	"\x05image\x18\x01 \x01(\v2\x10.banger.v1.ImageR\x05image\"'\n" +
+	"\x13PromoteImageRequest\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\"X\n" +
+	"\x14PromoteImageResponse\x12&\n" +
+	"\x05image\x18\x01 \x01(\v2\x10.banger.v1.ImageR\x05image\x12\x18\n" +
+	"\aalready\x18\x02 \x01(\bR\aalready\":\n" +
+	"\x12ExportImageRequest\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"I\n" +
+	"\x13ExportImageResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"<\n" +
+	"\x12ImportImageRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"I\n" +
+	"\x13ImportImageResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"E\n" +
+	"\x12PruneImagesRequest\x12\x16\n" +
+	"\x06unused\x18\x01 \x01(\bR\x06unused\x12\x17\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"k\n" +
+	"\x13PruneImagesResponse\x12(\n" +
+	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images\x12\x14\n" +
+	"\x05files\x18\x02 \x01(\x05R\x05files\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes2\xce\b\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -5052,10 +5939,17 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\bGetPorts\x12\x1a.banger.v1.GetPortsRequest\x1a\x1b.banger.v1.GetPortsResponse\x12=\n" +
 	"\x06TrimVM\x12\x18.banger.v1.TrimVMRequest\x1a\x19.banger.v1.TrimVMResponse\x12O\n" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse\x12B\n" +
-	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x012Y\n" +
+	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x012\xfb\x04\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
-	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse2\xed\x02\n" +
+	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse\x12C\n" +
+	"\bGetImage\x12\x1a.banger.v1.GetImageRequest\x1a\x1b.banger.v1.GetImageResponse\x12R\n" +
+	"\rRegisterImage\x12\x1f.banger.v1.RegisterImageRequest\x1a .banger.v1.RegisterImageResponse\x12L\n" +
+	"\vDeleteImage\x12\x1d.banger.v1.DeleteImageRequest\x1a\x1e.banger.v1.DeleteImageResponse\x12O\n" +
+	"\fPromoteImage\x12\x1e.banger.v1.PromoteImageRequest\x1a\x1f.banger.v1.PromoteImageResponse\x12L\n" +
+	"\vExportImage\x12\x1d.banger.v1.ExportImageRequest\x1a\x1e.banger.v1.ExportImageResponse\x12L\n" +
+	"\vImportImage\x12\x1d.banger.v1.ImportImageRequest\x1a\x1e.banger.v1.ImportImageResponse\x12L\n" +
+	"\vPruneImages\x12\x1d.banger.v1.PruneImagesRequest\x1a\x1e.banger.v1.PruneImagesResponse2\xed\x02\n" +
 	"\x10OperationService\x12O\n" +
 	"\fGetOperation\x12\x1e.banger.v1.GetOperationRequest\x1a\x1f.banger.v1.GetOperationResponse\x12U\n" +
 	"\x0eListOperations\x12 .banger.v1.ListOperationsRequest\x1a!.banger.v1.ListOperationsResponse\x12W\n" +
@@ -5082,7 +5976,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 92)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -5159,133 +6053,169 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*InstallSSHConfigResponse)(nil), // 72: banger.v1.InstallSSHConfigResponse
 	(*RemoveSSHConfigRequest)(nil),   // 73: banger.v1.RemoveSSHConfigRequest
 	(*RemoveSSHConfigResponse)(nil),  // 74: banger.v1.RemoveSSHConfigResponse
-	nil,                              // 75: banger.v1.VM.LabelsEntry
-	nil,                              // 76: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                              // 77: banger.v1.SetVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),    // 78: google.protobuf.Timestamp
+	(*GetImageRequest)(nil),          // 75: banger.v1.GetImageRequest
+	(*GetImageResponse)(nil),         // 76: banger.v1.GetImageResponse
+	(*RegisterImageRequest)(nil),     // 77: banger.v1.RegisterImageRequest
+	(*RegisterImageResponse)(nil),    // 78: banger.v1.RegisterImageResponse
+	(*DeleteImageRequest)(nil),       // 79: banger.v1.DeleteImageRequest
+	(*DeleteImageResponse)(nil),      // 80: banger.v1.DeleteImageResponse
+	(*PromoteImageRequest)(nil),      // 81: banger.v1.PromoteImageRequest
+	(*PromoteImageResponse)(nil),     // 82: banger.v1.PromoteImageResponse
+	(*ExportImageRequest)(nil),       // 83: banger.v1.ExportImageRequest
+	(*ExportImageResponse)(nil),      // 84: banger.v1.ExportImageResponse
+	(*ImportImageRequest)(nil),       // 85: banger.v1.ImportImageRequest
+	(*ImportImageResponse)(nil),      // 86: banger.v1.ImportImageResponse
+	(*PruneImagesRequest)(nil),       // 87: banger.v1.PruneImagesRequest
+	(*PruneImagesResponse)(nil),      // 88: banger.v1.PruneImagesResponse
+	nil,                              // 89: banger.v1.VM.LabelsEntry
+	nil,                              // 90: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 91: banger.v1.SetVMRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),    // 92: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	75, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	78, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	78, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	78, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
-	3,  // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
-	4,  // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
-	2,  // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
-	0,  // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	78, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	78, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	7,  // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	78, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	78, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
-	0,  // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
-	1,  // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
-	78, // 15: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	78, // 16: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	76, // 17: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
-	6,  // 18: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
-	6,  // 19: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
-	6,  // 20: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
-	6,  // 21: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
-	6,  // 22: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	77, // 23: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
-	6,  // 24: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
-	22, // 25: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
-	1,  // 26: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	78, // 27: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
-	23, // 28: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
-	24, // 29: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
-	0,  // 30: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
-	0,  // 31: banger.v1.VMStats.fault:type_name -> banger.v1.Fault
-	25, // 32: banger.v1.GuestStats.disks:type_name -> banger.v1.GuestDisk
-	26, // 33: banger.v1.GuestStats.interfaces:type_name -> banger.v1.GuestInterface
-	29, // 34: banger.v1.GetPortsResponse.results:type_name -> banger.v1.VMPorts
-	1,  // 35: banger.v1.VMPorts.vm:type_name -> banger.v1.VM
-	30, // 36: banger.v1.VMPorts.ports:type_name -> banger.v1.Port
-	0,  // 37: banger.v1.VMPorts.fault:type_name -> banger.v1.Fault
-	6,  // 38: banger.v1.TrimVMResponse.operation:type_name -> banger.v1.Operation
-	1,  // 39: banger.v1.KillVMResponse.vm:type_name -> banger.v1.VM
-	1,  // 40: banger.v1.GetVMResponse.vm:type_name -> banger.v1.VM
-	1,  // 41: banger.v1.ListVMsResponse.vms:type_name -> banger.v1.VM
-	41, // 42: banger.v1.ResolveVMsResponse.results:type_name -> banger.v1.ResolvedVM
-	1,  // 43: banger.v1.ResolvedVM.vm:type_name -> banger.v1.VM
-	0,  // 44: banger.v1.ResolvedVM.fault:type_name -> banger.v1.Fault
-	5,  // 45: banger.v1.ListImagesResponse.images:type_name -> banger.v1.Image
-	6,  // 46: banger.v1.GetOperationResponse.operation:type_name -> banger.v1.Operation
-	6,  // 47: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
-	6,  // 48: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
-	6,  // 49: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	78, // 50: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	64, // 51: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
-	67, // 52: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
-	1,  // 53: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
-	6,  // 54: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
-	1,  // 55: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
-	6,  // 56: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
-	5,  // 57: banger.v1.Snapshot.images:type_name -> banger.v1.Image
-	68, // 58: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	68, // 59: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	8,  // 60: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10, // 61: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12, // 62: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14, // 63: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16, // 64: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18, // 65: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33, // 66: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35, // 67: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37, // 68: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39, // 69: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42, // 70: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20, // 71: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27, // 72: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31, // 73: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44, // 74: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46, // 75: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	48, // 76: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	50, // 77: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52, // 78: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54, // 79: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56, // 80: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58, // 81: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60, // 82: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62, // 83: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65, // 84: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	69, // 85: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	71, // 86: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	73, // 87: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	9,  // 88: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11, // 89: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13, // 90: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15, // 91: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17, // 92: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19, // 93: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34, // 94: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36, // 95: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38, // 96: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40, // 97: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43, // 98: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21, // 99: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28, // 100: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32, // 101: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45, // 102: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47, // 103: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	49, // 104: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	51, // 105: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53, // 106: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55, // 107: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57, // 108: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59, // 109: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61, // 110: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63, // 111: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66, // 112: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	70, // 113: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	72, // 114: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	74, // 115: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	88, // [88:116] is the sub-list for method output_type
-	60, // [60:88] is the sub-list for method input_type
-	60, // [60:60] is the sub-list for extension type_name
-	60, // [60:60] is the sub-list for extension extendee
-	0,  // [0:60] is the sub-list for field type_name
+	89,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	92,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	92,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	92,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	3,   // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
+	4,   // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
+	2,   // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
+	0,   // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
+	92,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	92,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	7,   // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
+	92,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	92,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	0,   // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
+	1,   // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
+	5,   // 15: banger.v1.Operation.made:type_name -> banger.v1.Image
+	92,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	92,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	90,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	6,   // 19: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
+	6,   // 20: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
+	6,   // 21: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
+	6,   // 22: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
+	6,   // 23: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
+	91,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	6,   // 25: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
+	22,  // 26: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
+	1,   // 27: banger.v1.VMStats.vm:type_name -> banger.v1.VM
+	92,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	23,  // 29: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
+	24,  // 30: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
+	0,   // 31: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
+	0,   // 32: banger.v1.VMStats.fault:type_name -> banger.v1.Fault
+	25,  // 33: banger.v1.GuestStats.disks:type_name -> banger.v1.GuestDisk
+	26,  // 34: banger.v1.GuestStats.interfaces:type_name -> banger.v1.GuestInterface
+	29,  // 35: banger.v1.GetPortsResponse.results:type_name -> banger.v1.VMPorts
+	1,   // 36: banger.v1.VMPorts.vm:type_name -> banger.v1.VM
+	30,  // 37: banger.v1.VMPorts.ports:type_name -> banger.v1.Port
+	0,   // 38: banger.v1.VMPorts.fault:type_name -> banger.v1.Fault
+	6,   // 39: banger.v1.TrimVMResponse.operation:type_name -> banger.v1.Operation
+	1,   // 40: banger.v1.KillVMResponse.vm:type_name -> banger.v1.VM
+	1,   // 41: banger.v1.GetVMResponse.vm:type_name -> banger.v1.VM
+	1,   // 42: banger.v1.ListVMsResponse.vms:type_name -> banger.v1.VM
+	41,  // 43: banger.v1.ResolveVMsResponse.results:type_name -> banger.v1.ResolvedVM
+	1,   // 44: banger.v1.ResolvedVM.vm:type_name -> banger.v1.VM
+	0,   // 45: banger.v1.ResolvedVM.fault:type_name -> banger.v1.Fault
+	5,   // 46: banger.v1.ListImagesResponse.images:type_name -> banger.v1.Image
+	6,   // 47: banger.v1.GetOperationResponse.operation:type_name -> banger.v1.Operation
+	6,   // 48: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
+	6,   // 49: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
+	6,   // 50: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
+	92,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	64,  // 52: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
+	67,  // 53: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
+	1,   // 54: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
+	6,   // 55: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
+	1,   // 56: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
+	6,   // 57: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
+	5,   // 58: banger.v1.Snapshot.images:type_name -> banger.v1.Image
+	68,  // 59: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	68,  // 60: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	5,   // 61: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
+	6,   // 62: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 63: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
+	5,   // 64: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
+	6,   // 65: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
+	6,   // 66: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 67: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
+	8,   // 68: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10,  // 69: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12,  // 70: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14,  // 71: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16,  // 72: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18,  // 73: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33,  // 74: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35,  // 75: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37,  // 76: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39,  // 77: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42,  // 78: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20,  // 79: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27,  // 80: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31,  // 81: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44,  // 82: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46,  // 83: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	48,  // 84: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	75,  // 85: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
+	77,  // 86: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
+	79,  // 87: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
+	81,  // 88: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
+	83,  // 89: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
+	85,  // 90: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
+	87,  // 91: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
+	50,  // 92: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52,  // 93: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54,  // 94: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56,  // 95: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58,  // 96: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60,  // 97: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62,  // 98: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65,  // 99: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	69,  // 100: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	71,  // 101: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	73,  // 102: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	9,   // 103: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11,  // 104: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13,  // 105: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15,  // 106: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17,  // 107: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19,  // 108: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34,  // 109: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36,  // 110: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38,  // 111: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40,  // 112: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43,  // 113: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21,  // 114: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28,  // 115: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32,  // 116: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45,  // 117: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47,  // 118: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	49,  // 119: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	76,  // 120: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
+	78,  // 121: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
+	80,  // 122: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
+	82,  // 123: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
+	84,  // 124: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
+	86,  // 125: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
+	88,  // 126: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
+	51,  // 127: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53,  // 128: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55,  // 129: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57,  // 130: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59,  // 131: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61,  // 132: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63,  // 133: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66,  // 134: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	70,  // 135: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	72,  // 136: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	74,  // 137: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	103, // [103:138] is the sub-list for method output_type
+	68,  // [68:103] is the sub-list for method input_type
+	68,  // [68:68] is the sub-list for extension type_name
+	68,  // [68:68] is the sub-list for extension extendee
+	0,   // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -5308,7 +6238,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   78,
+			NumMessages:   92,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -329,3 +329,39 @@ func TestStatusIsPrintable(t *testing.T) {
 		t.Errorf("%+v, %v", s, err)
 	}
 }
+
+// TestExecOOMScore: a command has the ordinary standing towards the OOM killer from its first
+// instruction, whatever the agent's is, and the agent keeps its own.
+func TestExecOOMScore(t *testing.T) {
+	const own, agents = "/proc/self/oom_score_adj", "100" // an ordinary user may raise it, and take that back
+	before, err := os.ReadFile(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(own, []byte(agents), 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.WriteFile(own, bytes.TrimSpace(before), 0); err != nil {
+			t.Error(err)
+		}
+	})
+	links(t, realExec(), func(t *testing.T, link vmm.Link) {
+		s := open(t, link)
+		var wg sync.WaitGroup
+		for range 20 { // side by side: the score is the whole agent's
+			wg.Go(func() {
+				// The shell's child is there before anybody could change the shell.
+				var out bytes.Buffer
+				_, err := runWith(within(t), s, sh("cat "+own+" & cat "+own+"; wait"), exec.Streams{Stdout: &out})
+				if out.String() != "0\n0\n" {
+					t.Errorf("a command has the scores %q (%v)", out.String(), err)
+				}
+			})
+		}
+		wg.Wait()
+		if now, err := os.ReadFile(own); err != nil || strings.TrimSpace(string(now)) != agents {
+			t.Errorf("the agent has %q now (%v), had %s", now, err, agents)
+		}
+	})
+}

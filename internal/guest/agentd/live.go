@@ -143,7 +143,8 @@ func (l *live) serveVsock(ctx context.Context, server *Server) error {
 		if err != nil {
 			return fmt.Errorf("accept on vsock: %w", err)
 		}
-		if from, ok := conn.RemoteAddr().(*vsock.Addr); !ok || from.ContextID != vsock.Host {
+		stream, ok := conn.(*vsock.Conn)
+		if from, known := conn.RemoteAddr().(*vsock.Addr); !ok || !known || from.ContextID != vsock.Host {
 			_ = conn.Close()
 			continue
 		}
@@ -155,7 +156,7 @@ func (l *live) serveVsock(ctx context.Context, server *Server) error {
 		}
 		go func() {
 			defer func() { <-slots }()
-			_ = server.Serve(ctx, conn, false) // the peer's failure is the peer's to report
+			_ = server.Serve(ctx, &packets{Conn: stream}, false) // the peer's failure is the peer's to report
 		}()
 	}
 }
@@ -279,15 +280,14 @@ func (l *live) shutdown(ctx context.Context, reboot bool) error {
 	return err
 }
 
-// systemctl runs systemctl with an ordinary process's standing towards the OOM killer.
+// systemctl runs systemctl and returns what it says.
 func systemctl(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, "systemctl", args...)
 	var output strings.Builder
 	cmd.Stdout, cmd.Stderr = &output, &output
-	if err := cmd.Start(); err != nil {
+	if err := unprotected(cmd.Start); err != nil {
 		return "", err
 	}
-	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", cmd.Process.Pid), []byte("0"), 0) // gone already: fine
 	err := cmd.Wait()
 	if err != nil {
 		return output.String(), fmt.Errorf("systemctl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(output.String()))

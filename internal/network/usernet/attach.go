@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"path/filepath"
 
+	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/network"
@@ -85,7 +86,7 @@ func (a *Attacher) start(ctx context.Context, v vm.VM) error {
 	i := v.Interface
 	mac := a.o.Plan.MAC(v.Lease.Slot)
 	mac[0] ^= 4 // another one, of the same kind
-	c := Config{MAC: mac.String(), Guest4: i.IPv4, Gateway4: i.Gateway4, Guest6: i.IPv6, Gateway6: i.Gateway6, MTU: i.MTU,
+	c := Config{Name: v.Name, MAC: mac.String(), Guest4: i.IPv4, Gateway4: i.Gateway4, Guest6: i.IPv6, Gateway6: i.Gateway6, MTU: i.MTU,
 		Publish: PublishAddr(a.o.Plan.Installation, v.Lease.Slot)}
 	if i.Tunnel {
 		hash := sha256.Sum256(a.o.Key(v))
@@ -126,7 +127,7 @@ func (a *Attacher) Addresses(v vm.VM) []netip.Addr {
 func (a *Attacher) Check(context.Context) []doctor.Finding {
 	f := doctor.Finding{Code: "network", Severity: doctor.Pass, Title: "Network of VMs",
 		Detail: "without privilege: out through the daemon's user, in by " + loopbackOf(a.o.Plan.Installation).String()}
-	if _, err := hostResolvers(); err != nil {
+	if _, err := dns.HostResolvers(); err != nil {
 		f = doctor.FromError("network", f.Title, fault.Wrap(err, fault.Unavailable, "/etc/resolv.conf", "guests would resolve no names").
 			WithHint("see it: cat /etc/resolv.conf"))
 	}

@@ -45,7 +45,7 @@ var (
 
 func config(t testing.TB) Config {
 	t.Helper()
-	return Config{MAC: "02:00:00:00:00:01", Guest4: guest4, Gateway4: netip.MustParseAddr("10.77.0.1"),
+	return Config{Name: "web", MAC: "02:00:00:00:00:01", Guest4: guest4, Gateway4: netip.MustParseAddr("10.77.0.1"),
 		Guest6: guest6, Gateway6: netip.MustParseAddr("fd77::1"), MTU: MTU, Publish: netip.AddrFrom4([4]byte{127, 201, byte(os.Getpid() >> 8), byte(os.Getpid())})}
 }
 
@@ -388,6 +388,9 @@ func until(t testing.TB, what string, f func() bool) {
 func TestMain(m *testing.M) {
 	if len(os.Args) > 0 && os.Args[0] == Program { // Host.Start starts this test again as the program
 		os.Exit(Main(os.Args))
+	}
+	if os.Getenv(probeEnv) != "" {
+		probe()
 	}
 	goleak.VerifyTestMain(m,
 		// The stack's clock and its TCP goroutines end a moment after Close.

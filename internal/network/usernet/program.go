@@ -73,6 +73,10 @@ func run(args []string, log *slog.Logger, outside Outside) (err error) {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil { // it would have what guests sent
 		return err
 	}
+	unconfined := confineProgram()
+	if unconfined != nil && !errors.Is(unconfined, errNoLandlock) {
+		return unconfined
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	n, err := New(s.Config, outside, log)
@@ -81,7 +85,7 @@ func run(args []string, log *slog.Logger, outside Outside) (err error) {
 	}
 	defer func() { err = errors.Join(err, n.Close()) }()
 	n.Set(s.Settings)
-	log.Info("ready", "guest", s.Config.Guest4, "publish", s.Config.Publish, "nat", s.Settings.NAT, "failed", n.Status().Failed)
+	log.Info("ready", "landlock", unconfined == nil, "guest", s.Config.Guest4, "publish", s.Config.Publish, "nat", s.Settings.NAT, "failed", n.Status().Failed)
 	go func() {
 		if err := n.serveControl(control); err != nil {
 			log.Error("the control socket ended", "err", err)

@@ -23,6 +23,7 @@ const MTU = 65520
 
 // Config is what a program is started with, and has for its life.
 type Config struct {
+	Name     string       `json:"name,omitempty"`  // of the VM: all that the guest finds under .vm
 	MAC      string       `json:"mac"`             // of the gateway, as the guest sees it
 	Guest4   netip.Prefix `json:"guest4"`          // the guest's address and its network's length
 	Gateway4 netip.Addr   `json:"gateway4"`        // the stack's own address: it answers DNS there

@@ -76,7 +76,7 @@ func (d *Driver) Name() string { return "firecracker" }
 
 // Features of this driver: it runs with KVM or not at all.
 func (d *Driver) Features() vmm.Features {
-	return vmm.Features{Accel: "kvm", Vsock: true, NICSockets: true, NICVsock: true}
+	return vmm.Features{Accel: "kvm", Vsock: true, NICVsock: true}
 }
 
 // Check finds Firecracker, looks at its version and at KVM. The program runs once for that, and again

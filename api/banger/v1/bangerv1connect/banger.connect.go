@@ -80,6 +80,26 @@ const (
 	VMServiceReadLogProcedure = "/banger.v1.VMService/ReadLog"
 	// ImageServiceListImagesProcedure is the fully-qualified name of the ImageService's ListImages RPC.
 	ImageServiceListImagesProcedure = "/banger.v1.ImageService/ListImages"
+	// ImageServiceGetImageProcedure is the fully-qualified name of the ImageService's GetImage RPC.
+	ImageServiceGetImageProcedure = "/banger.v1.ImageService/GetImage"
+	// ImageServiceRegisterImageProcedure is the fully-qualified name of the ImageService's
+	// RegisterImage RPC.
+	ImageServiceRegisterImageProcedure = "/banger.v1.ImageService/RegisterImage"
+	// ImageServiceDeleteImageProcedure is the fully-qualified name of the ImageService's DeleteImage
+	// RPC.
+	ImageServiceDeleteImageProcedure = "/banger.v1.ImageService/DeleteImage"
+	// ImageServicePromoteImageProcedure is the fully-qualified name of the ImageService's PromoteImage
+	// RPC.
+	ImageServicePromoteImageProcedure = "/banger.v1.ImageService/PromoteImage"
+	// ImageServiceExportImageProcedure is the fully-qualified name of the ImageService's ExportImage
+	// RPC.
+	ImageServiceExportImageProcedure = "/banger.v1.ImageService/ExportImage"
+	// ImageServiceImportImageProcedure is the fully-qualified name of the ImageService's ImportImage
+	// RPC.
+	ImageServiceImportImageProcedure = "/banger.v1.ImageService/ImportImage"
+	// ImageServicePruneImagesProcedure is the fully-qualified name of the ImageService's PruneImages
+	// RPC.
+	ImageServicePruneImagesProcedure = "/banger.v1.ImageService/PruneImages"
 	// OperationServiceGetOperationProcedure is the fully-qualified name of the OperationService's
 	// GetOperation RPC.
 	OperationServiceGetOperationProcedure = "/banger.v1.OperationService/GetOperation"
@@ -664,6 +684,21 @@ func (UnimplementedVMServiceHandler) ReadLog(context.Context, *v1.ReadLogRequest
 // ImageServiceClient is a client for the banger.v1.ImageService service.
 type ImageServiceClient interface {
 	ListImages(context.Context, *v1.ListImagesRequest) (*v1.ListImagesResponse, error)
+	// GetImage finds an image by its name, its id or a unique start of its id.
+	GetImage(context.Context, *v1.GetImageRequest) (*v1.GetImageResponse, error)
+	// RegisterImage takes the caller's own files in by content and gives them a name. An image that was registered
+	// under that name before is replaced; VMs that were made from it keep what they have.
+	RegisterImage(context.Context, *v1.RegisterImageRequest) (*v1.RegisterImageResponse, error)
+	// DeleteImage takes an image away that no VM was made from.
+	DeleteImage(context.Context, *v1.DeleteImageRequest) (*v1.DeleteImageResponse, error)
+	// PromoteImage makes a registered image one of banger's own: RegisterImage does not replace it any more.
+	PromoteImage(context.Context, *v1.PromoteImageRequest) (*v1.PromoteImageResponse, error)
+	// ExportImage writes an image, with the kernel that it is bound to, into a file of the caller's that does not exist.
+	ExportImage(context.Context, *v1.ExportImageRequest) (*v1.ExportImageResponse, error)
+	// ImportImage makes an image of a file that ExportImage wrote.
+	ImportImage(context.Context, *v1.ImportImageRequest) (*v1.ImportImageResponse, error)
+	// PruneImages removes content that nothing refers to and, if asked to, images that no VM was made from.
+	PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error)
 }
 
 // NewImageServiceClient constructs a client for the banger.v1.ImageService service. By default, it
@@ -683,12 +718,61 @@ func NewImageServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(imageServiceMethods.ByName("ListImages")),
 			connect.WithClientOptions(opts...),
 		),
+		getImage: connect.NewClient[v1.GetImageRequest, v1.GetImageResponse](
+			httpClient,
+			baseURL+ImageServiceGetImageProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("GetImage")),
+			connect.WithClientOptions(opts...),
+		),
+		registerImage: connect.NewClient[v1.RegisterImageRequest, v1.RegisterImageResponse](
+			httpClient,
+			baseURL+ImageServiceRegisterImageProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("RegisterImage")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteImage: connect.NewClient[v1.DeleteImageRequest, v1.DeleteImageResponse](
+			httpClient,
+			baseURL+ImageServiceDeleteImageProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("DeleteImage")),
+			connect.WithClientOptions(opts...),
+		),
+		promoteImage: connect.NewClient[v1.PromoteImageRequest, v1.PromoteImageResponse](
+			httpClient,
+			baseURL+ImageServicePromoteImageProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("PromoteImage")),
+			connect.WithClientOptions(opts...),
+		),
+		exportImage: connect.NewClient[v1.ExportImageRequest, v1.ExportImageResponse](
+			httpClient,
+			baseURL+ImageServiceExportImageProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("ExportImage")),
+			connect.WithClientOptions(opts...),
+		),
+		importImage: connect.NewClient[v1.ImportImageRequest, v1.ImportImageResponse](
+			httpClient,
+			baseURL+ImageServiceImportImageProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("ImportImage")),
+			connect.WithClientOptions(opts...),
+		),
+		pruneImages: connect.NewClient[v1.PruneImagesRequest, v1.PruneImagesResponse](
+			httpClient,
+			baseURL+ImageServicePruneImagesProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("PruneImages")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // imageServiceClient implements ImageServiceClient.
 type imageServiceClient struct {
-	listImages *connect.Client[v1.ListImagesRequest, v1.ListImagesResponse]
+	listImages    *connect.Client[v1.ListImagesRequest, v1.ListImagesResponse]
+	getImage      *connect.Client[v1.GetImageRequest, v1.GetImageResponse]
+	registerImage *connect.Client[v1.RegisterImageRequest, v1.RegisterImageResponse]
+	deleteImage   *connect.Client[v1.DeleteImageRequest, v1.DeleteImageResponse]
+	promoteImage  *connect.Client[v1.PromoteImageRequest, v1.PromoteImageResponse]
+	exportImage   *connect.Client[v1.ExportImageRequest, v1.ExportImageResponse]
+	importImage   *connect.Client[v1.ImportImageRequest, v1.ImportImageResponse]
+	pruneImages   *connect.Client[v1.PruneImagesRequest, v1.PruneImagesResponse]
 }
 
 // ListImages calls banger.v1.ImageService.ListImages.
@@ -700,9 +784,87 @@ func (c *imageServiceClient) ListImages(ctx context.Context, req *v1.ListImagesR
 	return nil, err
 }
 
+// GetImage calls banger.v1.ImageService.GetImage.
+func (c *imageServiceClient) GetImage(ctx context.Context, req *v1.GetImageRequest) (*v1.GetImageResponse, error) {
+	response, err := c.getImage.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// RegisterImage calls banger.v1.ImageService.RegisterImage.
+func (c *imageServiceClient) RegisterImage(ctx context.Context, req *v1.RegisterImageRequest) (*v1.RegisterImageResponse, error) {
+	response, err := c.registerImage.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// DeleteImage calls banger.v1.ImageService.DeleteImage.
+func (c *imageServiceClient) DeleteImage(ctx context.Context, req *v1.DeleteImageRequest) (*v1.DeleteImageResponse, error) {
+	response, err := c.deleteImage.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// PromoteImage calls banger.v1.ImageService.PromoteImage.
+func (c *imageServiceClient) PromoteImage(ctx context.Context, req *v1.PromoteImageRequest) (*v1.PromoteImageResponse, error) {
+	response, err := c.promoteImage.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ExportImage calls banger.v1.ImageService.ExportImage.
+func (c *imageServiceClient) ExportImage(ctx context.Context, req *v1.ExportImageRequest) (*v1.ExportImageResponse, error) {
+	response, err := c.exportImage.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ImportImage calls banger.v1.ImageService.ImportImage.
+func (c *imageServiceClient) ImportImage(ctx context.Context, req *v1.ImportImageRequest) (*v1.ImportImageResponse, error) {
+	response, err := c.importImage.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// PruneImages calls banger.v1.ImageService.PruneImages.
+func (c *imageServiceClient) PruneImages(ctx context.Context, req *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error) {
+	response, err := c.pruneImages.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // ImageServiceHandler is an implementation of the banger.v1.ImageService service.
 type ImageServiceHandler interface {
 	ListImages(context.Context, *v1.ListImagesRequest) (*v1.ListImagesResponse, error)
+	// GetImage finds an image by its name, its id or a unique start of its id.
+	GetImage(context.Context, *v1.GetImageRequest) (*v1.GetImageResponse, error)
+	// RegisterImage takes the caller's own files in by content and gives them a name. An image that was registered
+	// under that name before is replaced; VMs that were made from it keep what they have.
+	RegisterImage(context.Context, *v1.RegisterImageRequest) (*v1.RegisterImageResponse, error)
+	// DeleteImage takes an image away that no VM was made from.
+	DeleteImage(context.Context, *v1.DeleteImageRequest) (*v1.DeleteImageResponse, error)
+	// PromoteImage makes a registered image one of banger's own: RegisterImage does not replace it any more.
+	PromoteImage(context.Context, *v1.PromoteImageRequest) (*v1.PromoteImageResponse, error)
+	// ExportImage writes an image, with the kernel that it is bound to, into a file of the caller's that does not exist.
+	ExportImage(context.Context, *v1.ExportImageRequest) (*v1.ExportImageResponse, error)
+	// ImportImage makes an image of a file that ExportImage wrote.
+	ImportImage(context.Context, *v1.ImportImageRequest) (*v1.ImportImageResponse, error)
+	// PruneImages removes content that nothing refers to and, if asked to, images that no VM was made from.
+	PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error)
 }
 
 // NewImageServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -718,10 +880,66 @@ func NewImageServiceHandler(svc ImageServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(imageServiceMethods.ByName("ListImages")),
 		connect.WithHandlerOptions(opts...),
 	)
+	imageServiceGetImageHandler := connect.NewUnaryHandlerSimple(
+		ImageServiceGetImageProcedure,
+		svc.GetImage,
+		connect.WithSchema(imageServiceMethods.ByName("GetImage")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServiceRegisterImageHandler := connect.NewUnaryHandlerSimple(
+		ImageServiceRegisterImageProcedure,
+		svc.RegisterImage,
+		connect.WithSchema(imageServiceMethods.ByName("RegisterImage")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServiceDeleteImageHandler := connect.NewUnaryHandlerSimple(
+		ImageServiceDeleteImageProcedure,
+		svc.DeleteImage,
+		connect.WithSchema(imageServiceMethods.ByName("DeleteImage")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServicePromoteImageHandler := connect.NewUnaryHandlerSimple(
+		ImageServicePromoteImageProcedure,
+		svc.PromoteImage,
+		connect.WithSchema(imageServiceMethods.ByName("PromoteImage")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServiceExportImageHandler := connect.NewUnaryHandlerSimple(
+		ImageServiceExportImageProcedure,
+		svc.ExportImage,
+		connect.WithSchema(imageServiceMethods.ByName("ExportImage")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServiceImportImageHandler := connect.NewUnaryHandlerSimple(
+		ImageServiceImportImageProcedure,
+		svc.ImportImage,
+		connect.WithSchema(imageServiceMethods.ByName("ImportImage")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServicePruneImagesHandler := connect.NewUnaryHandlerSimple(
+		ImageServicePruneImagesProcedure,
+		svc.PruneImages,
+		connect.WithSchema(imageServiceMethods.ByName("PruneImages")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/banger.v1.ImageService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ImageServiceListImagesProcedure:
 			imageServiceListImagesHandler.ServeHTTP(w, r)
+		case ImageServiceGetImageProcedure:
+			imageServiceGetImageHandler.ServeHTTP(w, r)
+		case ImageServiceRegisterImageProcedure:
+			imageServiceRegisterImageHandler.ServeHTTP(w, r)
+		case ImageServiceDeleteImageProcedure:
+			imageServiceDeleteImageHandler.ServeHTTP(w, r)
+		case ImageServicePromoteImageProcedure:
+			imageServicePromoteImageHandler.ServeHTTP(w, r)
+		case ImageServiceExportImageProcedure:
+			imageServiceExportImageHandler.ServeHTTP(w, r)
+		case ImageServiceImportImageProcedure:
+			imageServiceImportImageHandler.ServeHTTP(w, r)
+		case ImageServicePruneImagesProcedure:
+			imageServicePruneImagesHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -733,6 +951,34 @@ type UnimplementedImageServiceHandler struct{}
 
 func (UnimplementedImageServiceHandler) ListImages(context.Context, *v1.ListImagesRequest) (*v1.ListImagesResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.ListImages is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) GetImage(context.Context, *v1.GetImageRequest) (*v1.GetImageResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.GetImage is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) RegisterImage(context.Context, *v1.RegisterImageRequest) (*v1.RegisterImageResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.RegisterImage is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) DeleteImage(context.Context, *v1.DeleteImageRequest) (*v1.DeleteImageResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.DeleteImage is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) PromoteImage(context.Context, *v1.PromoteImageRequest) (*v1.PromoteImageResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.PromoteImage is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) ExportImage(context.Context, *v1.ExportImageRequest) (*v1.ExportImageResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.ExportImage is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) ImportImage(context.Context, *v1.ImportImageRequest) (*v1.ImportImageResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.ImportImage is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.PruneImages is not implemented"))
 }
 
 // OperationServiceClient is a client for the banger.v1.OperationService service.
