@@ -20,6 +20,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 	"git.thaloco.com/thaloco/banger/internal/network/usernet"
 	"git.thaloco.com/thaloco/banger/internal/operation"
@@ -49,7 +50,7 @@ type installation struct {
 	guests map[vm.ID]*networktest.Guest
 }
 
-func install(t *testing.T, change func(*config.Config)) *installation {
+func install(t *testing.T, change func(*config.Config), agents bool) *installation {
 	t.Helper()
 	dir := t.TempDir()
 	if err := fakebundle.Make(filepath.Join(dir, "bundle")); err != nil {
@@ -65,7 +66,13 @@ func install(t *testing.T, change func(*config.Config)) *installation {
 		t.Fatal(err)
 	}
 	in := &installation{t: t, paths: paths, cfg: config.Defaults(vm.Host{CPUs: 4, MemoryMiB: 8192}), guests: map[vm.ID]*networktest.Guest{},
-		driver: func() vmm.Driver { return fakevmm.New(world, fakeguest.Agent(nil)) }}
+		driver: func() vmm.Driver {
+			d := fakevmm.New(world, fakeguest.Agent(nil))
+			if agents {
+				return byAgent{d}
+			}
+			return d
+		}}
 	in.cfg.RuntimeDir = filepath.Join(dir, "bundle")
 	in.cfg.DefaultDiskSize, in.cfg.DefaultSystemSize = vm.MinDiskBytes, vm.MinDiskBytes
 	change(&in.cfg)
@@ -129,7 +136,11 @@ func (in *installation) vm(id vm.ID) sandbox.Detail {
 		in.t.Fatal(err)
 	}
 	if d.VM.State == vm.Running && in.guests[id] == nil {
-		in.guests[id] = networktest.Join(in.t, *d.VM.Interface, filepath.Join(in.paths.Run(id.Short()), usernet.Socket))
+		var key []byte
+		if d.VM.Interface.Tunnel {
+			key = boot.TunnelKey(d.VM.Secrets.Agent)
+		}
+		in.guests[id] = networktest.Join(in.t, *d.VM.Interface, filepath.Join(in.paths.Run(id.Short()), usernet.Socket), key...)
 	}
 	return d
 }
@@ -229,13 +240,28 @@ func TestNetworks(t *testing.T) {
 	}
 	networktest.World(t, 1400)
 	for _, kind := range []string{vm.BridgeNetwork, vm.UserNetwork} {
-		t.Run(kind, func(t *testing.T) { conforms(t, kind) })
+		t.Run(kind, func(t *testing.T) { conforms(t, kind, false) })
 	}
+	t.Run(vm.UserNetwork+" by the guest's agent", func(t *testing.T) { conforms(t, vm.UserNetwork, true) })
 }
 
-func conforms(t *testing.T, kind string) {
+// byAgent is a VMM whose guests reach their network by themselves.
+type byAgent struct{ *fakevmm.Driver }
+
+func (d byAgent) Features() vmm.Features {
+	f := d.Driver.Features()
+	f.NICVsock = true
+	return f
+}
+
+func (d byAgent) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) {
+	spec.NICs = nil // no device for it
+	return d.Driver.Start(ctx, spec)
+}
+
+func conforms(t *testing.T, kind string, agents bool) {
 	before := devices(t)
-	in := install(t, func(c *config.Config) { c.Network = kind })
+	in := install(t, func(c *config.Config) { c.Network = kind }, agents)
 	yes, no := true, false
 	shop, shopGuest := in.create("shop", "", false)
 	spy, spyGuest := in.create("spy", "", true)
@@ -511,7 +537,7 @@ func TestWhyNotTheBridge(t *testing.T) {
 		return
 	}
 	networktest.World(t, 1500)
-	in := install(t, func(c *config.Config) { c.CIDR = netip.MustParsePrefix("10.99.0.0/24") })
+	in := install(t, func(c *config.Config) { c.CIDR = netip.MustParsePrefix("10.99.0.0/24") }, false)
 	st, err := in.s.Status(in.ctx())
 	if err != nil || len(st.Warnings) != 1 || !strings.Contains(st.Warnings[0], "the user network, since the bridge network cannot be used: ") {
 		t.Errorf("status warns %q, %v", st.Warnings, err)
