@@ -69,7 +69,18 @@ install: build ## into $(PREFIX)/bin, the runtime bundle into $(PREFIX)/lib/bang
 	@mkdir -p '$(PREFIX)/bin'
 	@for p in banger bangerd banger-helper; do install -m 755 $$p '$(PREFIX)/bin/.new.'$$p; mv '$(PREFIX)/bin/.new.'$$p '$(PREFIX)/bin/'$$p; done
 	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' install
+	@$(MAKE) --no-print-directory shell-files SHARE='$(PREFIX)/share'
 	@echo "installed in $(PREFIX)/bin"
+
+# Of the program that was built: packages run it, too, with SHARE below their own root.
+SHARE ?= dist/share
+.PHONY: shell-files
+shell-files: ## manual pages and what shells complete with, into SHARE (dist/share)
+	@mkdir -p '$(SHARE)/bash-completion/completions' '$(SHARE)/zsh/site-functions' '$(SHARE)/fish/vendor_completions.d'
+	@./banger completion bash >'$(SHARE)/bash-completion/completions/banger'
+	@./banger completion zsh >'$(SHARE)/zsh/site-functions/_banger'
+	@./banger completion fish >'$(SHARE)/fish/vendor_completions.d/banger.fish'
+	@./banger internal man '$(SHARE)/man/man1'
 
 # ---- sandbox, tests, benchmarks
 
@@ -102,6 +113,10 @@ bench: build runtime ## measure what a VM costs its host (docs/benchmarks.md); B
 	$(GO_BUILD) -o dist/bangerd-fake ./test/bangerd-fake
 	$(GO_BUILD) -o dist/bench ./tools/bench
 	@dist/bench $(ARGS)
+
+.PHONY: bench-create
+bench-create: build runtime ## time a create and the first SSH on this host, as JSON; ARGS="--runs 3 --image docker-dev"
+	@exec ./banger bench create $(ARGS)
 
 .PHONY: bench-floor
 bench-floor: build runtime lab ## hold a create on Firecracker against Firecracker alone, in the lab; BENCH_QUICK=1: fewer samples

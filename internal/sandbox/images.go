@@ -769,7 +769,14 @@ func (c *imageCapability) Check(ctx context.Context) []doctor.Finding {
 		err = c.images.refresh(ctx)
 	}
 	if err != nil {
-		return []doctor.Finding{doctor.FromError("bundle", "Runtime bundle", err)}
+		f := doctor.FromError("bundle", "Runtime bundle", err)
+		// The one fault of a bundle that is mended without building anything: a key that others may read, which ssh refuses.
+		if key, keyErr := c.images.identity(); keyErr == nil {
+			if st, statErr := os.Stat(key); statErr == nil && st.Mode().Perm()&0o077 != 0 {
+				f.Repair = func(context.Context) error { return os.Chmod(key, 0o600) }
+			}
+		}
+		return []doctor.Finding{f}
 	}
 	return []doctor.Finding{{Code: "bundle", Severity: doctor.Pass, Title: "Runtime bundle", Detail: b.Dir()}}
 }

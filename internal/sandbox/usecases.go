@@ -335,6 +335,29 @@ func downStages(progress lifecycle.Progress) lifecycle.Progress {
 	}
 }
 
+// PowerOff is Stop for a host that goes down: the VM stays wanted, so that it is started after the host's boot if it is set
+// to. Until then nothing starts it.
+func (s *Service) PowerOff(ctx context.Context, id vm.ID) (operation.Operation, error) {
+	v, err := s.known(id)
+	if err != nil {
+		return operation.Operation{}, err
+	}
+	return s.beginOver(ctx, endedByStop, operation.Stop, v, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+		if v.State == vm.Stopped || v.State == vm.Defined {
+			h.Notice("already stopped")
+			return nil
+		}
+		v.Note = ""
+		if err := s.takeDown(ctx, h, v, lifecycle.Orderly); err != nil {
+			return err
+		}
+		if v.Note != "" {
+			h.Notice(v.Note)
+		}
+		return s.store.Save(context.WithoutCancel(ctx), *v)
+	})
+}
+
 // Restart stops and starts as one operation. A stopped VM is started.
 func (s *Service) Restart(ctx context.Context, id vm.ID) (operation.Operation, error) {
 	v, err := s.known(id)
@@ -580,10 +603,35 @@ func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int, wait bool) 
 	}
 	conn, err := session.DialTCP(ctx, port, wait)
 	if err != nil {
-		return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "port %d of the guest cannot be reached", port).
-			WithHint("see what listens there: banger vm ports %s", v.Name)
+		return nil, unreached(v, port, err)
 	}
 	return conn, nil
+}
+
+func unreached(v vm.VM, port int, err error) error {
+	return fault.Wrap(err, fault.CodeOf(err), v.Name, "port %d of the guest cannot be reached", port).
+		WithHint("see what listens there: banger vm ports %s", v.Name)
+}
+
+// DialForward opens a TCP connection to a port on the guest's loopback where something listens now. The stream has frame.Duplex's
+// form, so that each direction ends by itself on every VMM, and is backed as DialGuest says. fault.VersionSkew if the guest runs an agent that lacks it.
+func (s *Service) DialForward(ctx context.Context, id vm.ID, port int) (net.Conn, error) {
+	v, session, err := s.reach(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := session.DialForward(ctx, port)
+	switch {
+	case err == nil:
+		return conn, nil
+	case fault.Is(err, fault.VersionSkew):
+		return nil, lacks(v, wire.KindForward, err)
+	}
+	return nil, unreached(v, port, err)
+}
+
+func lacks(v vm.VM, feature wire.Kind, err error) error {
+	return fault.Wrap(err, fault.VersionSkew, v.Name, "its agent lacks the feature %q", feature).WithHint("banger vm restart %s", v.Name)
 }
 
 // DialAgent opens a stream of a service of the guest's agent, backed as DialGuest says.
@@ -598,8 +646,7 @@ func (s *Service) DialAgent(ctx context.Context, id vm.ID, service wire.Kind) (n
 	case err == nil:
 		return conn, nil
 	case fault.Is(err, fault.VersionSkew):
-		return nil, fault.Wrap(err, fault.VersionSkew, v.Name, "its agent lacks the feature %q", service).
-			WithHint("banger vm restart %s", v.Name)
+		return nil, lacks(v, service, err)
 	}
 	return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "the guest's agent did not take the request").
 		WithHint("see `banger vm show %s`", v.Name)
@@ -643,10 +690,19 @@ func (s *Service) SSHTarget(_ context.Context, id vm.ID) (SSHTarget, error) {
 }
 
 // Status tells what the daemon knows of itself.
-func (s *Service) Status(context.Context) (Status, error) {
-	st := Status{InstallationID: s.store.InstallationID(), VMM: s.driver.Name(), Accel: s.driver.Features().Accel, VMMNotice: s.notice}
+func (s *Service) Status(ctx context.Context) (Status, error) {
+	images, err := s.store.Images(ctx)
+	if err != nil {
+		return Status{}, err
+	}
+	st := Status{InstallationID: s.store.InstallationID(), VMM: s.driver.Name(), Accel: s.driver.Features().Accel, VMMNotice: s.notice, VMMVersion: s.vmmVersion(),
+		Images: len(images), ByState: map[vm.State]int{}}
+	if len(s.networks) > 0 {
+		st.Network = s.networks[0].Kind()
+	}
 	for _, v := range s.store.VMs() {
 		st.Total++
+		st.ByState[v.State]++
 		if v.State == vm.Running {
 			st.Running++
 		}

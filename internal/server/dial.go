@@ -123,6 +123,11 @@ func dialed(guests Dialer, req bangerv1.DialRequest) (func(context.Context) (net
 			return nil, fault.New(fault.Invalid, "", "%d is not a TCP port", req.Port)
 		}
 		return func(ctx context.Context) (net.Conn, error) { return guests.DialGuest(ctx, id, req.Port, req.Wait) }, nil
+	case bangerv1.DialForward:
+		if req.Port < 1 || req.Port > 65535 {
+			return nil, fault.New(fault.Invalid, "", "%d is not a TCP port", req.Port)
+		}
+		return func(ctx context.Context) (net.Conn, error) { return guests.DialForward(ctx, id, req.Port) }, nil
 	case bangerv1.DialExec:
 		return func(ctx context.Context) (net.Conn, error) { return guests.DialAgent(ctx, id, wire.KindExec) }, nil
 	case bangerv1.DialCopy:

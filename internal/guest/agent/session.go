@@ -202,9 +202,25 @@ func (s *Session) DialTCP(ctx context.Context, port int, wait bool) (net.Conn, e
 // DialTCP it has a CloseWrite, and without Mux it is the very connection that the link dialled.
 // fault.VersionSkew, with what is missing, if the agent is of a version that does not know the kind.
 func (s *Session) DialStream(ctx context.Context, kind wire.Kind) (net.Conn, error) {
+	return s.dialKind(ctx, "guest agent", wire.Header{Kind: kind})
+}
+
+// DialForward opens a TCP connection to a port on the guest's loopback, where something listens now. The stream carries the
+// frames of frame.Duplex, and is the link's own connection as with DialTCP. Errors are DialTCP's and DialStream's.
+func (s *Session) DialForward(ctx context.Context, port int) (net.Conn, error) {
+	subject := fmt.Sprintf("guest port %d", port)
+	if port < 1 || port > 65535 {
+		return nil, fault.New(fault.Invalid, subject, "a port is a number from 1 to 65535")
+	}
+	return s.dialKind(ctx, subject, wire.Header{Kind: wire.KindForward, Port: port})
+}
+
+// dialKind opens a stream of a kind that an agent of another version may not know.
+func (s *Session) dialKind(ctx context.Context, subject string, header wire.Header) (net.Conn, error) {
+	kind := header.Kind
 	bounded, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
-	conn, err := s.dial(bounded, "guest agent", wire.Header{Kind: kind})
+	conn, err := s.dial(bounded, subject, header)
 	if err == nil || ctx.Err() != nil {
 		return conn, err
 	}

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"git.thaloco.com/thaloco/banger/internal/guest/frame"
 	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 )
 
@@ -34,31 +35,42 @@ func (s *Server) forward(ctx context.Context, stream net.Conn, h wire.Header) {
 		return
 	}
 	stop := context.AfterFunc(ctx, func() {
-		if t, ok := tcp.(*net.TCPConn); ok {
-			_ = t.SetLinger(lingerAfter)
-		}
-		_ = tcp.Close()
+		reset(tcp)
 		_ = stream.Close() // ends the read: the host has closed its end, or the session is over
 	})
 	defer stop()
+	other := io.ReadWriteCloser(stream)
+	if h.Kind == wire.KindForward {
+		other = frame.NewDuplex(stream)
+	}
 	var both sync.WaitGroup
-	both.Go(func() { pump(stream, tcp) })
-	both.Go(func() { pump(tcp, stream) })
+	both.Go(func() { pump(other, tcp) })
+	both.Go(func() { pump(tcp, other) })
 	both.Wait()
+	if h.Kind == wire.KindForward && stream.SetReadDeadline(time.Now().Add(partTime)) == nil {
+		_, _ = io.Copy(io.Discard, stream) // until the host closes its end: what was sent last must not be lost in ours being closed
+	}
+}
+
+// reset closes a connection so that its other side does not take that for the end of what was sent.
+func reset(conn io.Closer) {
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(lingerAfter)
+	}
+	_ = conn.Close()
 }
 
 // pump copies src to dst and passes the end on. An end is a half-close; a failure ends both, since
 // neither side could be told of it otherwise.
-func pump(dst, src net.Conn) {
+func pump(dst, src io.ReadWriteCloser) {
 	_, err := io.Copy(dst, src)
-	if half, ok := dst.(wire.CloseWriter); ok && err == nil {
-		if half.CloseWrite() == nil {
-			return
-		}
-	}
-	_ = dst.Close()
 	if err != nil {
-		_ = src.Close()
+		reset(dst)
+		reset(src)
+		return
+	}
+	if half, ok := dst.(interface{ CloseWrite() error }); !ok || half.CloseWrite() != nil {
+		_ = dst.Close()
 	}
 }
 

@@ -57,6 +57,9 @@ type Guest struct {
 // features names what this guest can do beyond the API's first calls.
 func (g *Guest) features() []string {
 	var names []string
+	if g.DialTCP != nil {
+		names = append(names, string(wire.KindForward))
+	}
 	if g.Exec != nil {
 		names = append(names, string(wire.KindExec))
 	}
@@ -186,7 +189,7 @@ func (s *Server) stream(ctx context.Context, conn net.Conn, cuts *cutter) {
 		stop := context.AfterFunc(s.calls, cancel)
 		defer stop()
 		s.serveHTTP(ctx, conn)
-	case wire.KindTCP:
+	case wire.KindTCP, wire.KindForward:
 		s.forward(ctx, conn, header)
 	case wire.KindExec:
 		s.exec(ctx, conn)

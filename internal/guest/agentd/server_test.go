@@ -27,6 +27,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/guest/frame"
 	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
@@ -514,6 +515,83 @@ func TestDialTCPAfterClose(t *testing.T) {
 		<-s.Done()
 		if _, err := s.DialTCP(within(t), 22, true); !fault.Is(err, fault.Unavailable) {
 			t.Errorf("got %v, want unavailable", err)
+		}
+	})
+}
+
+// TestForwardEnds: each direction of a forwarded connection ends by itself, without a half-close of the
+// link, and what breaks is no end.
+func TestForwardEnds(t *testing.T) {
+	echoAfterEnd := loopback(t, func(c *net.TCPConn) {
+		all, err := io.ReadAll(c)
+		if err == nil {
+			_, _ = c.Write(all)
+		}
+	})
+	endsFirst := loopback(t, func(c *net.TCPConn) { // and takes what comes until it ends
+		_, _ = c.Write([]byte("bye"))
+		_ = c.CloseWrite()
+		_, _ = io.Copy(io.Discard, c)
+	})
+	broken := make(chan error, 2)
+	listens := loopback(t, func(c *net.TCPConn) {
+		_, err := io.Copy(io.Discard, c)
+		broken <- err
+	})
+	sent := make([]byte, 3<<20)
+	rand.Read(sent)
+	links(t, &agentd.Guest{Stages: &agentd.Stages{}, DialTCP: agentd.DialLoopback}, func(t *testing.T, link vmm.Link) {
+		s := open(t, link)
+		forward := func(port int) (net.Conn, *frame.Duplex) {
+			t.Helper()
+			conn, err := s.DialForward(within(t), port)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return conn, frame.NewDuplex(conn)
+		}
+		_, ends := forward(echoAfterEnd)
+		if _, err := ends.Write(sent); err != nil {
+			t.Fatal(err)
+		}
+		if err := ends.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(ends)
+		if err != nil || !bytes.Equal(got, sent) {
+			t.Errorf("got %d of %d bytes back, %v", len(got), len(sent), err)
+		}
+		_ = ends.Close()
+
+		_, ends = forward(endsFirst)
+		got, err = io.ReadAll(ends)
+		if err != nil || string(got) != "bye" {
+			t.Errorf("got %q, %v", got, err)
+		}
+		if _, err := ends.Write(sent); err != nil {
+			t.Errorf("after the guest's end: %v", err)
+		}
+		_ = ends.Close()
+
+		_, ends = forward(listens)
+		if _, err := ends.Write([]byte("half of")); err != nil {
+			t.Fatal(err)
+		}
+		_ = ends.Close()
+		select {
+		case err := <-broken:
+			if !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("a connection that broke on the way ended with %v", err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Error("a connection that broke on the way stays open")
+		}
+
+		if _, err := s.DialForward(within(t), 1); !fault.Is(err, fault.Unavailable) {
+			t.Errorf("a port where nobody listens: %v", err)
+		}
+		if _, err := s.DialForward(within(t), 0); !fault.Is(err, fault.Invalid) {
+			t.Errorf("port 0: %v", err)
 		}
 	})
 }
