@@ -32,6 +32,7 @@ type keeper struct {
 
 // kept is one VM's program.
 type kept struct {
+	id   string
 	stop context.CancelFunc
 	done chan struct{}
 
@@ -42,7 +43,7 @@ type kept struct {
 // keep begins to watch over the program of a VM, which runs.
 func (k *keeper) keep(v vm.VM) {
 	ctx, stop := context.WithCancel(context.Background())
-	e := &kept{v: v, stop: stop, done: make(chan struct{})}
+	e := &kept{id: string(v.ID), v: v, stop: stop, done: make(chan struct{})}
 	k.mu.Lock()
 	k.kept[v.ID] = e
 	k.mu.Unlock()
@@ -107,10 +108,9 @@ func (k *keeper) run(ctx context.Context, v vm.VM) error {
 
 // watch starts the program whenever it has ended, until ctx ends.
 func (k *keeper) watch(ctx context.Context, e *kept) {
-	id := string(e.v.ID)
 	for pause := firstRevival; ctx.Err() == nil; {
 		began := time.Now()
-		p, err := k.host.find(ctx, id)
+		p, err := k.host.find(ctx, e.id)
 		switch {
 		case err == nil:
 			select {
@@ -119,7 +119,7 @@ func (k *keeper) watch(ctx context.Context, e *kept) {
 			}
 			_ = p.Close()
 		case !fault.Is(err, fault.NotFound):
-			k.log.Error("the program of a VM's network cannot be looked for", "vm", id, "err", err)
+			k.log.Error("the program of a VM's network cannot be looked for", "vm", e.id, "err", err)
 		}
 		if time.Since(began) > mostRevival {
 			pause = firstRevival
@@ -131,7 +131,7 @@ func (k *keeper) watch(ctx context.Context, e *kept) {
 		}
 		pause = min(2*pause, mostRevival)
 		if err := k.again(ctx, e); err != nil && ctx.Err() == nil {
-			k.log.Error("the program of a VM's network cannot be started again", "vm", id, "err", err)
+			k.log.Error("the program of a VM's network cannot be started again", "vm", e.id, "err", err)
 		}
 	}
 }
