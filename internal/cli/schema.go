@@ -51,6 +51,7 @@ var printed = map[string]any{
 	"banger daemon stop":        stoppedView{},
 	"banger daemon restart":     daemonView{},
 	"banger daemon logs":        nil, // the log's own lines
+	"banger tui":                nil,
 	"banger doctor":             []findingView{},
 	"banger ssh-config":         sshConfigView{},
 	"banger ssh-config install": sshConfigView{},

@@ -70,13 +70,14 @@ func (im *images) bundle() (*bundle.Bundle, error) {
 	return bundle.Load(where.Dir)
 }
 
-// identity is the path of the installation's private SSH key.
+// identity is the path of the private SSH key by which this user enters VMs: the bundle's, or the user's own where the bundle is the
+// system's.
 func (im *images) identity() (string, error) {
 	b, err := im.bundle()
 	if err != nil {
 		return "", err
 	}
-	return b.Path(bundle.SSHKey), nil
+	return b.KeyFor(im.paths.State)
 }
 
 // agentPath is the guest program that VMs boot with.

@@ -555,7 +555,9 @@ func (s *Service) Images(ctx context.Context) ([]image.Image, string, error) {
 
 // Defaults tells what Create chooses.
 func (s *Service) Defaults(context.Context) (Defaults, error) {
-	return Defaults{Image: defaultImage, Spec: s.defaultSpec()}, nil
+	spec := s.defaultSpec()
+	spec.NAT = s.cfg.DefaultNAT
+	return Defaults{Image: defaultImage, Spec: spec, Host: s.host}, nil
 }
 
 // Operation returns one operation by id. fault.NotFound.

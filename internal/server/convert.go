@@ -128,6 +128,8 @@ func eventMessage(e sandbox.Event, byDefault string) *bangerv1.WatchResponse {
 		}}}
 	case e.VM != nil:
 		return &bangerv1.WatchResponse{Event: &bangerv1.WatchResponse_Vm{Vm: vmMessage(*e.VM)}}
+	case e.Images != nil:
+		return &bangerv1.WatchResponse{Event: &bangerv1.WatchResponse_Images{Images: &bangerv1.ImageList{Images: imageMessages(*e.Images, byDefault)}}}
 	case e.Operation != nil:
 		return &bangerv1.WatchResponse{Event: &bangerv1.WatchResponse_Operation{Operation: operationMessage(*e.Operation)}}
 	}

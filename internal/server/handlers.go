@@ -139,7 +139,8 @@ func (h *vmHandler) GetDefaults(ctx context.Context, _ *bangerv1.GetDefaultsRequ
 	}
 	return &bangerv1.GetDefaultsResponse{
 		Image: d.Image, Vcpu: int32(d.Spec.VCPU), MemoryMib: d.Spec.MemoryMiB,
-		DiskBytes: d.Spec.DiskSize, SystemBytes: d.Spec.SystemSize,
+		DiskBytes: d.Spec.DiskSize, SystemBytes: d.Spec.SystemSize, Nat: d.Spec.NAT,
+		HostCpus: int32(d.Host.CPUs), HostMemoryMib: d.Host.MemoryMiB,
 	}, nil
 }
 

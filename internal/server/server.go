@@ -42,6 +42,7 @@ type Machines interface {
 	Trim(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Stats(ctx context.Context, refs []string) []sandbox.Stats
 	Ports(ctx context.Context, refs []string) []sandbox.Ports
+	WatchUsage(ctx context.Context, r sandbox.UsageRequest, send func(sandbox.Usage) error) error
 	ReadLog(ctx context.Context, id vm.ID, r sandbox.LogRequest, send func([]byte) error) error
 	RunningOperation(id vm.ID) string
 	KernelVersion(ctx context.Context, id string) string

@@ -3070,12 +3070,16 @@ func (*GetDefaultsRequest) Descriptor() ([]byte, []int) {
 }
 
 type GetDefaultsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
-	Vcpu          int32                  `protobuf:"varint,2,opt,name=vcpu,proto3" json:"vcpu,omitempty"`
-	MemoryMib     int64                  `protobuf:"varint,3,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
-	DiskBytes     int64                  `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
-	SystemBytes   int64                  `protobuf:"varint,5,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Image       string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Vcpu        int32                  `protobuf:"varint,2,opt,name=vcpu,proto3" json:"vcpu,omitempty"`
+	MemoryMib   int64                  `protobuf:"varint,3,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
+	DiskBytes   int64                  `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	SystemBytes int64                  `protobuf:"varint,5,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
+	Nat         bool                   `protobuf:"varint,6,opt,name=nat,proto3" json:"nat,omitempty"`
+	// What bounds a VM's settings on this host. Zero: unknown.
+	HostCpus      int32 `protobuf:"varint,7,opt,name=host_cpus,json=hostCpus,proto3" json:"host_cpus,omitempty"`
+	HostMemoryMib int64 `protobuf:"varint,8,opt,name=host_memory_mib,json=hostMemoryMib,proto3" json:"host_memory_mib,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3141,6 +3145,27 @@ func (x *GetDefaultsResponse) GetDiskBytes() int64 {
 func (x *GetDefaultsResponse) GetSystemBytes() int64 {
 	if x != nil {
 		return x.SystemBytes
+	}
+	return 0
+}
+
+func (x *GetDefaultsResponse) GetNat() bool {
+	if x != nil {
+		return x.Nat
+	}
+	return false
+}
+
+func (x *GetDefaultsResponse) GetHostCpus() int32 {
+	if x != nil {
+		return x.HostCpus
+	}
+	return 0
+}
+
+func (x *GetDefaultsResponse) GetHostMemoryMib() int64 {
+	if x != nil {
+		return x.HostMemoryMib
 	}
 	return 0
 }
@@ -4345,6 +4370,7 @@ type WatchResponse struct {
 	//	*WatchResponse_Vm
 	//	*WatchResponse_VmDeleted
 	//	*WatchResponse_Operation
+	//	*WatchResponse_Images
 	Event         isWatchResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4423,6 +4449,15 @@ func (x *WatchResponse) GetOperation() *Operation {
 	return nil
 }
 
+func (x *WatchResponse) GetImages() *ImageList {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_Images); ok {
+			return x.Images
+		}
+	}
+	return nil
+}
+
 type isWatchResponse_Event interface {
 	isWatchResponse_Event()
 }
@@ -4443,6 +4478,10 @@ type WatchResponse_Operation struct {
 	Operation *Operation `protobuf:"bytes,4,opt,name=operation,proto3,oneof"`
 }
 
+type WatchResponse_Images struct {
+	Images *ImageList `protobuf:"bytes,5,opt,name=images,proto3,oneof"` // all, after one was made, changed or deleted
+}
+
 func (*WatchResponse_Snapshot) isWatchResponse_Event() {}
 
 func (*WatchResponse_Vm) isWatchResponse_Event() {}
@@ -4450,6 +4489,8 @@ func (*WatchResponse_Vm) isWatchResponse_Event() {}
 func (*WatchResponse_VmDeleted) isWatchResponse_Event() {}
 
 func (*WatchResponse_Operation) isWatchResponse_Event() {}
+
+func (*WatchResponse_Images) isWatchResponse_Event() {}
 
 type Snapshot struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -5548,6 +5589,162 @@ func (x *PruneImagesResponse) GetBytes() int64 {
 	return 0
 }
 
+type WatchUsageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Refs          []string               `protobuf:"bytes,1,rep,name=refs,proto3" json:"refs,omitempty"`                       // 1 to 256
+	EveryMs       int64                  `protobuf:"varint,2,opt,name=every_ms,json=everyMs,proto3" json:"every_ms,omitempty"` // between two looks at a VM; 0: 2000. 500 is the least
+	Ports         bool                   `protobuf:"varint,3,opt,name=ports,proto3" json:"ports,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchUsageRequest) Reset() {
+	*x = WatchUsageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[89]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchUsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchUsageRequest) ProtoMessage() {}
+
+func (x *WatchUsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[89]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchUsageRequest.ProtoReflect.Descriptor instead.
+func (*WatchUsageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{89}
+}
+
+func (x *WatchUsageRequest) GetRefs() []string {
+	if x != nil {
+		return x.Refs
+	}
+	return nil
+}
+
+func (x *WatchUsageRequest) GetEveryMs() int64 {
+	if x != nil {
+		return x.EveryMs
+	}
+	return 0
+}
+
+func (x *WatchUsageRequest) GetPorts() bool {
+	if x != nil {
+		return x.Ports
+	}
+	return false
+}
+
+type WatchUsageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Stats         *VMStats               `protobuf:"bytes,1,opt,name=stats,proto3" json:"stats,omitempty"`
+	Ports         *VMPorts               `protobuf:"bytes,2,opt,name=ports,proto3" json:"ports,omitempty"` // not set: they were not looked at this time
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchUsageResponse) Reset() {
+	*x = WatchUsageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[90]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchUsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchUsageResponse) ProtoMessage() {}
+
+func (x *WatchUsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[90]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchUsageResponse.ProtoReflect.Descriptor instead.
+func (*WatchUsageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{90}
+}
+
+func (x *WatchUsageResponse) GetStats() *VMStats {
+	if x != nil {
+		return x.Stats
+	}
+	return nil
+}
+
+func (x *WatchUsageResponse) GetPorts() *VMPorts {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+type ImageList struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []*Image               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageList) Reset() {
+	*x = ImageList{}
+	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageList) ProtoMessage() {}
+
+func (x *ImageList) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageList.ProtoReflect.Descriptor instead.
+func (*ImageList) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{91}
+}
+
+func (x *ImageList) GetImages() []*Image {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
 var File_banger_v1_banger_proto protoreflect.FileDescriptor
 
 const file_banger_v1_banger_proto_rawDesc = "" +
@@ -5836,7 +6033,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1d\n" +
 	"\x02vm\x18\x02 \x01(\v2\r.banger.v1.VMR\x02vm\x12&\n" +
 	"\x05fault\x18\x03 \x01(\v2\x10.banger.v1.FaultR\x05fault\"\x14\n" +
-	"\x12GetDefaultsRequest\"\xa0\x01\n" +
+	"\x12GetDefaultsRequest\"\xf7\x01\n" +
 	"\x13GetDefaultsResponse\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x12\n" +
 	"\x04vcpu\x18\x02 \x01(\x05R\x04vcpu\x12\x1d\n" +
@@ -5844,7 +6041,10 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"memory_mib\x18\x03 \x01(\x03R\tmemoryMib\x12\x1d\n" +
 	"\n" +
 	"disk_bytes\x18\x04 \x01(\x03R\tdiskBytes\x12!\n" +
-	"\fsystem_bytes\x18\x05 \x01(\x03R\vsystemBytes\"%\n" +
+	"\fsystem_bytes\x18\x05 \x01(\x03R\vsystemBytes\x12\x10\n" +
+	"\x03nat\x18\x06 \x01(\bR\x03nat\x12\x1b\n" +
+	"\thost_cpus\x18\a \x01(\x05R\bhostCpus\x12&\n" +
+	"\x0fhost_memory_mib\x18\b \x01(\x03R\rhostMemoryMib\"%\n" +
 	"\x13GetSSHTargetRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\xa8\x01\n" +
 	"\x14GetSSHTargetResponse\x12\x12\n" +
@@ -5931,13 +6131,14 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\afixable\x18\n" +
 	" \x01(\bR\afixable\x12\x14\n" +
 	"\x05fixed\x18\v \x01(\bR\x05fixed\"\x0e\n" +
-	"\fWatchRequest\"\xc3\x01\n" +
+	"\fWatchRequest\"\xf3\x01\n" +
 	"\rWatchResponse\x121\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x13.banger.v1.SnapshotH\x00R\bsnapshot\x12\x1f\n" +
 	"\x02vm\x18\x02 \x01(\v2\r.banger.v1.VMH\x00R\x02vm\x12\x1f\n" +
 	"\n" +
 	"vm_deleted\x18\x03 \x01(\tH\x00R\tvmDeleted\x124\n" +
-	"\toperation\x18\x04 \x01(\v2\x14.banger.v1.OperationH\x00R\toperationB\a\n" +
+	"\toperation\x18\x04 \x01(\v2\x14.banger.v1.OperationH\x00R\toperation\x12.\n" +
+	"\x06images\x18\x05 \x01(\v2\x14.banger.v1.ImageListH\x00R\x06imagesB\a\n" +
 	"\x05event\"\x8b\x01\n" +
 	"\bSnapshot\x12\x1f\n" +
 	"\x03vms\x18\x01 \x03(\v2\r.banger.v1.VMR\x03vms\x124\n" +
@@ -6000,7 +6201,16 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x13PruneImagesResponse\x12(\n" +
 	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images\x12\x14\n" +
 	"\x05files\x18\x02 \x01(\x05R\x05files\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\x03R\x05bytes2\xce\b\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"X\n" +
+	"\x11WatchUsageRequest\x12\x12\n" +
+	"\x04refs\x18\x01 \x03(\tR\x04refs\x12\x19\n" +
+	"\bevery_ms\x18\x02 \x01(\x03R\aeveryMs\x12\x14\n" +
+	"\x05ports\x18\x03 \x01(\bR\x05ports\"h\n" +
+	"\x12WatchUsageResponse\x12(\n" +
+	"\x05stats\x18\x01 \x01(\v2\x12.banger.v1.VMStatsR\x05stats\x12(\n" +
+	"\x05ports\x18\x02 \x01(\v2\x12.banger.v1.VMPortsR\x05ports\"5\n" +
+	"\tImageList\x12(\n" +
+	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images2\x9b\t\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -6018,7 +6228,9 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\bGetPorts\x12\x1a.banger.v1.GetPortsRequest\x1a\x1b.banger.v1.GetPortsResponse\x12=\n" +
 	"\x06TrimVM\x12\x18.banger.v1.TrimVMRequest\x1a\x19.banger.v1.TrimVMResponse\x12O\n" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse\x12B\n" +
-	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x012\xfb\x04\n" +
+	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x01\x12K\n" +
+	"\n" +
+	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x012\xfb\x04\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
 	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse\x12C\n" +
@@ -6055,7 +6267,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 93)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 96)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -6146,42 +6358,45 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*ImportImageResponse)(nil),      // 86: banger.v1.ImportImageResponse
 	(*PruneImagesRequest)(nil),       // 87: banger.v1.PruneImagesRequest
 	(*PruneImagesResponse)(nil),      // 88: banger.v1.PruneImagesResponse
-	nil,                              // 89: banger.v1.VM.LabelsEntry
-	nil,                              // 90: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                              // 91: banger.v1.SetVMRequest.LabelsEntry
-	nil,                              // 92: banger.v1.GetStatusResponse.VmsByStateEntry
-	(*timestamppb.Timestamp)(nil),    // 93: google.protobuf.Timestamp
+	(*WatchUsageRequest)(nil),        // 89: banger.v1.WatchUsageRequest
+	(*WatchUsageResponse)(nil),       // 90: banger.v1.WatchUsageResponse
+	(*ImageList)(nil),                // 91: banger.v1.ImageList
+	nil,                              // 92: banger.v1.VM.LabelsEntry
+	nil,                              // 93: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 94: banger.v1.SetVMRequest.LabelsEntry
+	nil,                              // 95: banger.v1.GetStatusResponse.VmsByStateEntry
+	(*timestamppb.Timestamp)(nil),    // 96: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	89,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	93,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	93,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	93,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	92,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	96,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	96,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	96,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,   // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,   // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,   // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,   // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	93,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	93,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	96,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	96,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,   // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	93,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	93,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	96,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	96,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,   // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,   // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
 	5,   // 15: banger.v1.Operation.made:type_name -> banger.v1.Image
-	93,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	93,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	90,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	96,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	96,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	93,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,   // 19: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 20: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 21: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 22: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 23: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	91,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	94,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	6,   // 25: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22,  // 26: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,   // 27: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	93,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	96,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23,  // 29: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24,  // 30: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,   // 31: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -6204,99 +6419,105 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,   // 48: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	6,   // 49: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	6,   // 50: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	93,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	92,  // 52: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
+	96,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	95,  // 52: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
 	64,  // 53: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
 	67,  // 54: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
 	1,   // 55: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
 	6,   // 56: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
-	1,   // 57: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
-	6,   // 58: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
-	5,   // 59: banger.v1.Snapshot.images:type_name -> banger.v1.Image
-	68,  // 60: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	68,  // 61: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	5,   // 62: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
-	6,   // 63: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
-	5,   // 64: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
-	5,   // 65: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
-	6,   // 66: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
-	6,   // 67: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
-	5,   // 68: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
-	8,   // 69: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10,  // 70: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12,  // 71: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14,  // 72: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16,  // 73: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18,  // 74: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33,  // 75: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35,  // 76: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37,  // 77: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39,  // 78: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42,  // 79: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20,  // 80: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27,  // 81: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31,  // 82: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44,  // 83: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46,  // 84: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	48,  // 85: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	75,  // 86: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
-	77,  // 87: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
-	79,  // 88: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
-	81,  // 89: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
-	83,  // 90: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
-	85,  // 91: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
-	87,  // 92: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
-	50,  // 93: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52,  // 94: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54,  // 95: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56,  // 96: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58,  // 97: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60,  // 98: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62,  // 99: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65,  // 100: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	69,  // 101: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	71,  // 102: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	73,  // 103: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	9,   // 104: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11,  // 105: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13,  // 106: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15,  // 107: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17,  // 108: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19,  // 109: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34,  // 110: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36,  // 111: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38,  // 112: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40,  // 113: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43,  // 114: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21,  // 115: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28,  // 116: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32,  // 117: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45,  // 118: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47,  // 119: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	49,  // 120: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	76,  // 121: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
-	78,  // 122: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
-	80,  // 123: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
-	82,  // 124: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
-	84,  // 125: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
-	86,  // 126: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
-	88,  // 127: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
-	51,  // 128: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53,  // 129: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55,  // 130: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57,  // 131: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59,  // 132: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61,  // 133: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63,  // 134: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66,  // 135: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	70,  // 136: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	72,  // 137: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	74,  // 138: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	104, // [104:139] is the sub-list for method output_type
-	69,  // [69:104] is the sub-list for method input_type
-	69,  // [69:69] is the sub-list for extension type_name
-	69,  // [69:69] is the sub-list for extension extendee
-	0,   // [0:69] is the sub-list for field type_name
+	91,  // 57: banger.v1.WatchResponse.images:type_name -> banger.v1.ImageList
+	1,   // 58: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
+	6,   // 59: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
+	5,   // 60: banger.v1.Snapshot.images:type_name -> banger.v1.Image
+	68,  // 61: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	68,  // 62: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	5,   // 63: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
+	6,   // 64: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 65: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
+	5,   // 66: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
+	6,   // 67: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
+	6,   // 68: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 69: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
+	22,  // 70: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
+	29,  // 71: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
+	5,   // 72: banger.v1.ImageList.images:type_name -> banger.v1.Image
+	8,   // 73: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10,  // 74: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12,  // 75: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14,  // 76: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16,  // 77: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18,  // 78: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33,  // 79: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35,  // 80: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37,  // 81: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39,  // 82: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42,  // 83: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20,  // 84: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27,  // 85: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31,  // 86: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44,  // 87: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46,  // 88: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	89,  // 89: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
+	48,  // 90: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	75,  // 91: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
+	77,  // 92: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
+	79,  // 93: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
+	81,  // 94: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
+	83,  // 95: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
+	85,  // 96: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
+	87,  // 97: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
+	50,  // 98: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52,  // 99: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54,  // 100: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56,  // 101: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58,  // 102: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60,  // 103: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62,  // 104: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65,  // 105: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	69,  // 106: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	71,  // 107: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	73,  // 108: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	9,   // 109: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11,  // 110: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13,  // 111: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15,  // 112: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17,  // 113: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19,  // 114: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34,  // 115: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36,  // 116: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38,  // 117: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40,  // 118: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43,  // 119: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21,  // 120: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28,  // 121: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32,  // 122: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45,  // 123: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47,  // 124: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	90,  // 125: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
+	49,  // 126: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	76,  // 127: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
+	78,  // 128: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
+	80,  // 129: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
+	82,  // 130: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
+	84,  // 131: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
+	86,  // 132: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
+	88,  // 133: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
+	51,  // 134: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53,  // 135: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55,  // 136: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57,  // 137: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59,  // 138: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61,  // 139: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63,  // 140: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66,  // 141: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	70,  // 142: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	72,  // 143: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	74,  // 144: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	109, // [109:145] is the sub-list for method output_type
+	73,  // [73:109] is the sub-list for method input_type
+	73,  // [73:73] is the sub-list for extension type_name
+	73,  // [73:73] is the sub-list for extension extendee
+	0,   // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -6312,6 +6533,7 @@ func file_banger_v1_banger_proto_init() {
 		(*WatchResponse_Vm)(nil),
 		(*WatchResponse_VmDeleted)(nil),
 		(*WatchResponse_Operation)(nil),
+		(*WatchResponse_Images)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -6319,7 +6541,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   93,
+			NumMessages:   96,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
