@@ -2,7 +2,9 @@ package usernet
 
 import (
 	"context"
+	"io"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -102,8 +104,27 @@ func (k *keeper) run(ctx context.Context, v vm.VM) error {
 	if err != nil || up {
 		return err
 	}
-	k.log.Warn("the program of a VM's network had ended and is started again", "vm", v.ID, "log", k.host.Log(string(v.ID)))
+	k.log.Warn("the program of a VM's network had ended and is started again", "vm", v.ID, "said", lastWords(k.host.Log(string(v.ID))))
 	return k.start(ctx, v)
+}
+
+// lastWords are the end of a log, which goes when its program is started again.
+func lastWords(path string) string {
+	const most = 2 << 10
+	f, err := os.Open(path)
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err.Error()
+	}
+	said, err := io.ReadAll(io.NewSectionReader(f, max(0, st.Size()-most), most))
+	if err != nil {
+		return err.Error()
+	}
+	return string(said)
 }
 
 // watch starts the program whenever it has ended, until ctx ends.

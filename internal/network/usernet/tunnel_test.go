@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -164,13 +165,13 @@ func TestTunnelAlone(t *testing.T) {
 	}
 }
 
-// attachers is two daemons' after one another.
-func attacher(t *testing.T, top string) *Attacher {
+// attacher is that of one daemon.
+func attacher(t *testing.T, top string, log io.Writer) *Attacher {
 	t.Helper()
 	a := NewAttacher(Options{
 		Dir: filepath.Join(top, "net"), Plan: network.Plan{Installation: installation, IPv4: netip.MustParsePrefix("10.77.0.0/24")},
 		RunDir: func(vm.ID) string { return filepath.Join(top, "run") },
-		Tunnel: true, Key: func(v vm.VM) []byte { return boot.TunnelKey(v.Secrets.Agent) }, Log: slog.New(slog.DiscardHandler),
+		Tunnel: true, Key: func(v vm.VM) []byte { return boot.TunnelKey(v.Secrets.Agent) }, Log: slog.New(slog.NewTextHandler(log, nil)),
 	})
 	t.Cleanup(func() { _ = a.Close(context.Background()) })
 	return a
@@ -184,7 +185,8 @@ func TestProgramIsStartedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	v := vm.VM{ID: "0123456789abcdef0123456789abcdef", Secrets: vm.Secrets{Agent: "a secret of a test's VM"}}
-	a := attacher(t, top)
+	log := &messages{}
+	a := attacher(t, top, log)
 	i, err := a.Attach(t.Context(), v)
 	if err != nil || !i.Tunnel {
 		t.Fatalf("%+v, %v", i, err)
@@ -220,10 +222,15 @@ func TestProgramIsStartedAgain(t *testing.T) {
 	kill()
 	until(t, "the program after its end", func() bool { s, err := a.host.Status(t.Context(), string(v.ID)); return err == nil && s.NAT })
 	connected("the connection after its end")
+	log.mu.Lock()
+	if all := strings.Join(log.all, ""); !strings.Contains(all, "is started again") || !strings.Contains(all, "ready") {
+		t.Errorf("the daemon's log has no last words of it:\n%s", all)
+	}
+	log.mu.Unlock()
 
 	_ = a.Close(t.Context()) // the daemon ends, and the program meanwhile
 	kill()
-	a = attacher(t, top)
+	a = attacher(t, top, log)
 	if err := a.Restore(t.Context(), []vm.VM{v}); err != nil {
 		t.Fatal(err)
 	}
