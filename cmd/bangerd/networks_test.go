@@ -22,6 +22,7 @@ import (
 	banger "git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/helper"
 	"git.thaloco.com/thaloco/banger/internal/hostnet"
 	"git.thaloco.com/thaloco/banger/internal/network/networktest"
@@ -57,10 +58,10 @@ type installation struct {
 
 func install(t *testing.T, change func(*config.Config)) *installation {
 	t.Helper()
-	return installFor(t, os.Geteuid(), rootHelper{}, change)
+	return installFor(t, os.Geteuid(), rootHelper{}, false, change)
 }
 
-func installFor(t *testing.T, uid int, root rootHelper, change func(*config.Config)) *installation {
+func installFor(t *testing.T, uid int, root rootHelper, agents bool, change func(*config.Config)) *installation {
 	t.Helper()
 	dir := t.TempDir()
 	if err := fakebundle.Make(filepath.Join(dir, "bundle")); err != nil {
@@ -76,7 +77,13 @@ func installFor(t *testing.T, uid int, root rootHelper, change func(*config.Conf
 		t.Fatal(err)
 	}
 	in := &installation{t: t, paths: paths, uid: uid, root: root, cfg: config.Defaults(vm.Host{CPUs: 4, MemoryMiB: 8192}), guests: map[vm.ID]*networktest.Guest{},
-		driver: func() vmm.Driver { return fakevmm.New(world, fakeguest.Agent(nil)) }}
+		driver: func() vmm.Driver {
+			d := fakevmm.New(world, fakeguest.Agent(nil))
+			if agents {
+				return byAgent{d}
+			}
+			return d
+		}}
 	in.cfg.RuntimeDir = filepath.Join(dir, "bundle")
 	in.cfg.DefaultDiskSize, in.cfg.DefaultSystemSize = vm.MinDiskBytes, vm.MinDiskBytes
 	change(&in.cfg)
@@ -140,7 +147,11 @@ func (in *installation) vm(id vm.ID) sandbox.Detail {
 		in.t.Fatal(err)
 	}
 	if d.VM.State == vm.Running && in.guests[id] == nil {
-		in.guests[id] = networktest.Join(in.t, *d.VM.Interface, filepath.Join(in.paths.Run(id.Short()), usernet.Socket))
+		var key []byte
+		if d.VM.Interface.Tunnel {
+			key = boot.TunnelKey(d.VM.Secrets.Agent)
+		}
+		in.guests[id] = networktest.Join(in.t, *d.VM.Interface, filepath.Join(in.paths.Run(id.Short()), usernet.Socket), key...)
 	}
 	return d
 }
@@ -240,9 +251,10 @@ func TestNetworks(t *testing.T) {
 	}
 	networktest.World(t, 1400)
 	for _, kind := range []string{vm.BridgeNetwork, vm.UserNetwork} {
-		t.Run(kind, func(t *testing.T) { conforms(t, kind, os.Geteuid(), rootHelper{}) })
+		t.Run(kind, func(t *testing.T) { conforms(t, kind, os.Geteuid(), rootHelper{}, false) })
 	}
-	t.Run("bridge by the root helper", func(t *testing.T) { conforms(t, vm.BridgeNetwork, 1000, serving(t)) })
+	t.Run("bridge by the root helper", func(t *testing.T) { conforms(t, vm.BridgeNetwork, 1000, serving(t), false) })
+	t.Run(vm.UserNetwork+" by the guest's agent", func(t *testing.T) { conforms(t, vm.UserNetwork, os.Geteuid(), rootHelper{}, true) })
 }
 
 // serving is a root helper in this process, which is root and stands for the user as well.
@@ -277,9 +289,23 @@ func serving(t *testing.T) rootHelper {
 	return rootHelper{socket: l.Addr().String()}
 }
 
-func conforms(t *testing.T, kind string, uid int, root rootHelper) {
+// byAgent is a VMM whose guests reach their network by themselves.
+type byAgent struct{ *fakevmm.Driver }
+
+func (d byAgent) Features() vmm.Features {
+	f := d.Driver.Features()
+	f.NICVsock = true
+	return f
+}
+
+func (d byAgent) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) {
+	spec.NICs = nil // no device for it
+	return d.Driver.Start(ctx, spec)
+}
+
+func conforms(t *testing.T, kind string, uid int, root rootHelper, agents bool) {
 	before := devices(t)
-	in := installFor(t, uid, root, func(c *config.Config) { c.Network = kind })
+	in := installFor(t, uid, root, agents, func(c *config.Config) { c.Network = kind })
 	yes, no := true, false
 	shop, shopGuest := in.create("shop", "", false)
 	spy, spyGuest := in.create("spy", "", true)

@@ -154,6 +154,9 @@ func (a *app) copyProgress(name string, so *client.CopyProgress) *progress {
 	p.live = func(now time.Time) string {
 		files, bytes := so.Files.Load(), so.Bytes.Load()
 		text := fmt.Sprintf("copying: %d files, %s", files, formatBytes(bytes))
+		if files == 0 {
+			return "reaching the guest's agent"
+		}
 		if files == 1 {
 			text = "copying: " + formatBytes(bytes)
 		}

@@ -550,9 +550,17 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	return nil
 }
 
+// stage makes a guest's stage fit for a record: JSON has no way to write what is not finite.
 func stage(st *agentv1.Stage) vm.Stage {
-	return vm.Stage{Name: guestText(st.GetName()), AtMS: st.GetAtMs()}
+	at := st.GetAtMs()
+	if !(at >= 0 && at <= maxStageMS) {
+		at = 0
+	}
+	return vm.Stage{Name: guestText(st.GetName()), AtMS: at}
 }
+
+// maxStageMS is the latest that a guest's stage can have been reached: a hundred years.
+const maxStageMS = 100 * 365 * 24 * 3600 * 1000
 
 // followBoot records the stages of the boot as the guest reports them. It ends with the boot, the
 // session, or the daemon; what it misses is shown by the next one that asks.

@@ -8,6 +8,7 @@ import (
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
@@ -39,6 +40,14 @@ func (s *Service) trim(ctx context.Context, h *operation.Handle, v *vm.VM) error
 	}
 	h.Stage("trim")
 	before, err := s.allocated(v.ID)
+	if err != nil {
+		return err
+	}
+	// A guest may take long to go through its disks; one that hangs is found out before.
+	err = s.ask(ctx, v, "whether it is well", func(ctx context.Context, sess *agent.Session) error {
+		_, err := sess.Client().Health(ctx, &agentv1.HealthRequest{})
+		return err
+	})
 	if err != nil {
 		return err
 	}

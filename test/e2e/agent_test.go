@@ -107,11 +107,11 @@ func TestAgentVerbs(t *testing.T) {
 		h := h.with(t)
 		dir := t.TempDir()
 		write(t, filepath.Join(dir, "project/sub/run"), "#!/bin/sh\necho built\n")
-		if err := errors.Join(os.Chmod(dir+"/project/sub/run", 0o755), os.Symlink("sub/run", dir+"/project/link")); err != nil {
+		if err := errors.Join(os.Chmod(dir+"/project/sub/run", 0o755), os.Symlink("sub/run", dir+"/project/link"), os.Link(dir+"/project/sub/run", dir+"/project/again")); err != nil {
 			t.Fatal(err)
 		}
 		h.do("vm", "cp", dir+"/project", name+":")
-		if r := h.try("vm", "exec", name, "--", "sh", "-c", "project/link; stat -c '%U %a' project/sub/run; truncate -s 1G sparse; echo end >> sparse"); r.stdout != "built\nroot 755\n" {
+		if r := h.try("vm", "exec", name, "--", "sh", "-c", "project/link; stat -c '%U %a %h' project/sub/run; truncate -s 1G sparse; echo end >> sparse"); r.stdout != "built\nroot 755 2\n" {
 			t.Errorf("%s", r)
 		}
 		h.do("vm", "cp", name+":project", name+":sparse", dir)

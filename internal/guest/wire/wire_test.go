@@ -262,3 +262,41 @@ func FuzzHeader(f *testing.F) {
 		_ = g.inspect(wire)
 	})
 }
+
+// FuzzAnswer: what a guest says instead of "ok" is one line, and is quoted before anybody sees it.
+func FuzzAnswer(f *testing.F) {
+	for _, s := range []string{"ok\n", "ok\nrest", "err no such port\n", "err \x1b[2J\n", "err", "\n", "err " + string(bytes.Repeat([]byte("x"), 2*maxAnswer)) + "\n"} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		r := bytes.NewReader(data)
+		err := ReadAnswer(r)
+		if read := len(data) - r.Len(); read > maxAnswer || err == nil && string(data[:read]) != "ok\n" {
+			t.Errorf("%d bytes, %v", read, err)
+		}
+		var refused *RefusedError
+		if errors.As(err, &refused) && bytes.ContainsFunc([]byte(refused.Error()), func(r rune) bool { return r < ' ' || r == 0x7f }) {
+			t.Errorf("%q", refused)
+		}
+	})
+}
+
+// FuzzGuard: what passes the guard is what an agent may send, however it is cut into pieces.
+func FuzzGuard(f *testing.F) {
+	f.Add(muxFrame(muxData, 0, 3, []byte("abc")), uint8(1))
+	f.Add(muxFrame(muxPing, 1, 0, nil), uint8(5))
+	f.Add(append(muxFrame(muxData, 0, 1, []byte("a")), muxFrame(muxData, muxFlagSYN, 0, nil)...), uint8(13))
+	f.Fuzz(func(t *testing.T, data []byte, piece uint8) {
+		var whole, pieces guardedConn
+		wanted := whole.inspect(data)
+		var got error
+		for rest := data; len(rest) > 0 && got == nil; {
+			n := min(int(piece)+1, len(rest))
+			got = pieces.inspect(rest[:n])
+			rest = rest[n:]
+		}
+		if (wanted == nil) != (got == nil) {
+			t.Errorf("whole: %v, in pieces of %d: %v", wanted, int(piece)+1, got)
+		}
+	})
+}

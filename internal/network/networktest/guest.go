@@ -60,15 +60,15 @@ type wire interface {
 }
 
 // Join is a guest that boots: it takes the interface that the VM has, by its TAP, or by the socket that its VMM is
-// to connect to. It leaves with the test, or before.
-func Join(t testing.TB, i vm.Interface, socket string) *Guest {
+// to connect to, or its agent, which sends a key first. It leaves with the test, or before.
+func Join(t testing.TB, i vm.Interface, socket string, key ...byte) *Guest {
 	t.Helper()
 	g := &Guest{Interface: i}
 	var err error
 	if i.TAP != "" {
 		g.wire, err = openTAP(i.TAP)
 	} else {
-		g.wire, err = dialSocket(socket)
+		g.wire, err = dialSocket(socket, key)
 	}
 	if err == nil {
 		err = g.makeStack()
@@ -263,7 +263,7 @@ type socketWire struct {
 	buf []byte
 }
 
-func dialSocket(path string) (wire, error) {
+func dialSocket(path string, first []byte) (wire, error) {
 	// Its directory may be longer than a socket's address may be: by way of a descriptor, as VMMs' are.
 	d, err := os.Open(filepath.Dir(path))
 	if err != nil {
@@ -273,6 +273,9 @@ func dialSocket(path string) (wire, error) {
 	conn, err := net.Dial("unix", fmt.Sprintf("/proc/self/fd/%d/%s", d.Fd(), filepath.Base(path)))
 	if err != nil {
 		return nil, err
+	}
+	if _, err := conn.Write(first); err != nil {
+		return nil, errors.Join(err, conn.Close())
 	}
 	return &socketWire{Conn: conn, in: bufio.NewReaderSize(conn, 256<<10), buf: make([]byte, 1<<17)}, nil
 }

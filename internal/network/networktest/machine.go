@@ -48,7 +48,7 @@ func Boot(t testing.TB, i vm.Interface, socket string) *Machine {
 		if i.TAP != "" {
 			outside, err = openTAP(i.TAP)
 		} else {
-			outside, err = dialSocket(socket)
+			outside, err = dialSocket(socket, nil)
 		}
 	}
 	if err == nil && i.TAP != "" {

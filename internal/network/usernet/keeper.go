@@ -2,7 +2,9 @@ package usernet
 
 import (
 	"context"
+	"io"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -32,6 +34,7 @@ type keeper struct {
 
 // kept is one VM's program.
 type kept struct {
+	id   string
 	stop context.CancelFunc
 	done chan struct{}
 
@@ -42,13 +45,13 @@ type kept struct {
 // keep begins to watch over the program of a VM, which runs.
 func (k *keeper) keep(v vm.VM) {
 	ctx, stop := context.WithCancel(context.Background())
-	e := &kept{v: v, stop: stop, done: make(chan struct{})}
+	e := &kept{id: string(v.ID), v: v, stop: stop, done: make(chan struct{})}
 	k.mu.Lock()
 	k.kept[v.ID] = e
 	k.mu.Unlock()
 	go func() {
 		defer close(e.done)
-		k.watch(ctx, e, string(v.ID))
+		k.watch(ctx, e)
 	}()
 }
 
@@ -101,15 +104,34 @@ func (k *keeper) run(ctx context.Context, v vm.VM) error {
 	if err != nil || up {
 		return err
 	}
-	k.log.Warn("the program of a VM's network had ended and is started again", "vm", v.ID, "log", k.host.Log(string(v.ID)))
+	k.log.Warn("the program of a VM's network had ended and is started again", "vm", v.ID, "said", lastWords(k.host.Log(string(v.ID))))
 	return k.start(ctx, v)
 }
 
+// lastWords are the end of a log, which goes when its program is started again.
+func lastWords(path string) string {
+	const most = 2 << 10
+	f, err := os.Open(path)
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err.Error()
+	}
+	said, err := io.ReadAll(io.NewSectionReader(f, max(0, st.Size()-most), most))
+	if err != nil {
+		return err.Error()
+	}
+	return string(said)
+}
+
 // watch starts the program whenever it has ended, until ctx ends.
-func (k *keeper) watch(ctx context.Context, e *kept, id string) {
+func (k *keeper) watch(ctx context.Context, e *kept) {
 	for pause := firstRevival; ctx.Err() == nil; {
 		began := time.Now()
-		p, err := k.host.find(ctx, id)
+		p, err := k.host.find(ctx, e.id)
 		switch {
 		case err == nil:
 			select {
@@ -118,7 +140,7 @@ func (k *keeper) watch(ctx context.Context, e *kept, id string) {
 			}
 			_ = p.Close()
 		case !fault.Is(err, fault.NotFound):
-			k.log.Error("the program of a VM's network cannot be looked for", "vm", id, "err", err)
+			k.log.Error("the program of a VM's network cannot be looked for", "vm", e.id, "err", err)
 		}
 		if time.Since(began) > mostRevival {
 			pause = firstRevival
@@ -130,7 +152,7 @@ func (k *keeper) watch(ctx context.Context, e *kept, id string) {
 		}
 		pause = min(2*pause, mostRevival)
 		if err := k.again(ctx, e); err != nil && ctx.Err() == nil {
-			k.log.Error("the program of a VM's network cannot be started again", "vm", id, "err", err)
+			k.log.Error("the program of a VM's network cannot be started again", "vm", e.id, "err", err)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -166,13 +168,13 @@ func TestTunnelAlone(t *testing.T) {
 	}
 }
 
-// attachers is two daemons' after one another.
-func attacher(t *testing.T, top string) *Attacher {
+// attacher is that of one daemon.
+func attacher(t *testing.T, top string, log io.Writer) *Attacher {
 	t.Helper()
 	a := NewAttacher(Options{
 		Dir: filepath.Join(top, "net"), Plan: network.Plan{Installation: installation, IPv4: netip.MustParsePrefix("10.77.0.0/24")},
 		RunDir: func(vm.ID) string { return filepath.Join(top, "run") },
-		Tunnel: true, Key: func(v vm.VM) []byte { return boot.TunnelKey(v.Secrets.Agent) }, Log: slog.New(slog.DiscardHandler),
+		Tunnel: true, Key: func(v vm.VM) []byte { return boot.TunnelKey(v.Secrets.Agent) }, Log: slog.New(slog.NewTextHandler(log, nil)),
 	})
 	t.Cleanup(func() { _ = a.Close(context.Background()) })
 	return a
@@ -186,7 +188,8 @@ func TestProgramIsStartedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	v := vm.VM{ID: "0123456789abcdef0123456789abcdef", Secrets: vm.Secrets{Agent: "a secret of a test's VM"}}
-	a := attacher(t, top)
+	log := &messages{}
+	a := attacher(t, top, log)
 	i, err := a.Attach(t.Context(), v)
 	if err != nil || !i.Tunnel {
 		t.Fatalf("%+v, %v", i, err)
@@ -222,10 +225,15 @@ func TestProgramIsStartedAgain(t *testing.T) {
 	kill()
 	until(t, "the program after its end", func() bool { s, err := a.host.Status(t.Context(), string(v.ID)); return err == nil && s.NAT })
 	connected("the connection after its end")
+	log.mu.Lock()
+	if all := strings.Join(log.all, ""); !strings.Contains(all, "is started again") || !strings.Contains(all, "ready") {
+		t.Errorf("the daemon's log has no last words of it:\n%s", all)
+	}
+	log.mu.Unlock()
 
 	_ = a.Close(t.Context()) // the daemon ends, and the program meanwhile
 	kill()
-	a = attacher(t, top)
+	a = attacher(t, top, log)
 	if err := a.Restore(t.Context(), []vm.VM{v}); err != nil {
 		t.Fatal(err)
 	}
@@ -243,4 +251,27 @@ func TestProgramIsStartedAgain(t *testing.T) {
 	if up, err := a.host.Running(t.Context(), string(v.ID)); up || err != nil {
 		t.Errorf("after its end: %v, %v", up, err)
 	}
+}
+
+// FuzzGuestFrames: whatever comes from a guest after its key, reading it ends, and the network lives on.
+func FuzzGuestFrames(f *testing.F) {
+	frame := func(b ...byte) []byte { return append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...) }
+	f.Add(frame())
+	f.Add(frame(make([]byte, 14)...))
+	f.Add(append(frame(1, 2, 3), 0xff, 0xff, 0xff, 0xff))
+	f.Add([]byte{0, 0, 0, 60, 1, 2})
+	arp := append([]byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 5, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 5}, 10, 77, 0, 5, 0, 0, 0, 0, 0, 0, 10, 77, 0, 1)
+	f.Add(frame(arp...))
+	n, err := New(Config{MAC: "02:00:00:00:00:01", Guest4: guest4, Gateway4: netip.MustParseAddr("10.77.0.1"), MTU: MTU, Publish: netip.MustParseAddr("127.201.0.1")},
+		Outside{Reach: func(netip.Addr) error { return errHost }, Dial: nil, Resolvers: func() ([]string, error) { return nil, nil }}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = n.Close() })
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if err := n.readFrames(bytes.NewReader(data)); err == nil {
+			t.Error("the end of a stream is no end")
+		}
+		n.link.Drain()
+	})
 }
