@@ -220,6 +220,10 @@ type Status struct {
 	Total, Running    int
 	OperationsRunning int
 	DNS               string // address of the server for .vm, "" if there is none
+	VMMVersion        string // "" if it is not known
+	Network           string // kind of the network that VMs are put on, "" if there is none
+	Images            int
+	ByState           map[vm.State]int
 	Warnings          []string
 }
 

@@ -112,7 +112,8 @@ func operationMessages(list []operation.Operation) []*bangerv1.Operation {
 func findingMessages(list []doctor.Finding) []*bangerv1.Finding {
 	out := make([]*bangerv1.Finding, len(list))
 	for i, f := range list {
-		out[i] = &bangerv1.Finding{Code: f.Code, Severity: string(f.Severity), Title: f.Title, Detail: f.Detail, Fix: f.Fix}
+		out[i] = &bangerv1.Finding{Code: f.Code, Severity: string(f.Severity), Title: f.Title, Detail: f.Detail, Fix: f.Fix,
+			Fixable: f.Repair != nil, Fixed: f.Fixed}
 	}
 	return out
 }

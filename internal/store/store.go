@@ -41,7 +41,7 @@ type Store struct {
 	changed func(v vm.VM)
 	// imagesChanged is told that there was a change of the images' records.
 	imagesChanged func()
-	deleted func(id vm.ID)
+	deleted       func(id vm.ID)
 
 	// atCommit is called before and after every commit; the crash test ends the process in it.
 	atCommit func()

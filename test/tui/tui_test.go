@@ -574,7 +574,16 @@ func TestEnds(t *testing.T) {
 func TestSkew(t *testing.T) {
 	t.Parallel()
 	h := newHome(t)
-	x := h.tui(80, 24, "BANGER_TEST_API_REVISION=99")
+	h.banger("vm", "create", "-q", "--no-start", "--name", "otter")
+	x := h.tui(80, 24)
+	x.row(`^> otter`)
+	h.banger("daemon", "stop")
+	x.shows("The daemon is gone")
+	newer := *h
+	newer.env = append(slices.Clone(h.env), "BANGER_TEST_API_REVISION=99")
+	if code, out := newer.fails("vm", "list"); code != 7 { // starts it, and is refused as well
+		t.Fatalf("exit code %d: %s", code, out)
+	}
 	x.shows("no daemon", "D tries again")
 	x.golden("skew-80x24")
 	x.press("D")

@@ -1284,9 +1284,11 @@ func (x *StartVMResponse) GetOperation() *Operation {
 }
 
 type StopVMRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Force bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"` // do not ask the guest
+	// The host is going down: the VM stays wanted, and is started again after the host's boot if it is set to.
+	HostShutdown  bool `protobuf:"varint,3,opt,name=host_shutdown,json=hostShutdown,proto3" json:"host_shutdown,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1331,6 +1333,13 @@ func (x *StopVMRequest) GetId() string {
 func (x *StopVMRequest) GetForce() bool {
 	if x != nil {
 		return x.Force
+	}
+	return false
+}
+
+func (x *StopVMRequest) GetHostShutdown() bool {
+	if x != nil {
+		return x.HostShutdown
 	}
 	return false
 }
@@ -3880,6 +3889,10 @@ type GetStatusResponse struct {
 	OperationsRunning int32                  `protobuf:"varint,15,opt,name=operations_running,json=operationsRunning,proto3" json:"operations_running,omitempty"`
 	Warnings          []string               `protobuf:"bytes,16,rep,name=warnings,proto3" json:"warnings,omitempty"` // e.g. disks without a record, retired config keys
 	InstallationId    string                 `protobuf:"bytes,17,opt,name=installation_id,json=installationId,proto3" json:"installation_id,omitempty"`
+	VmmVersion        string                 `protobuf:"bytes,30,opt,name=vmm_version,json=vmmVersion,proto3" json:"vmm_version,omitempty"` // empty: not known
+	Network           string                 `protobuf:"bytes,31,opt,name=network,proto3" json:"network,omitempty"`                         // that VMs are put on: bridge, user; empty: none
+	Images            int32                  `protobuf:"varint,32,opt,name=images,proto3" json:"images,omitempty"`
+	VmsByState        map[string]int32       `protobuf:"bytes,33,rep,name=vms_by_state,json=vmsByState,proto3" json:"vms_by_state,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -4033,6 +4046,34 @@ func (x *GetStatusResponse) GetInstallationId() string {
 	return ""
 }
 
+func (x *GetStatusResponse) GetVmmVersion() string {
+	if x != nil {
+		return x.VmmVersion
+	}
+	return ""
+}
+
+func (x *GetStatusResponse) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *GetStatusResponse) GetImages() int32 {
+	if x != nil {
+		return x.Images
+	}
+	return 0
+}
+
+func (x *GetStatusResponse) GetVmsByState() map[string]int32 {
+	if x != nil {
+		return x.VmsByState
+	}
+	return nil
+}
+
 type ShutdownRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4107,6 +4148,7 @@ func (*ShutdownResponse) Descriptor() ([]byte, []int) {
 
 type RunDoctorRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Fix           bool                   `protobuf:"varint,1,opt,name=fix,proto3" json:"fix,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4139,6 +4181,13 @@ func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use RunDoctorRequest.ProtoReflect.Descriptor instead.
 func (*RunDoctorRequest) Descriptor() ([]byte, []int) {
 	return file_banger_v1_banger_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *RunDoctorRequest) GetFix() bool {
+	if x != nil {
+		return x.Fix
+	}
+	return false
 }
 
 type RunDoctorResponse struct {
@@ -4191,7 +4240,9 @@ type Finding struct {
 	Severity      string                 `protobuf:"bytes,2,opt,name=severity,proto3" json:"severity,omitempty"` // pass warn fail
 	Title         string                 `protobuf:"bytes,3,opt,name=title,proto3" json:"title,omitempty"`
 	Detail        string                 `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
-	Fix           string                 `protobuf:"bytes,5,opt,name=fix,proto3" json:"fix,omitempty"` // what to type
+	Fix           string                 `protobuf:"bytes,5,opt,name=fix,proto3" json:"fix,omitempty"`           // what to type
+	Fixable       bool                   `protobuf:"varint,10,opt,name=fixable,proto3" json:"fixable,omitempty"` // RunDoctor repairs it if asked to
+	Fixed         bool                   `protobuf:"varint,11,opt,name=fixed,proto3" json:"fixed,omitempty"`     // it was, and passes now
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4259,6 +4310,20 @@ func (x *Finding) GetFix() string {
 		return x.Fix
 	}
 	return ""
+}
+
+func (x *Finding) GetFixable() bool {
+	if x != nil {
+		return x.Fixable
+	}
+	return false
+}
+
+func (x *Finding) GetFixed() bool {
+	if x != nil {
+		return x.Fixed
+	}
+	return false
 }
 
 type WatchRequest struct {
@@ -5827,10 +5892,11 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x0eStartVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"E\n" +
 	"\x0fStartVMResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"5\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"Z\n" +
 	"\rStopVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"D\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\x12#\n" +
+	"\rhost_shutdown\x18\x03 \x01(\bR\fhostShutdown\"D\n" +
 	"\x0eStopVMResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\"\n" +
 	"\x10RestartVMRequest\x12\x0e\n" +
@@ -6016,7 +6082,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"M\n" +
 	"\x17CancelOperationResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\x12\n" +
-	"\x10GetStatusRequest\"\x9f\x04\n" +
+	"\x10GetStatusRequest\"\x81\x06\n" +
 	"\x11GetStatusResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12!\n" +
@@ -6040,18 +6106,31 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"vmsRunning\x12-\n" +
 	"\x12operations_running\x18\x0f \x01(\x05R\x11operationsRunning\x12\x1a\n" +
 	"\bwarnings\x18\x10 \x03(\tR\bwarnings\x12'\n" +
-	"\x0finstallation_id\x18\x11 \x01(\tR\x0einstallationId\"\x11\n" +
+	"\x0finstallation_id\x18\x11 \x01(\tR\x0einstallationId\x12\x1f\n" +
+	"\vvmm_version\x18\x1e \x01(\tR\n" +
+	"vmmVersion\x12\x18\n" +
+	"\anetwork\x18\x1f \x01(\tR\anetwork\x12\x16\n" +
+	"\x06images\x18  \x01(\x05R\x06images\x12N\n" +
+	"\fvms_by_state\x18! \x03(\v2,.banger.v1.GetStatusResponse.VmsByStateEntryR\n" +
+	"vmsByState\x1a=\n" +
+	"\x0fVmsByStateEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse\"\x12\n" +
-	"\x10RunDoctorRequest\"C\n" +
+	"\x10ShutdownResponse\"$\n" +
+	"\x10RunDoctorRequest\x12\x10\n" +
+	"\x03fix\x18\x01 \x01(\bR\x03fix\"C\n" +
 	"\x11RunDoctorResponse\x12.\n" +
-	"\bfindings\x18\x01 \x03(\v2\x12.banger.v1.FindingR\bfindings\"y\n" +
+	"\bfindings\x18\x01 \x03(\v2\x12.banger.v1.FindingR\bfindings\"\xa9\x01\n" +
 	"\aFinding\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x1a\n" +
 	"\bseverity\x18\x02 \x01(\tR\bseverity\x12\x14\n" +
 	"\x05title\x18\x03 \x01(\tR\x05title\x12\x16\n" +
 	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x10\n" +
-	"\x03fix\x18\x05 \x01(\tR\x03fix\"\x0e\n" +
+	"\x03fix\x18\x05 \x01(\tR\x03fix\x12\x18\n" +
+	"\afixable\x18\n" +
+	" \x01(\bR\afixable\x12\x14\n" +
+	"\x05fixed\x18\v \x01(\bR\x05fixed\"\x0e\n" +
 	"\fWatchRequest\"\xf3\x01\n" +
 	"\rWatchResponse\x121\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x13.banger.v1.SnapshotH\x00R\bsnapshot\x12\x1f\n" +
@@ -6188,7 +6267,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 95)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 96)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -6285,27 +6364,28 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	nil,                              // 92: banger.v1.VM.LabelsEntry
 	nil,                              // 93: banger.v1.CreateVMRequest.LabelsEntry
 	nil,                              // 94: banger.v1.SetVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),    // 95: google.protobuf.Timestamp
+	nil,                              // 95: banger.v1.GetStatusResponse.VmsByStateEntry
+	(*timestamppb.Timestamp)(nil),    // 96: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
 	92,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	95,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	95,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	95,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	96,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	96,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	96,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,   // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,   // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,   // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,   // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	95,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	95,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	96,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	96,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,   // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	95,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	95,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	96,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	96,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,   // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,   // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
 	5,   // 15: banger.v1.Operation.made:type_name -> banger.v1.Image
-	95,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	95,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	96,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	96,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
 	93,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,   // 19: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 20: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
@@ -6316,7 +6396,7 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,   // 25: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22,  // 26: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,   // 27: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	95,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	96,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23,  // 29: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24,  // 30: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,   // 31: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -6339,104 +6419,105 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,   // 48: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	6,   // 49: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	6,   // 50: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	95,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	64,  // 52: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
-	67,  // 53: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
-	1,   // 54: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
-	6,   // 55: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
-	91,  // 56: banger.v1.WatchResponse.images:type_name -> banger.v1.ImageList
-	1,   // 57: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
-	6,   // 58: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
-	5,   // 59: banger.v1.Snapshot.images:type_name -> banger.v1.Image
-	68,  // 60: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	68,  // 61: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	5,   // 62: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
-	6,   // 63: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
-	5,   // 64: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
-	5,   // 65: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
-	6,   // 66: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
-	6,   // 67: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
-	5,   // 68: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
-	22,  // 69: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
-	29,  // 70: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
-	5,   // 71: banger.v1.ImageList.images:type_name -> banger.v1.Image
-	8,   // 72: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10,  // 73: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12,  // 74: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14,  // 75: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16,  // 76: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18,  // 77: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33,  // 78: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35,  // 79: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37,  // 80: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39,  // 81: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42,  // 82: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20,  // 83: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27,  // 84: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31,  // 85: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44,  // 86: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46,  // 87: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	89,  // 88: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
-	48,  // 89: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	75,  // 90: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
-	77,  // 91: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
-	79,  // 92: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
-	81,  // 93: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
-	83,  // 94: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
-	85,  // 95: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
-	87,  // 96: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
-	50,  // 97: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52,  // 98: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54,  // 99: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56,  // 100: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58,  // 101: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60,  // 102: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62,  // 103: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65,  // 104: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	69,  // 105: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	71,  // 106: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	73,  // 107: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	9,   // 108: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11,  // 109: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13,  // 110: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15,  // 111: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17,  // 112: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19,  // 113: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34,  // 114: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36,  // 115: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38,  // 116: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40,  // 117: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43,  // 118: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21,  // 119: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28,  // 120: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32,  // 121: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45,  // 122: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47,  // 123: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	90,  // 124: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
-	49,  // 125: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	76,  // 126: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
-	78,  // 127: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
-	80,  // 128: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
-	82,  // 129: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
-	84,  // 130: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
-	86,  // 131: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
-	88,  // 132: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
-	51,  // 133: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53,  // 134: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55,  // 135: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57,  // 136: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59,  // 137: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61,  // 138: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63,  // 139: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66,  // 140: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	70,  // 141: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	72,  // 142: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	74,  // 143: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	108, // [108:144] is the sub-list for method output_type
-	72,  // [72:108] is the sub-list for method input_type
-	72,  // [72:72] is the sub-list for extension type_name
-	72,  // [72:72] is the sub-list for extension extendee
-	0,   // [0:72] is the sub-list for field type_name
+	96,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	95,  // 52: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
+	64,  // 53: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
+	67,  // 54: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
+	1,   // 55: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
+	6,   // 56: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
+	91,  // 57: banger.v1.WatchResponse.images:type_name -> banger.v1.ImageList
+	1,   // 58: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
+	6,   // 59: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
+	5,   // 60: banger.v1.Snapshot.images:type_name -> banger.v1.Image
+	68,  // 61: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	68,  // 62: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	5,   // 63: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
+	6,   // 64: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 65: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
+	5,   // 66: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
+	6,   // 67: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
+	6,   // 68: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 69: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
+	22,  // 70: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
+	29,  // 71: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
+	5,   // 72: banger.v1.ImageList.images:type_name -> banger.v1.Image
+	8,   // 73: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10,  // 74: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12,  // 75: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14,  // 76: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16,  // 77: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18,  // 78: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33,  // 79: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35,  // 80: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37,  // 81: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39,  // 82: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42,  // 83: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20,  // 84: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27,  // 85: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31,  // 86: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44,  // 87: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46,  // 88: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	89,  // 89: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
+	48,  // 90: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	75,  // 91: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
+	77,  // 92: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
+	79,  // 93: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
+	81,  // 94: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
+	83,  // 95: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
+	85,  // 96: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
+	87,  // 97: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
+	50,  // 98: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52,  // 99: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54,  // 100: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56,  // 101: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58,  // 102: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60,  // 103: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62,  // 104: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65,  // 105: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	69,  // 106: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	71,  // 107: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	73,  // 108: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	9,   // 109: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11,  // 110: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13,  // 111: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15,  // 112: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17,  // 113: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19,  // 114: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34,  // 115: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36,  // 116: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38,  // 117: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40,  // 118: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43,  // 119: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21,  // 120: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28,  // 121: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32,  // 122: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45,  // 123: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47,  // 124: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	90,  // 125: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
+	49,  // 126: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	76,  // 127: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
+	78,  // 128: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
+	80,  // 129: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
+	82,  // 130: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
+	84,  // 131: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
+	86,  // 132: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
+	88,  // 133: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
+	51,  // 134: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53,  // 135: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55,  // 136: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57,  // 137: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59,  // 138: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61,  // 139: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63,  // 140: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66,  // 141: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	70,  // 142: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	72,  // 143: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	74,  // 144: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	109, // [109:145] is the sub-list for method output_type
+	73,  // [73:109] is the sub-list for method input_type
+	73,  // [73:73] is the sub-list for extension type_name
+	73,  // [73:73] is the sub-list for extension extendee
+	0,   // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -6460,7 +6541,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   95,
+			NumMessages:   96,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
