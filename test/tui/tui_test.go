@@ -577,6 +577,7 @@ func TestSkew(t *testing.T) {
 	h.banger("vm", "create", "-q", "--no-start", "--name", "otter")
 	x := h.tui(80, 24)
 	x.row(`^> otter`)
+	x.shows("on the host") // its details are there
 	h.banger("daemon", "stop")
 	x.shows("The daemon is gone")
 	newer := *h
