@@ -100,6 +100,7 @@ type model struct {
 	logFault    string
 	usageFor    string // ids that are looked at
 	settling    bool
+	away        bool // something else has the terminal
 	ticks       int
 	ticking     int // number of the ticker in use
 
@@ -165,6 +166,8 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 		return m.click(msg.Mouse())
 	case tea.MouseWheelMsg:
 		m.wheel(msg.Mouse())
+	case tea.ResumeMsg:
+		m.away = false
 	case tickMsg:
 		if msg.number == m.ticking {
 			m.ticks++
@@ -218,6 +221,10 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 			m.complain(msg.err)
 		} else {
 			m.takeStatus(msg.status)
+			if m.over { // it was given up: another daemon may fit
+				m.over = false
+				m.f.all.Go(m.f.follow)
+			}
 		}
 	case settledMsg:
 		m.settling = false
@@ -292,7 +299,7 @@ func (m *model) askStatus() tea.Cmd {
 
 // follow asks for what the screen shows, once it has been the same for a moment.
 func (m *model) follow() tea.Cmd {
-	if m.settling || m.gone != nil || !m.unsettled() {
+	if m.settling || m.away || m.gone != nil || !m.unsettled() {
 		return nil
 	}
 	m.settling = true
@@ -339,7 +346,7 @@ func (m *model) wantUsage() []string {
 }
 
 func (m *model) settle() tea.Cmd {
-	if m.gone != nil {
+	if m.gone != nil || m.away {
 		return nil
 	}
 	ids := m.wantUsage()

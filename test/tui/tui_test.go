@@ -570,6 +570,33 @@ func TestEnds(t *testing.T) {
 	h.states("otter=stopped")
 }
 
+// Ctrl-Z gives the terminal to the shell, and fg takes it back; without a shell it does nothing.
+func TestSuspend(t *testing.T) {
+	t.Parallel()
+	h := newHome(t)
+	h.banger("vm", "create", "-q", "--name", "otter")
+	x := h.tui(80, 24)
+	x.row(`^> otter +running +50%`)
+	x.press("ctrl+z")
+	x.shows("There is no shell to go back to.")
+	x.quits()
+	x = h.terminal(80, 24, []string{"bash", "--norc", "--noprofile", "-i"}, "PS1=prompt> ", "HISTFILE=")
+	x.shows("prompt>")
+	x.press("banger tui", "enter")
+	x.row(`^> otter +running +50%`)
+	x.press("ctrl+z")
+	x.shows("Stopped", "banger tui")
+	h.banger("vm", "stop", "otter")
+	x.press("fg", "enter")
+	x.row(`^> otter +stopped`)
+	x.press("s")
+	x.row(`^> otter +running +50%`)
+	x.press("q")
+	x.until("the shell again", func(s string) bool { return strings.HasSuffix(strings.TrimSpace(s), "prompt>") })
+	x.press("exit", "enter")
+	x.ends(0)
+}
+
 // A daemon that does not speak with this program: said, with what to type.
 func TestSkew(t *testing.T) {
 	t.Parallel()
