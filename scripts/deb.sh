@@ -59,8 +59,8 @@ docs() {
     mkdir -p "$dir"
     {
         printf 'Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\nUpstream-Name: banger\n'
-        printf 'Source: https://git.thaloco.com/thaloco/banger\n\nFiles: *\nCopyright: the banger developers\nLicense: see the source\n'
-        printf ' The terms are those of the source that this package was built from.\n'
+        printf 'Source: https://git.thaloco.com/thaloco/banger\n\nFiles: *\nCopyright: 2026 the banger developers\nLicense: Expat\n'
+        sed '1,4d; s/^$/./; s/^/ /' LICENSE
     } >"$dir/copyright"
     gzip -9n <CHANGELOG.md >"$dir/changelog.gz"
     chmod 644 "$dir"/*

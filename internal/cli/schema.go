@@ -51,9 +51,9 @@ var printed = map[string]any{
 	"banger daemon stop":        stoppedView{},
 	"banger daemon restart":     daemonView{},
 	"banger daemon logs":        nil, // the log's own lines
+	"banger tui":                nil,
 	"banger doctor":             []findingView{},
 	"banger ssh-config":         sshConfigView{},
-	"banger tui":                nil,
 	"banger ssh-config install": sshConfigView{},
 	"banger ssh-config remove":  nil,
 	"banger system install":     systemInstallView{},
