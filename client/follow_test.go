@@ -20,7 +20,7 @@ func TestAwait(t *testing.T) {
 	for name, prepare := range map[string]func(dir string) error{
 		"no directory": func(string) error { return nil },
 		"no socket":    func(dir string) error { return os.MkdirAll(dir, 0o700) },
-		"a stale one":  func(dir string) error { return stale(dir) },
+		"a stale one":  stale,
 		"another file": func(dir string) error {
 			return errors.Join(os.MkdirAll(dir, 0o700), os.WriteFile(filepath.Join(dir, "x"), nil, 0o600))
 		},

@@ -70,7 +70,7 @@ func (m *model) command(do command) tea.Cmd {
 	case quit:
 		return tea.Quit
 	case redraw:
-		return tea.ClearScreen
+		return anew()
 	case suspend:
 		if !canSuspend() {
 			m.tell(warning, "There is no shell to go back to.")

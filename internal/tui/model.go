@@ -9,6 +9,7 @@ import (
 	"time"
 
 	tea "charm.land/bubbletea/v2"
+	"github.com/charmbracelet/x/ansi"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
@@ -158,6 +159,7 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 	switch msg := msg.(type) {
 	case tea.WindowSizeMsg:
 		m.w, m.h = msg.Width, msg.Height
+		return anew()
 	case tea.KeyPressMsg:
 		return m.key(msg)
 	case tea.PasteMsg:
@@ -250,6 +252,13 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 		m.complain(fmt.Errorf("port %d of %s: %w", msg.port, msg.vm, msg.err))
 	}
 	return nil
+}
+
+// anew draws everything, on a terminal that may be in any state. bubbletea scrolls with margins (DECSTBM), and sets
+// them back to the height that it knows: if the terminal was given another one meanwhile, they stay, and all that
+// is drawn after it is drawn wrong.
+func anew() tea.Cmd {
+	return tea.Sequence(tea.Raw(ansi.SetTopBottomMargins(0, 0)), tea.ClearScreen)
 }
 
 type usageAgainMsg struct{ number int }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -187,13 +188,15 @@ func (h *home) terminal(width, height int, args []string, env ...string) *termin
 		h.t.Fatal(err)
 	}
 	_ = slave.Close()
-	go x.show()
-	go x.answer()
+	var streams sync.WaitGroup
+	streams.Go(x.show)
+	streams.Go(x.answer)
 	go func() { x.ended <- x.cmd.Wait() }()
 	h.t.Cleanup(func() {
 		_ = x.cmd.Process.Kill() // one that has ended is not found
 		_ = master.Close()
-		_ = x.emu.Close()
+		_ = x.emu.InputPipe().(io.Closer).Close() // Emulator.Close races with Read
+		streams.Wait()
 	})
 	return x
 }

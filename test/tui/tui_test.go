@@ -726,6 +726,8 @@ func TestDrawnAsAnew(t *testing.T) {
 	some := []string{"2", "4", "5", "6", "z", "tab", "up", "down", "space", "a", "t", "T", "end", "home", "pgdown"}
 	for round := range 25 {
 		if round%3 == 0 {
+			// Something is being drawn at that moment.
+			x.press("4", "end", "2", "down", "down", "up", "z", "z")
 			size := sizes[random.IntN(len(sizes))]
 			x.resize(size[0], size[1])
 		}
