@@ -335,7 +335,7 @@ func browse(url string) (bool, error) {
 	}
 	program, err := exec.LookPath("xdg-open")
 	if err != nil {
-		return false, nil //nolint:nilerr // without it the address is shown, which is all that there is to do
+		return false, nil // without it the address is shown, which is all that there is to do
 	}
 	cmd := exec.Command(program, url)
 	if err := cmd.Start(); err != nil {
