@@ -113,7 +113,7 @@ func (in *installation) done(op operation.Operation, err error) vm.ID {
 		err = in.s.WatchOperation(in.ctx(), op.ID, func(o operation.Operation) error { op = o; return nil })
 	}
 	if err == nil && op.State != operation.Succeeded {
-		err = fmt.Errorf("%s: %v", op.State, op.Fault)
+		err = fmt.Errorf("%s: %w", op.State, op.Fault)
 	}
 	if err != nil {
 		in.t.Fatalf("%s of %s: %v", op.Kind, op.VMName, err)
@@ -198,7 +198,7 @@ func resolves(t *testing.T, g *networktest.Guest, name string) string {
 	t.Helper()
 	out := ""
 	for _, network := range []string{"udp", "tcp"} {
-		got := ""
+		var got string
 		m, err := g.Ask(network, name, dns.TypeA, networktest.Patience)
 		switch {
 		case err != nil:

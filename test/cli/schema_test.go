@@ -60,7 +60,7 @@ func conforms(at string, s map[string]any, v any) []string {
 	if !many {
 		types = []any{s["type"]}
 	}
-	if !slices.Contains(types, any(kind)) && !(kind == "integer" && slices.Contains(types, any("number"))) {
+	if !slices.Contains(types, any(kind)) && (kind != "integer" || !slices.Contains(types, any("number"))) {
 		return []string{fmt.Sprintf("%s is %s, not %v", at, kind, s["type"])}
 	}
 	var wrong []string
