@@ -136,6 +136,7 @@ type terminal struct {
 	cmd   *exec.Cmd
 	pty   *os.File
 	ended chan error
+	waits time.Duration // at most, for a screen
 
 	mu      sync.Mutex
 	emu     *vt.Emulator
@@ -179,7 +180,7 @@ func (h *home) terminal(width, height int, args []string, env ...string) *termin
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	x := &terminal{t: h.t, h: h, pty: master, emu: vt.NewEmulator(width, height), changed: make(chan struct{}, 1), ended: make(chan error, 1)}
+	x := &terminal{t: h.t, h: h, pty: master, emu: vt.NewEmulator(width, height), changed: make(chan struct{}, 1), ended: make(chan error, 1), waits: patience}
 	x.cmd = exec.Command(args[0], args[1:]...)
 	x.cmd.Env = append(append(h.env, "TERM=xterm-256color", "NO_COLOR=", "DISPLAY=", "WAYLAND_DISPLAY=", "BROWSER=", "TZ=UTC", "COLORTERM="), env...)
 	x.cmd.Stdin, x.cmd.Stdout, x.cmd.Stderr = slave, slave, slave
@@ -273,7 +274,7 @@ func (x *terminal) since(from int) string {
 // until waits until the screen is as it should be.
 func (x *terminal) until(what string, ok func(screen string) bool) {
 	x.t.Helper()
-	timeout := time.After(patience)
+	timeout := time.After(x.waits)
 	for {
 		if ok(x.screen()) {
 			return

@@ -774,6 +774,7 @@ func TestManyVMs(t *testing.T) {
 		}
 	}
 	x := h.tui(80, 24)
+	x.waits = 5 * patience // a hundred starts take their time on a busy machine
 	x.row(`^> vm-000 +stopped`)
 	start := x.written()
 	each(func(name string) error {
