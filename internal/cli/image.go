@@ -19,11 +19,11 @@ import (
 func (a *app) imageCommand() *cobra.Command {
 	cmd := group(&cobra.Command{
 		Use: "image", Short: "Make, register and look after the images that VMs are made from",
-		Example: `  banger image list
+		Example: `  banger image build --name docker-dev --docker
   banger image register --name local-test --rootfs rootfs.ext4
-  banger vm create --image local-test`,
+  banger vm create --image docker-dev`,
 	})
-	cmd.AddCommand(a.imageListCommand(), a.imageShowCommand(), a.imageRegisterCommand(), a.imagePromoteCommand(),
+	cmd.AddCommand(a.imageListCommand(), a.imageShowCommand(), a.imageBuildCommand(), a.imageRegisterCommand(), a.imagePromoteCommand(),
 		a.imageExportCommand(), a.imageImportCommand(), a.imageDeleteCommand(), a.imagePruneCommand())
 	return cmd
 }

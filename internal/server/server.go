@@ -56,6 +56,8 @@ type Images interface {
 	PruneImages(ctx context.Context, r sandbox.PruneRequest) (sandbox.Pruned, error)
 	ExportImage(ctx context.Context, ref, path string) (operation.Operation, error)
 	ImportImage(ctx context.Context, path, name string) (operation.Operation, error)
+	BuildImage(ctx context.Context, r sandbox.BuildRequest) (op operation.Operation, log string, err error)
+	BuildLog(ctx context.Context, opID string, send func([]byte) error) error
 }
 
 // Operations is what the operation calls need.
@@ -122,7 +124,7 @@ func New(svc Service, info Info, log *slog.Logger) http.Handler {
 	)
 	mux := http.NewServeMux()
 	mux.Handle(bangerv1connect.NewVMServiceHandler(&vmHandler{svc, info}, opts))
-	mux.Handle(bangerv1connect.NewImageServiceHandler(&imageHandler{svc, svc}, opts))
+	mux.Handle(bangerv1connect.NewImageServiceHandler(&imageHandler{svc, svc, info.Ending}, opts))
 	mux.Handle(bangerv1connect.NewOperationServiceHandler(&operationHandler{svc, svc, svc, info.Ending}, opts))
 	mux.Handle(bangerv1connect.NewDaemonServiceHandler(&daemonHandler{svc, info}, opts))
 	return mux

@@ -5459,6 +5459,299 @@ func (x *PruneImagesResponse) GetBytes() int64 {
 	return 0
 }
 
+type BuildImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                                           // a managed image of the name is replaced
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`                                           // reference of the image to begin with; empty: default_base_rootfs, or the default image
+	Docker        bool                   `protobuf:"varint,3,opt,name=docker,proto3" json:"docker,omitempty"`                                      // with Docker
+	Packages      []string               `protobuf:"bytes,4,rep,name=packages,proto3" json:"packages,omitempty"`                                   // of the distribution; empty: the list of the settings, or of the runtime bundle
+	Steps         []*BuildStep           `protobuf:"bytes,5,rep,name=steps,proto3" json:"steps,omitempty"`                                         // after that, in this order
+	SizeBytes     int64                  `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`               // of the root filesystem; zero: some more than that of the base
+	KeepOnFailure bool                   `protobuf:"varint,7,opt,name=keep_on_failure,json=keepOnFailure,proto3" json:"keep_on_failure,omitempty"` // leave the VM for the user to look
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildImageRequest) Reset() {
+	*x = BuildImageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[89]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildImageRequest) ProtoMessage() {}
+
+func (x *BuildImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[89]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildImageRequest.ProtoReflect.Descriptor instead.
+func (*BuildImageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{89}
+}
+
+func (x *BuildImageRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BuildImageRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *BuildImageRequest) GetDocker() bool {
+	if x != nil {
+		return x.Docker
+	}
+	return false
+}
+
+func (x *BuildImageRequest) GetPackages() []string {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+func (x *BuildImageRequest) GetSteps() []*BuildStep {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+func (x *BuildImageRequest) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *BuildImageRequest) GetKeepOnFailure() bool {
+	if x != nil {
+		return x.KeepOnFailure
+	}
+	return false
+}
+
+// BuildStep is one thing to do as root in the guest: packages to install, or a script of sh to run.
+type BuildStep struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Packages      []string               `protobuf:"bytes,2,rep,name=packages,proto3" json:"packages,omitempty"`
+	Script        string                 `protobuf:"bytes,3,opt,name=script,proto3" json:"script,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildStep) Reset() {
+	*x = BuildStep{}
+	mi := &file_banger_v1_banger_proto_msgTypes[90]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildStep) ProtoMessage() {}
+
+func (x *BuildStep) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[90]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildStep.ProtoReflect.Descriptor instead.
+func (*BuildStep) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{90}
+}
+
+func (x *BuildStep) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BuildStep) GetPackages() []string {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+func (x *BuildStep) GetScript() string {
+	if x != nil {
+		return x.Script
+	}
+	return ""
+}
+
+type BuildImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	Log           string                 `protobuf:"bytes,2,opt,name=log,proto3" json:"log,omitempty"` // path of the file that the output is kept in
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildImageResponse) Reset() {
+	*x = BuildImageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildImageResponse) ProtoMessage() {}
+
+func (x *BuildImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildImageResponse.ProtoReflect.Descriptor instead.
+func (*BuildImageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{91}
+}
+
+func (x *BuildImageResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+func (x *BuildImageResponse) GetLog() string {
+	if x != nil {
+		return x.Log
+	}
+	return ""
+}
+
+type ReadBuildLogRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadBuildLogRequest) Reset() {
+	*x = ReadBuildLogRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[92]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadBuildLogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadBuildLogRequest) ProtoMessage() {}
+
+func (x *ReadBuildLogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[92]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadBuildLogRequest.ProtoReflect.Descriptor instead.
+func (*ReadBuildLogRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{92}
+}
+
+func (x *ReadBuildLogRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+type ReadBuildLogResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadBuildLogResponse) Reset() {
+	*x = ReadBuildLogResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[93]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadBuildLogResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadBuildLogResponse) ProtoMessage() {}
+
+func (x *ReadBuildLogResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[93]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadBuildLogResponse.ProtoReflect.Descriptor instead.
+func (*ReadBuildLogResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{93}
+}
+
+func (x *ReadBuildLogResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 var File_banger_v1_banger_proto protoreflect.FileDescriptor
 
 const file_banger_v1_banger_proto_rawDesc = "" +
@@ -5891,7 +6184,27 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x13PruneImagesResponse\x12(\n" +
 	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images\x12\x14\n" +
 	"\x05files\x18\x02 \x01(\x05R\x05files\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\x03R\x05bytes2\xce\b\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\xe2\x01\n" +
+	"\x11BuildImageRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x16\n" +
+	"\x06docker\x18\x03 \x01(\bR\x06docker\x12\x1a\n" +
+	"\bpackages\x18\x04 \x03(\tR\bpackages\x12*\n" +
+	"\x05steps\x18\x05 \x03(\v2\x14.banger.v1.BuildStepR\x05steps\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x06 \x01(\x03R\tsizeBytes\x12&\n" +
+	"\x0fkeep_on_failure\x18\a \x01(\bR\rkeepOnFailure\"S\n" +
+	"\tBuildStep\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bpackages\x18\x02 \x03(\tR\bpackages\x12\x16\n" +
+	"\x06script\x18\x03 \x01(\tR\x06script\"Z\n" +
+	"\x12BuildImageResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\x12\x10\n" +
+	"\x03log\x18\x02 \x01(\tR\x03log\"8\n" +
+	"\x13ReadBuildLogRequest\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\"*\n" +
+	"\x14ReadBuildLogResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data2\xce\b\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -5909,7 +6222,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\bGetPorts\x12\x1a.banger.v1.GetPortsRequest\x1a\x1b.banger.v1.GetPortsResponse\x12=\n" +
 	"\x06TrimVM\x12\x18.banger.v1.TrimVMRequest\x1a\x19.banger.v1.TrimVMResponse\x12O\n" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse\x12B\n" +
-	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x012\xfb\x04\n" +
+	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x012\x99\x06\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
 	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse\x12C\n" +
@@ -5918,7 +6231,10 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\vDeleteImage\x12\x1d.banger.v1.DeleteImageRequest\x1a\x1e.banger.v1.DeleteImageResponse\x12O\n" +
 	"\fPromoteImage\x12\x1e.banger.v1.PromoteImageRequest\x1a\x1f.banger.v1.PromoteImageResponse\x12L\n" +
 	"\vExportImage\x12\x1d.banger.v1.ExportImageRequest\x1a\x1e.banger.v1.ExportImageResponse\x12L\n" +
-	"\vImportImage\x12\x1d.banger.v1.ImportImageRequest\x1a\x1e.banger.v1.ImportImageResponse\x12L\n" +
+	"\vImportImage\x12\x1d.banger.v1.ImportImageRequest\x1a\x1e.banger.v1.ImportImageResponse\x12I\n" +
+	"\n" +
+	"BuildImage\x12\x1c.banger.v1.BuildImageRequest\x1a\x1d.banger.v1.BuildImageResponse\x12Q\n" +
+	"\fReadBuildLog\x12\x1e.banger.v1.ReadBuildLogRequest\x1a\x1f.banger.v1.ReadBuildLogResponse0\x01\x12L\n" +
 	"\vPruneImages\x12\x1d.banger.v1.PruneImagesRequest\x1a\x1e.banger.v1.PruneImagesResponse2\xed\x02\n" +
 	"\x10OperationService\x12O\n" +
 	"\fGetOperation\x12\x1e.banger.v1.GetOperationRequest\x1a\x1f.banger.v1.GetOperationResponse\x12U\n" +
@@ -5946,7 +6262,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 92)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 97)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -6037,41 +6353,46 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*ImportImageResponse)(nil),      // 86: banger.v1.ImportImageResponse
 	(*PruneImagesRequest)(nil),       // 87: banger.v1.PruneImagesRequest
 	(*PruneImagesResponse)(nil),      // 88: banger.v1.PruneImagesResponse
-	nil,                              // 89: banger.v1.VM.LabelsEntry
-	nil,                              // 90: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                              // 91: banger.v1.SetVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),    // 92: google.protobuf.Timestamp
+	(*BuildImageRequest)(nil),        // 89: banger.v1.BuildImageRequest
+	(*BuildStep)(nil),                // 90: banger.v1.BuildStep
+	(*BuildImageResponse)(nil),       // 91: banger.v1.BuildImageResponse
+	(*ReadBuildLogRequest)(nil),      // 92: banger.v1.ReadBuildLogRequest
+	(*ReadBuildLogResponse)(nil),     // 93: banger.v1.ReadBuildLogResponse
+	nil,                              // 94: banger.v1.VM.LabelsEntry
+	nil,                              // 95: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 96: banger.v1.SetVMRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),    // 97: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	89,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	92,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	92,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	92,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	94,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	97,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	97,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	97,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,   // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,   // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,   // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,   // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	92,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	92,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	97,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	97,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,   // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	92,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	92,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	97,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	97,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,   // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,   // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
 	5,   // 15: banger.v1.Operation.made:type_name -> banger.v1.Image
-	92,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	92,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	90,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	97,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	97,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	95,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,   // 19: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 20: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 21: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 22: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 23: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	91,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	96,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	6,   // 25: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22,  // 26: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,   // 27: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	92,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	97,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23,  // 29: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24,  // 30: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,   // 31: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -6094,7 +6415,7 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,   // 48: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	6,   // 49: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	6,   // 50: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	92,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	97,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
 	64,  // 52: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
 	67,  // 53: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
 	1,   // 54: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
@@ -6111,81 +6432,87 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,   // 65: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
 	6,   // 66: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
 	5,   // 67: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
-	8,   // 68: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10,  // 69: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12,  // 70: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14,  // 71: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16,  // 72: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18,  // 73: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33,  // 74: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35,  // 75: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37,  // 76: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39,  // 77: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42,  // 78: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20,  // 79: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27,  // 80: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31,  // 81: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44,  // 82: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46,  // 83: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	48,  // 84: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	75,  // 85: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
-	77,  // 86: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
-	79,  // 87: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
-	81,  // 88: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
-	83,  // 89: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
-	85,  // 90: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
-	87,  // 91: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
-	50,  // 92: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52,  // 93: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54,  // 94: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56,  // 95: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58,  // 96: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60,  // 97: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62,  // 98: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65,  // 99: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	69,  // 100: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	71,  // 101: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	73,  // 102: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	9,   // 103: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11,  // 104: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13,  // 105: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15,  // 106: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17,  // 107: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19,  // 108: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34,  // 109: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36,  // 110: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38,  // 111: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40,  // 112: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43,  // 113: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21,  // 114: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28,  // 115: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32,  // 116: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45,  // 117: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47,  // 118: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	49,  // 119: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	76,  // 120: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
-	78,  // 121: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
-	80,  // 122: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
-	82,  // 123: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
-	84,  // 124: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
-	86,  // 125: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
-	88,  // 126: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
-	51,  // 127: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53,  // 128: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55,  // 129: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57,  // 130: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59,  // 131: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61,  // 132: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63,  // 133: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66,  // 134: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	70,  // 135: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	72,  // 136: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	74,  // 137: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	103, // [103:138] is the sub-list for method output_type
-	68,  // [68:103] is the sub-list for method input_type
-	68,  // [68:68] is the sub-list for extension type_name
-	68,  // [68:68] is the sub-list for extension extendee
-	0,   // [0:68] is the sub-list for field type_name
+	90,  // 68: banger.v1.BuildImageRequest.steps:type_name -> banger.v1.BuildStep
+	6,   // 69: banger.v1.BuildImageResponse.operation:type_name -> banger.v1.Operation
+	8,   // 70: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10,  // 71: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12,  // 72: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14,  // 73: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16,  // 74: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18,  // 75: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33,  // 76: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35,  // 77: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37,  // 78: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39,  // 79: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42,  // 80: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20,  // 81: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27,  // 82: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31,  // 83: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44,  // 84: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46,  // 85: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	48,  // 86: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	75,  // 87: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
+	77,  // 88: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
+	79,  // 89: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
+	81,  // 90: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
+	83,  // 91: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
+	85,  // 92: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
+	89,  // 93: banger.v1.ImageService.BuildImage:input_type -> banger.v1.BuildImageRequest
+	92,  // 94: banger.v1.ImageService.ReadBuildLog:input_type -> banger.v1.ReadBuildLogRequest
+	87,  // 95: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
+	50,  // 96: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52,  // 97: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54,  // 98: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56,  // 99: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58,  // 100: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60,  // 101: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62,  // 102: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65,  // 103: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	69,  // 104: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	71,  // 105: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	73,  // 106: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	9,   // 107: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11,  // 108: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13,  // 109: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15,  // 110: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17,  // 111: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19,  // 112: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34,  // 113: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36,  // 114: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38,  // 115: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40,  // 116: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43,  // 117: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21,  // 118: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28,  // 119: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32,  // 120: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45,  // 121: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47,  // 122: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	49,  // 123: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	76,  // 124: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
+	78,  // 125: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
+	80,  // 126: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
+	82,  // 127: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
+	84,  // 128: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
+	86,  // 129: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
+	91,  // 130: banger.v1.ImageService.BuildImage:output_type -> banger.v1.BuildImageResponse
+	93,  // 131: banger.v1.ImageService.ReadBuildLog:output_type -> banger.v1.ReadBuildLogResponse
+	88,  // 132: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
+	51,  // 133: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53,  // 134: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55,  // 135: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57,  // 136: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59,  // 137: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61,  // 138: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63,  // 139: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66,  // 140: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	70,  // 141: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	72,  // 142: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	74,  // 143: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	107, // [107:144] is the sub-list for method output_type
+	70,  // [70:107] is the sub-list for method input_type
+	70,  // [70:70] is the sub-list for extension type_name
+	70,  // [70:70] is the sub-list for extension extendee
+	0,   // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -6208,7 +6535,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   92,
+			NumMessages:   97,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
