@@ -25,9 +25,10 @@ help: ## this list
 # ---- build
 
 .PHONY: build
-build: dist/mkruntime ## ./banger and ./bangerd, and the guest program in ./runtime if it exists
+build: dist/mkruntime ## ./banger, ./bangerd and ./banger-helper, and the guest program in ./runtime if it exists
 	$(GO_BUILD) -o banger ./cmd/banger
 	$(GO_BUILD) -o bangerd ./cmd/bangerd
+	$(GO_BUILD) -o banger-helper ./cmd/banger-helper
 	if [ -e runtime/bundle.json ]; then $(MKRUNTIME) agent; fi
 
 # Go's own build cache decides whether there is anything to do.
@@ -66,7 +67,7 @@ test-deps: ## install that, and what the tests take
 .PHONY: install
 install: build ## into $(PREFIX)/bin, the runtime bundle into $(PREFIX)/lib/banger
 	@mkdir -p '$(PREFIX)/bin'
-	@for p in banger bangerd; do install -m 755 $$p '$(PREFIX)/bin/.new.'$$p; mv '$(PREFIX)/bin/.new.'$$p '$(PREFIX)/bin/'$$p; done
+	@for p in banger bangerd banger-helper; do install -m 755 $$p '$(PREFIX)/bin/.new.'$$p; mv '$(PREFIX)/bin/.new.'$$p '$(PREFIX)/bin/'$$p; done
 	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' install
 	@echo "installed in $(PREFIX)/bin"
 
@@ -112,4 +113,4 @@ bench-floor: build runtime lab ## hold a create on Firecracker against Firecrack
 
 .PHONY: clean
 clean: ## remove what was built here; ./runtime and its key stay
-	rm -rf banger bangerd dist coverage.out
+	rm -rf banger bangerd banger-helper dist coverage.out

@@ -12,6 +12,9 @@ import (
 // CopyOptions say what beside content, permissions and times of modification is kept.
 type CopyOptions = files.Options
 
+// CopyProgress is how far a copy has come; it may be read while it goes on.
+type CopyProgress = files.Progress
+
 // CopyResult is what was copied, and what was left out.
 type CopyResult = files.Result
 

@@ -5,14 +5,11 @@ import (
 	"errors"
 	"io"
 	"net"
-	"os"
 	"sync"
-	"syscall"
-
-	"golang.org/x/sys/unix"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/frame"
 )
 
 // Forward connects whoever connects to l with a TCP port on a guest's loopback, until ctx ends or l
@@ -41,7 +38,7 @@ func (c *Client) Forward(ctx context.Context, l net.Listener, vmID string, port 
 
 func (c *Client) forward(ctx context.Context, conn net.Conn, vmID string, port int) error {
 	defer conn.Close()
-	f, err := c.polled(c.dialStream(ctx, bangerv1.DialRequest{VMID: vmID, Port: port}))
+	f, err := c.polled(c.dialStream(ctx, bangerv1.DialRequest{VMID: vmID, Service: bangerv1.DialForward, Port: port}))
 	if err != nil {
 		if tcp, ok := conn.(*net.TCPConn); ok {
 			_ = tcp.SetLinger(0) // whoever connected is to see a connection that was refused, not one that ended
@@ -51,7 +48,7 @@ func (c *Client) forward(ctx context.Context, conn net.Conn, vmID string, port i
 	defer f.Close()
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close(); _ = f.Close() })
 	defer stop()
-	guest := guestStream{f}
+	guest := frame.NewDuplex(f)
 	var both sync.WaitGroup
 	both.Go(func() { pump(guest, conn) })
 	both.Go(func() { pump(conn, guest) })
@@ -66,19 +63,10 @@ func pump(dst, src io.ReadWriteCloser) {
 	if half, ok := dst.(interface{ CloseWrite() error }); ok && err == nil && half.CloseWrite() == nil {
 		return
 	}
-	_, _ = dst.Close(), src.Close()
-}
-
-// guestStream is a stream with an end for each direction.
-type guestStream struct{ *os.File }
-
-// CloseWrite says that no more comes.
-func (s guestStream) CloseWrite() error {
-	raw, err := s.SyscallConn()
-	if err != nil {
-		return err
+	for _, end := range []io.Closer{dst, src} {
+		if tcp, ok := end.(*net.TCPConn); ok && err != nil {
+			_ = tcp.SetLinger(0) // what broke is not to be taken for the end of what was sent
+		}
+		_ = end.Close()
 	}
-	var shut error
-	err = raw.Control(func(fd uintptr) { shut = unix.Shutdown(int(fd), syscall.SHUT_WR) })
-	return errors.Join(err, shut)
 }

@@ -36,7 +36,7 @@ stamp() {
 }
 
 sources=$(source_key)
-if ! fresh built "$sources" || [ ! -x banger ] || [ ! -x bangerd ]; then
+if ! fresh built "$sources" || [ ! -x banger ] || [ ! -x bangerd ] || [ ! -x banger-helper ]; then
     rm -f dist/built
     stage "building banger" dist/build.log make --no-print-directory build
     stamp built "$sources"

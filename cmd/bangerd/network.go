@@ -1,33 +1,37 @@
 package main
 
 import (
+	"context"
 	"net/netip"
+	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/config"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/helper"
 	"git.thaloco.com/thaloco/banger/internal/hostnet"
 	"git.thaloco.com/thaloco/banger/internal/network"
 	"git.thaloco.com/thaloco/banger/internal/network/bridge"
 	"git.thaloco.com/thaloco/banger/internal/network/usernet"
 	"git.thaloco.com/thaloco/banger/internal/sandbox"
+	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
-// networks says which networks VMs may be on, by the setting network, by what the VMM can do and by who runs the daemon, and why
-// there is none though one was asked for. The first is for VMs that start; VMs that were started on another are taken off it.
-func networks(p config.Paths, c config.Config, d vmm.Driver, uid int) (open func(sandbox.NetworkHost) []sandbox.Network, notice string) {
-	sockets := d.Features().NICSockets
-	switch {
-	case c.Network == config.NetworkNone:
-		return nil, ""
-	case c.Network == config.NetworkBridge && uid != 0:
-		return nil, "none: the daemon is not root, and a bridge takes root; network = \"user\" in config.toml takes no privilege"
-	case c.Network == config.NetworkBridge:
-	case !sockets && uid == 0:
-		return nil, "none: " + d.Name() + " has no user network; network = \"bridge\" in config.toml gives it one"
-	case !sockets:
-		return nil, "none: " + d.Name() + " attaches a network only with root's help; vm ssh works without one"
-	}
+// lookTime bounds the question whether the host can have a bridge network, some requests to the kernel.
+const lookTime = 10 * time.Second
+
+// networks makes the networks that VMs may be on, by the setting network, by what the VMM can do and by who runs the daemon. The
+// first is for VMs that start; VMs that were started on another are taken off it.
+//
+// Of themselves root and who may use the root helper get the bridge, unless something on the host is in its way: then the user
+// network, as everybody else, with a notice. A bridge that was asked for by name is not replaced by anything: VMs do not start,
+// and say why.
+func networks(p config.Paths, c config.Config, d vmm.Driver, uid int, root rootHelper) func(sandbox.NetworkHost) []sandbox.Network {
 	return func(h sandbox.NetworkHost) []sandbox.Network {
+		if c.Network == config.NetworkNone {
+			return nil
+		}
 		plan := network.Plan{Installation: h.Installation, IPv4: c.CIDR}
 		switch c.IPv6CIDR {
 		case config.IPv6None:
@@ -38,16 +42,61 @@ func networks(p config.Paths, c config.Config, d vmm.Driver, uid int) (open func
 		}
 		all := []sandbox.Network{usernet.NewAttacher(usernet.Options{
 			Dir: p.Networks(), Plan: plan, Ports: c.PublishedPorts, RunDir: h.RunDir, Confine: h.Confine,
+			Tunnel: d.Features().NICVsock, Key: func(v vm.VM) []byte { return boot.TunnelKey(v.Secrets.Agent) }, Log: h.Log,
 		})}
-		if c.Network == config.NetworkBridge {
-			host, err := hostnet.Open(hostnet.Settings{Plan: plan, Bridge: c.BridgeName, Owner: uid})
-			if err != nil { // no netlink at all: whatever VMs start on says it again
-				h.Log.Error("the bridge network cannot be used", "err", err)
+		auto := c.Network == config.NetworkAuto
+		switch {
+		case c.Network == config.NetworkBridge && uid != 0 && !root.installed():
+			h.Notice("none: a bridge takes root, or its helper", fault.HintOf(root.err))
+			return nil
+		case c.Network == config.NetworkBridge, auto && (uid == 0 || root.usable()):
+			b, err := openBridge(plan, c, h, uid, root, auto)
+			switch {
+			case err == nil:
+				all = append([]sandbox.Network{b}, all...)
+			case !auto: // no netlink at all
+				h.Notice("none: "+err.Error(), fault.HintOf(err))
 				return nil
+			default:
+				h.Notice("the user network, since the bridge network cannot be used: "+err.Error(), fault.HintOf(err))
 			}
-			options := bridge.Options{Plan: plan, Bridge: c.BridgeName, Pool: c.TapPoolSize, Free: h.FreeSlots, Log: h.Log}
-			all = append([]sandbox.Network{bridge.New(host, options)}, all...)
+		}
+		if uid != 0 {
+			all[0] = advised{all[0], root}
 		}
 		return all
-	}, ""
+	}
+}
+
+// bridgeHost is the host of the bridge network: in this process where it is root, else behind the root helper.
+func bridgeHost(plan network.Plan, name string, uid int, root rootHelper) (bridge.Host, error) {
+	if uid != 0 {
+		return helper.NewClient(root.socket, plan, name), nil
+	}
+	return hostnet.Open(hostnet.Settings{Plan: plan, Bridge: name, Owner: uid})
+}
+
+// openBridge makes the bridge network; with check, only if the host can have it now.
+func openBridge(plan network.Plan, c config.Config, h sandbox.NetworkHost, uid int, root rootHelper, check bool) (*bridge.Network, error) {
+	host, err := bridgeHost(plan, c.BridgeName, uid, root)
+	if err != nil {
+		return nil, err
+	}
+	if check {
+		ctx, cancel := context.WithTimeout(context.Background(), lookTime)
+		defer cancel()
+		if err := host.Check(ctx); err != nil {
+			host.Close()
+			return nil, err
+		}
+	}
+	var b *bridge.Network
+	b = bridge.New(host, bridge.Options{
+		Plan: plan, Bridge: c.BridgeName, Pool: c.TapPoolSize, Free: h.FreeSlots, Log: h.Log,
+		Up: func(addresses []netip.Addr) {
+			h.LinkUp(sandbox.Link{Name: c.BridgeName, Addresses: addresses, Guest: b.Guest})
+		},
+		Down: h.LinkDown,
+	})
+	return b, nil
 }

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
+	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
@@ -274,6 +275,31 @@ func TestWantsJSON(t *testing.T) {
 	} {
 		if got := wantsJSON(strings.Fields(in)); got != want {
 			t.Errorf("%q: %v", in, got)
+		}
+	}
+}
+
+// TestCopyProgress: a long copy says how far it has come, without a terminal in lines of their own, and a short one nothing.
+func TestCopyProgress(t *testing.T) {
+	for _, after := range []time.Duration{time.Second, 4 * time.Second} {
+		var err bytes.Buffer
+		now := time.Unix(1_000_000_000, 0)
+		a := &app{stderr: &err, now: func() time.Time { return now }}
+		so := &client.CopyProgress{}
+		p := a.copyProgress("otter", so)
+		so.Files.Store(12)
+		so.Bytes.Store(8 << 20)
+		p.mu.Lock()
+		now = now.Add(after)
+		p.beat()
+		p.mu.Unlock()
+		p.end()
+		want := ""
+		if after > firstLine {
+			want = "otter: copying: 12 files, 8 MiB, 2 MiB/s ... 4.0 s\n"
+		}
+		if err.String() != want {
+			t.Errorf("after %v: %q, want %q", after, err.String(), want)
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -22,8 +23,8 @@ func (a *app) cpCommand() *cobra.Command {
 written VM:PATH; a relative one is below /root. Directories are copied with all they hold. A destination
 that is a directory gets the source under its own name; SOURCE/. means what is in a directory.
 
-Permissions and times are kept, holes of sparse files stay holes, symbolic links are copied as links.
-What arrives in a VM belongs to root, what arrives here to you.`,
+Permissions and times are kept, holes of sparse files stay holes, symbolic links are copied as links, and
+hard links in what is copied stay links. What arrives in a VM belongs to root, what arrives here to you.`,
 		Example: `  banger vm cp notes.txt calm-otter:
   banger vm cp project calm-otter:/srv
   banger vm cp calm-otter:/var/log/syslog .`,
@@ -109,11 +110,14 @@ func (a *app) cp(ctx context.Context, copies []copying, o client.CopyOptions) er
 			}
 			known[ref] = v
 		}
+		o.Progress = &client.CopyProgress{}
+		p := a.copyProgress(v.GetName(), o.Progress)
 		do, in, out := c.CopyTo, cp.from.path, cp.to.path
 		if cp.from.vm != "" {
 			do = c.CopyFrom
 		}
 		r, err := do(ctx, v.GetId(), in, out, o)
+		p.end()
 		sum.Files, sum.Bytes, sum.Left = sum.Files+r.Files, sum.Bytes+r.Bytes, sum.Left+r.Left
 		sum.Warnings = append(sum.Warnings, r.Warnings...)
 		for _, w := range r.Warnings {
@@ -139,6 +143,26 @@ func (a *app) cp(ctx context.Context, copies []copying, o client.CopyOptions) er
 		return reported{exitFailed}
 	}
 	return err
+}
+
+// copyProgress says on stderr how far a copy has come, once it takes longer than people like to wait for without a word.
+func (a *app) copyProgress(name string, so *client.CopyProgress) *progress {
+	p := a.progress(name, false)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	begin := p.start
+	p.live = func(now time.Time) string {
+		files, bytes := so.Files.Load(), so.Bytes.Load()
+		text := fmt.Sprintf("copying: %d files, %s", files, formatBytes(bytes))
+		if files == 1 {
+			text = "copying: " + formatBytes(bytes)
+		}
+		if took := now.Sub(begin); took >= firstLine {
+			text += fmt.Sprintf(", %s/s", formatBytes(int64(float64(bytes)/took.Seconds())))
+		}
+		return text
+	}
+	return p
 }
 
 type copyView struct {

@@ -12,6 +12,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/spelling"
+	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
 // choice is a flag with a fixed set of values.
@@ -60,6 +61,42 @@ type text string
 func (t *text) String() string     { return string(*t) }
 func (t *text) Type() string       { return "NAME" }
 func (t *text) Set(s string) error { *t = text(s); return nil }
+
+// groupFlag is a pair of flags, --network-group NAME and --no-network-group; nil if neither was given.
+type groupFlag struct{ value *string }
+
+func (g *groupFlag) add(f *pflag.FlagSet, help, noHelp string) {
+	const name = "network-group"
+	given := func(to string) error {
+		if g.value != nil && *g.value != to {
+			return fault.New(fault.Invalid, "--"+name, "a VM is in one group: it is given twice, or together with --no-%s", name)
+		}
+		g.value = &to
+		return nil
+	}
+	f.Var(nameFlag(func(s string) error {
+		if s == "" {
+			return fault.New(fault.Invalid, "--"+name, "is empty").WithHint("write --no-%s to take it out of its group", name)
+		}
+		if err := vm.ValidateNetworkGroup(s); err != nil {
+			return err
+		}
+		return given(s)
+	}), name, help)
+	f.BoolFunc("no-"+name, noHelp, func(s string) error {
+		if on, err := strconv.ParseBool(s); err != nil || !on {
+			return fault.New(fault.Invalid, "--no-"+name, "takes no value")
+		}
+		return given("")
+	})
+}
+
+// nameFlag is a flag with a name of something, which is looked at when it is given.
+type nameFlag func(string) error
+
+func (n nameFlag) String() string     { return "" }
+func (n nameFlag) Type() string       { return "NAME" }
+func (n nameFlag) Set(s string) error { return n(s) }
 
 // size is a flag with a size, read as the domain reads it everywhere. 0 means that it was not given.
 type size struct {

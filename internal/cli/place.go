@@ -40,7 +40,7 @@ func findPlace() (place, error) {
 }
 
 // defaults are what `vm create` chooses, as text for its help.
-type defaults struct{ image, vcpu, memory, disk, system, nat string }
+type defaults struct{ image, vcpu, memory, disk, system, nat, group string }
 
 // createDefaults reads the settings as the daemon would: no daemon is started for --help.
 func createDefaults() defaults {
@@ -57,6 +57,10 @@ func createDefaults() defaults {
 	if c.DefaultNAT {
 		nat = say("yes")
 	}
+	group := ""
+	if c.DefaultNetworkGroup != "" {
+		group = say(c.DefaultNetworkGroup)
+	}
 	return defaults{
 		image:  say("the one marked there"),
 		vcpu:   say(fmt.Sprint(c.DefaultVCPU)),
@@ -64,5 +68,6 @@ func createDefaults() defaults {
 		disk:   say(formatBytes(c.DefaultDiskSize)),
 		system: say(formatBytes(c.DefaultSystemSize)),
 		nat:    nat,
+		group:  group,
 	}
 }

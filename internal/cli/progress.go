@@ -37,6 +37,8 @@ type progress struct {
 	said    time.Time // of the last line, for the heartbeat
 	stop    chan struct{}
 	done    chan struct{}
+
+	live func(now time.Time) string // says what goes on where no operation tells; nil: running does
 }
 
 func (a *app) progress(title string, quiet bool) *progress {
@@ -75,6 +77,9 @@ func (p *progress) tick() {
 }
 
 func (p *progress) label() string {
+	if p.live != nil {
+		return p.live(p.a.now())
+	}
 	if p.running == nil {
 		return "waiting"
 	}

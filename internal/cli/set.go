@@ -24,6 +24,7 @@ func (a *app) setCommand() *cobra.Command {
 		labels  = &labelChanges{set: labels{}}
 		auto    tristate
 		nat     tristate
+		group   groupFlag
 		restart bool
 	)
 	cmd := &cobra.Command{
@@ -34,10 +35,11 @@ one that runs is stopped and started.` + refsHelp,
 		Example: `  banger vm set calm-otter --memory 4G --vcpu 4 --restart
   banger vm set calm-otter --disk-size 32G
   banger vm set web-1 web-2 --nat
+  banger vm set web-1 db-1 --network-group shop
   banger vm set web-1 web-2 --autostart --label team=web --label old-`,
 		Args: someRefs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r := &bangerv1.SetVMRequest{Labels: labels.set, DropLabels: labels.drop, Restart: restart, Autostart: auto.value, Nat: nat.value}
+			r := &bangerv1.SetVMRequest{Labels: labels.set, DropLabels: labels.drop, Restart: restart, Autostart: auto.value, Nat: nat.value, NetworkGroup: group.value}
 			if vcpu.value != 0 {
 				r.Vcpu = &vcpu.value
 			}
@@ -46,13 +48,13 @@ one that runs is stopped and started.` + refsHelp,
 					*field = &f.value
 				}
 			}
-			if r.Vcpu == nil && r.MemoryMib == nil && r.DiskBytes == nil && r.SystemBytes == nil && r.Autostart == nil && r.Nat == nil &&
+			if r.Vcpu == nil && r.MemoryMib == nil && r.DiskBytes == nil && r.SystemBytes == nil && r.Autostart == nil && r.Nat == nil && r.NetworkGroup == nil &&
 				len(r.Labels) == 0 && len(r.DropLabels) == 0 {
 				return usage(cmd, "nothing is to be changed: name a setting")
 			}
 			return a.batch(cmd, args, "set", func(ctx context.Context, c *client.Client, v *bangerv1.VM) (*bangerv1.Operation, error) {
 				mine := &bangerv1.SetVMRequest{Id: v.GetId(), Vcpu: r.Vcpu, MemoryMib: r.MemoryMib, DiskBytes: r.DiskBytes, SystemBytes: r.SystemBytes,
-					Autostart: r.Autostart, Nat: r.Nat, Labels: r.Labels, DropLabels: r.DropLabels, Restart: r.Restart}
+					Autostart: r.Autostart, Nat: r.Nat, NetworkGroup: r.NetworkGroup, Labels: r.Labels, DropLabels: r.DropLabels, Restart: r.Restart}
 				resp, err := c.VMs.SetVM(ctx, mine)
 				return resp.GetOperation(), err
 			})
@@ -66,6 +68,7 @@ one that runs is stopped and started.` + refsHelp,
 	f.Var(system, "system-size", "system disk: everything written elsewhere; never smaller")
 	auto.add(f, "autostart", "start it again after a reboot of the host that it ran in", "leave it stopped after a reboot of the host")
 	nat.add(f, "nat", "let it reach what the host reaches, at once", "keep it from everything outside of the host, at once")
+	group.add(f, "let it talk to the VMs of this group, at once", "let it talk to no other VM, at once")
 	f.Var(labels, "label", "label to set, or with KEY- to take away; can be repeated")
 	f.BoolVar(&restart, "restart", false, "stop and start a running VM if the change needs that")
 	return cmd

@@ -24,6 +24,7 @@ type vmView struct {
 	Labels      map[string]string `json:"labels"`
 	Autostart   bool              `json:"autostart"`
 	NAT         bool              `json:"nat"`
+	Group       string            `json:"network_group,omitempty"`
 	Network     string            `json:"network,omitempty"`
 	Address     string            `json:"address,omitempty"`
 	CreatedAt   *time.Time        `json:"created_at"`
@@ -79,7 +80,7 @@ func viewVM(m *bangerv1.VM) *vmView {
 		ID: m.GetId(), Name: m.GetName(), State: m.GetState(), Desired: m.GetDesired(),
 		Image: m.GetImage(), ImageID: m.GetImageId(), VCPU: m.GetVcpu(), MemoryMiB: m.GetMemoryMib(),
 		DiskBytes: m.GetDiskBytes(), SystemBytes: m.GetSystemBytes(), Labels: m.GetLabels(), Autostart: m.GetAutostart(),
-		NAT: m.GetNat(), Network: m.GetNetwork(), Address: m.GetAddress(),
+		NAT: m.GetNat(), Group: m.GetNetworkGroup(), Network: m.GetNetwork(), Address: m.GetAddress(),
 		CreatedAt: timeOf(m.GetCreatedAt()), StartedAt: timeOf(m.GetStartedAt()), StoppedAt: timeOf(m.GetStoppedAt()),
 		VMM: m.GetVmm(), Accel: m.GetAccel(), PID: m.GetPid(), Note: m.GetNote(), Boot: []bootView{},
 		Kernel: m.GetKernel(), OperationID: m.GetOperationId(),

@@ -38,6 +38,7 @@ func (a *app) createCommand() *cobra.Command {
 		system         = &size{what: "--system-size", parse: vm.ParseDiskSize}
 		labelled       = labels{}
 		nat            tristate
+		group          groupFlag
 		noStart, quiet bool
 	)
 	d := createDefaults()
@@ -61,7 +62,7 @@ the SSH server if it needs to. Sizes are written 4G, 4GiB or 512M.`,
 			}
 			return a.create(cmd.Context(), &bangerv1.CreateVMRequest{
 				Name: name, Image: image, Vcpu: vcpu.value, MemoryMib: memory.value,
-				DiskBytes: disk.value, SystemBytes: system.value, Labels: labelled, NoStart: noStart, Nat: nat.value,
+				DiskBytes: disk.value, SystemBytes: system.value, Labels: labelled, NoStart: noStart, Nat: nat.value, NetworkGroup: group.value,
 			}, quiet)
 		},
 	}
@@ -75,6 +76,7 @@ the SSH server if it needs to. Sizes are written 4G, 4GiB or 512M.`,
 	f.Var(system, "system-size", "system disk: everything written elsewhere"+d.system)
 	f.Var(labelled, "label", "label, can be repeated")
 	nat.add(f, "nat", "let it reach what the host reaches"+d.nat, "keep it from everything outside of the host")
+	group.add(f, "let it talk to the VMs of this group"+d.group, "let it talk to no other VM")
 	f.BoolVar(&noStart, "no-start", false, "make it, do not start it")
 	f.BoolVarP(&quiet, "quiet", "q", false, "print nothing but the VM's name")
 	return cmd
@@ -251,6 +253,7 @@ func (a *app) printVM(v *bangerv1.VM) error {
 		add("network", v.GetNetwork()+", "+way)
 		add("address", v.GetAddress())
 	}
+	add("network group", v.GetNetworkGroup())
 	add("from the host", strings.Join(v.GetHostAddresses(), " "))
 	add("confinement", confinementText(v.GetConfinement()))
 	add("agent", v.GetAgent())

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
@@ -21,20 +22,32 @@ func (a *app) waitCommand() *cobra.Command {
 		timeout = 5 * time.Minute
 	)
 	cmd := &cobra.Command{
-		Use:   "wait VM",
-		Short: "Wait until a VM runs, answers on a port, or is stopped",
+		Use:   "wait VM...",
+		Short: "Wait until VMs run, answer on a port, or are stopped",
 		Long: `Wait until a VM runs (its agent answers), its SSH server or something else listens on a TCP port of
 the guest, or it is stopped. A VM that is not running yet may be started meanwhile; one that failed, or
-is deleted, ends the wait.`,
+is deleted, ends the wait for it. Of several VMs all are waited for, and each has its own result.`,
 		Example: `  banger vm wait calm-otter --for ssh
+  banger vm wait calm-otter buildbox
   banger vm wait calm-otter --for port:3000 --timeout 30s
   banger vm wait calm-otter --for stopped`,
-		Args: oneRef,
+		Args: someRefs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if timeout <= 0 {
 				return usage(cmd, "--timeout is not positive")
 			}
-			return a.wait(cmd.Context(), args[0], until, timeout)
+			if len(args) == 1 {
+				return a.wait(cmd.Context(), args[0], until, timeout)
+			}
+			deadline := a.now().Add(timeout) // one for all of them
+			return a.batch(cmd, args, until.reached(), func(ctx context.Context, c *client.Client, v *bangerv1.VM) (*bangerv1.Operation, error) {
+				reached, err := a.waitFor(ctx, c, v, until, deadline.Sub(a.now()), timeout)
+				if err == nil {
+					proto.Reset(v)
+					proto.Merge(v, reached)
+				}
+				return nil, err
+			})
 		},
 	}
 	cmd.Flags().Var(&until, "for", "running, ssh, port:N or stopped")
@@ -76,6 +89,14 @@ func (g *goal) Set(s string) error {
 	return nil
 }
 
+// reached says that it is, in a word or two.
+func (g *goal) reached() string {
+	if g.port > 0 {
+		return "answers on " + g.String()
+	}
+	return g.state
+}
+
 func (a *app) wait(ctx context.Context, ref string, g goal, timeout time.Duration) error {
 	c, err := a.connect()
 	if err != nil {
@@ -89,8 +110,19 @@ func (a *app) wait(ctx context.Context, ref string, g goal, timeout time.Duratio
 	if r.GetFault() != nil {
 		return client.FromFault(r.GetFault())
 	}
-	v := r.GetVm()
-	bounded, cancel := context.WithTimeout(ctx, timeout)
+	reached, err := a.waitFor(ctx, c, r.GetVm(), g, timeout, timeout)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return a.printJSON(viewVM(reached))
+	}
+	return nil
+}
+
+// waitFor waits for one VM, for so long; timeout is what was asked for, for people.
+func (a *app) waitFor(ctx context.Context, c *client.Client, v *bangerv1.VM, g goal, most, timeout time.Duration) (*bangerv1.VM, error) {
+	bounded, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	late := func(last string) error {
 		if ctx.Err() != nil {
@@ -102,26 +134,22 @@ func (a *app) wait(ctx context.Context, ref string, g goal, timeout time.Duratio
 	reached, last, err := awaitState(bounded, c, v, g)
 	switch {
 	case bounded.Err() != nil, fault.Is(err, fault.Timeout): // the daemon may notice first
-		return late("is " + last)
+		return nil, late("is " + last)
 	case err != nil:
-		return err
+		return nil, err
 	}
-	if g.port > 0 {
-		deadline, _ := bounded.Deadline()
-		stream, err := c.DialGuest(bounded, v.GetId(), g.port, time.Until(deadline))
-		switch {
-		case err == nil:
-			_ = stream.Close() // it was opened to see that it can be
-		case bounded.Err() != nil, fault.Is(err, fault.Timeout):
-			return late(fmt.Sprintf("nothing listens on port %d", g.port))
-		default:
-			return err
-		}
+	if g.port == 0 {
+		return reached, nil
 	}
-	if a.json {
-		return a.printJSON(viewVM(reached))
+	deadline, _ := bounded.Deadline()
+	stream, err := c.DialGuest(bounded, v.GetId(), g.port, time.Until(deadline))
+	switch {
+	case err == nil:
+		return reached, stream.Close() // it was opened to see that it can be
+	case bounded.Err() != nil, fault.Is(err, fault.Timeout):
+		return nil, late(fmt.Sprintf("nothing listens on port %d", g.port))
 	}
-	return nil
+	return nil, err
 }
 
 // awaitState returns the VM once it is in the state; last is the state it was seen in last.

@@ -1,8 +1,8 @@
-// Package dns owns the names of VMs: the authoritative server for .vm, the host resolvers that are told of
-// it, and what to type where that cannot be done.
+// Package dns owns the names of VMs: the authoritative server for .vm, the one that guests ask, the host
+// resolvers that are told of the first, and what to type where that cannot be done.
 //
-// It keeps no records: it asks for the addresses of a name at each query. It forwards nothing and
-// resolves no other name.
+// It keeps no records and caches nothing: it asks for the addresses of a name at each query. Other names it
+// resolves for guests alone, by asking the host's resolvers.
 package dns
 
 import (
@@ -49,8 +49,6 @@ type Lookup func(name string) []netip.Addr
 
 // Server answers over UDP and TCP at one address. Safe for concurrent use.
 type Server struct {
-	lookup   Lookup
-	id       string
 	addr     netip.AddrPort
 	udp, tcp *dns.Server
 	done     chan error // of both
@@ -60,22 +58,34 @@ type Server struct {
 // is free. id is what the probe is answered with. fault.Unavailable if the address is taken or not this host's, fault.Permission
 // if this user may not have the port.
 func Listen(addr, id string, lookup Lookup) (*Server, error) {
+	tcp, udp, err := listenHinting(addr)
+	if err != nil {
+		return nil, err
+	}
+	return newServer(tcp, udp, &authority{lookup: lookup, id: id}), nil
+}
+
+func listenHinting(addr string) (net.Listener, net.PacketConn, error) {
 	tcp, udp, err := listen(addr)
 	switch {
 	case errors.Is(err, unix.EADDRINUSE):
-		return nil, fault.Wrap(err, fault.Unavailable, addr, "another program answers there, perhaps another banger").
+		return nil, nil, fault.Wrap(err, fault.Unavailable, addr, "another program answers there, perhaps another banger").
 			WithHint("see who: ss -lnutp 'sport = :%s'; or set dns_listen_addr in config.toml; then banger daemon stop", port(addr))
 	case errors.Is(err, unix.EACCES):
-		return nil, fault.Wrap(err, fault.Permission, addr, "this user may not listen there").
+		return nil, nil, fault.Wrap(err, fault.Permission, addr, "this user may not listen there").
 			WithHint("set dns_listen_addr to a port of 1024 or higher in config.toml, then banger daemon stop")
 	case err != nil:
-		return nil, fault.Wrap(err, fault.Unavailable, addr, "cannot listen there").
+		return nil, nil, fault.Wrap(err, fault.Unavailable, addr, "cannot listen there").
 			WithHint("set dns_listen_addr in config.toml to an address of this host, then banger daemon stop")
 	}
-	s := &Server{lookup: lookup, id: id, done: make(chan error, 2)}
+	return tcp, udp, nil
+}
+
+func newServer(tcp net.Listener, udp net.PacketConn, h dns.Handler) *Server {
+	s := &Server{done: make(chan error, 2)}
 	s.addr = tcp.Addr().(*net.TCPAddr).AddrPort()
-	s.udp = &dns.Server{PacketConn: udp, Handler: s, UDPSize: udpSize, ReadTimeout: ioTimeout, WriteTimeout: ioTimeout, MsgAcceptFunc: accept}
-	s.tcp = &dns.Server{Listener: netutil.LimitListener(tcp, maxConns), Handler: s, ReadTimeout: ioTimeout, WriteTimeout: ioTimeout,
+	s.udp = &dns.Server{PacketConn: udp, Handler: h, UDPSize: udpSize, ReadTimeout: ioTimeout, WriteTimeout: ioTimeout, MsgAcceptFunc: accept}
+	s.tcp = &dns.Server{Listener: netutil.LimitListener(tcp, maxConns), Handler: h, ReadTimeout: ioTimeout, WriteTimeout: ioTimeout,
 		IdleTimeout: func() time.Duration { return connIdle }, MaxTCPQueries: maxPerConn, MsgAcceptFunc: accept}
 	for _, srv := range []*dns.Server{s.udp, s.tcp} {
 		began := make(chan struct{})
@@ -83,7 +93,7 @@ func Listen(addr, id string, lookup Lookup) (*Server, error) {
 		go func() { s.done <- srv.ActivateAndServe() }()
 		<-began // Shutdown fails before
 	}
-	return s, nil
+	return s
 }
 
 // listen binds both. A port that is free for the one may be taken for the other: with port 0, others are tried.
@@ -147,9 +157,17 @@ func accept(h dns.Header) dns.MsgAcceptAction {
 	return dns.MsgAccept
 }
 
+// authority answers for .vm, and refuses other names.
+type authority struct {
+	lookup Lookup
+	id     string // "": it has no probe
+}
+
 // ServeDNS answers one query.
-func (s *Server) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
-	m := s.answer(q)
+func (a *authority) ServeDNS(w dns.ResponseWriter, q *dns.Msg) { write(w, q, a.answer(q)) }
+
+// write sends a reply to a query, as much of it as whoever asked takes.
+func write(w dns.ResponseWriter, q, m *dns.Msg) {
 	size := dns.MinMsgSize
 	if w.LocalAddr().Network() == "tcp" {
 		size = dns.MaxMsgSize
@@ -161,7 +179,7 @@ func (s *Server) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 }
 
 // answer makes the reply to a query with one question.
-func (s *Server) answer(q *dns.Msg) *dns.Msg {
+func (a *authority) answer(q *dns.Msg) *dns.Msg {
 	m := new(dns.Msg).SetReply(q)
 	m.RecursionAvailable = false
 	if o := q.IsEdns0(); o != nil {
@@ -173,7 +191,7 @@ func (s *Server) answer(q *dns.Msg) *dns.Msg {
 	}
 	question := q.Question[0]
 	labels := dns.SplitDomainName(question.Name)
-	if len(labels) == 0 || !strings.EqualFold(labels[len(labels)-1], Domain) ||
+	if !under(question.Name) ||
 		question.Qclass != dns.ClassINET && question.Qclass != dns.ClassANY {
 		m.Rcode = dns.RcodeRefused
 		return m
@@ -188,7 +206,7 @@ func (s *Server) answer(q *dns.Msg) *dns.Msg {
 			m.Answer = append(m.Answer, &dns.NS{Hdr: header(Domain+".", dns.TypeNS), Ns: nameserver})
 		}
 	case 2:
-		m.Rcode = s.records(m, question, strings.ToLower(labels[0]))
+		m.Rcode = a.records(m, question, strings.ToLower(labels[0]))
 	default:
 		m.Rcode = dns.RcodeNameError
 	}
@@ -199,24 +217,27 @@ func (s *Server) answer(q *dns.Msg) *dns.Msg {
 }
 
 // records adds what there is of a name below .vm, and returns the code.
-func (s *Server) records(m *dns.Msg, q dns.Question, name string) int {
+func (a *authority) records(m *dns.Msg, q dns.Question, name string) int {
 	wants := func(t uint16) bool { return q.Qtype == t || q.Qtype == dns.TypeANY }
-	if name == probe {
+	if name == probe && a.id != "" {
 		if wants(dns.TypeTXT) {
-			m.Answer = append(m.Answer, &dns.TXT{Hdr: header(q.Name, dns.TypeTXT), Txt: []string{s.id}})
+			m.Answer = append(m.Answer, &dns.TXT{Hdr: header(q.Name, dns.TypeTXT), Txt: []string{a.id}})
 		}
 		return dns.RcodeSuccess
 	}
-	addrs := s.lookup(name)
+	var addrs []netip.Addr
+	if a.lookup != nil {
+		addrs = a.lookup(name)
+	}
 	if len(addrs) == 0 {
 		return dns.RcodeNameError
 	}
-	for _, a := range addrs {
-		switch a = a.Unmap(); {
-		case a.Is4() && wants(dns.TypeA):
-			m.Answer = append(m.Answer, &dns.A{Hdr: header(q.Name, dns.TypeA), A: a.AsSlice()})
-		case a.Is6() && wants(dns.TypeAAAA):
-			m.Answer = append(m.Answer, &dns.AAAA{Hdr: header(q.Name, dns.TypeAAAA), AAAA: a.AsSlice()})
+	for _, at := range addrs {
+		switch at = at.Unmap(); {
+		case at.Is4() && wants(dns.TypeA):
+			m.Answer = append(m.Answer, &dns.A{Hdr: header(q.Name, dns.TypeA), A: at.AsSlice()})
+		case at.Is6() && wants(dns.TypeAAAA):
+			m.Answer = append(m.Answer, &dns.AAAA{Hdr: header(q.Name, dns.TypeAAAA), AAAA: at.AsSlice()})
 		}
 	}
 	return dns.RcodeSuccess

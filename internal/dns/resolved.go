@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"time"
 
@@ -19,6 +20,9 @@ type Resolved struct {
 	conn *dbus.Conn
 	end  context.CancelFunc // of the connection
 }
+
+// resolve1 is its name on the bus.
+const resolve1 = "org.freedesktop.resolve1"
 
 // busTimeout bounds a connection's greeting, and each call.
 const busTimeout = 5 * time.Second
@@ -60,6 +64,68 @@ type server struct {
 type domain struct {
 	Name      string
 	RouteOnly bool
+}
+
+// Keep has the resolver asked for .vm by way of a link until ctx ends, whenever it starts, and takes it back then. It starts no
+// resolver: without one, or without leave to tell it, it returns why.
+func Keep(ctx context.Context, link int, addr netip.AddrPort, log *slog.Logger) error {
+	r, err := DialResolved(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = r.Close() }()
+	starts, err := r.starts(ctx)
+	if err != nil {
+		return err
+	}
+	for {
+		err := r.Point(ctx, link, addr)
+		switch {
+		case fault.Is(err, fault.Permission):
+			return err
+		case ctx.Err() != nil:
+		case err != nil: // there is none, which may change
+			log.Info("systemd-resolved is not told of names under ."+Domain, "err", err)
+		default:
+			log.Info("systemd-resolved asks for names under ."+Domain, "link", link, "addr", addr)
+		}
+		select {
+		case <-ctx.Done():
+			err := r.Revert(context.WithoutCancel(ctx), link)
+			if err != nil {
+				log.Info("systemd-resolved did not take back what it was told", "link", link, "err", err)
+			}
+			return nil
+		case <-r.conn.Context().Done():
+			return fault.New(fault.Unavailable, "systemd-resolved", "the system's bus went away")
+		case <-starts:
+		}
+	}
+}
+
+// starts tells when a resolver comes to the bus: a new one knows nothing of what the former was told.
+func (r *Resolved) starts(ctx context.Context) (<-chan struct{}, error) {
+	ctx, cancel := context.WithTimeout(ctx, busTimeout)
+	defer cancel()
+	err := r.conn.AddMatchSignalContext(ctx, dbus.WithMatchSender("org.freedesktop.DBus"), dbus.WithMatchInterface("org.freedesktop.DBus"),
+		dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchArg(0, resolve1))
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Unavailable, "systemd-resolved", "the system's bus does not tell when it starts")
+	}
+	signals, starts := make(chan *dbus.Signal, 8), make(chan struct{}, 1)
+	r.conn.Signal(signals)
+	go func() { // until the connection ends, which closes signals
+		for s := range signals {
+			if len(s.Body) != 3 || s.Body[0] != resolve1 || s.Body[2] == "" { // name, old owner, new owner
+				continue
+			}
+			select {
+			case starts <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	return starts, nil
 }
 
 // Point has queries for .vm, and no others, go to the server at addr by way of the link. It sets the whole, and can be
@@ -105,8 +171,8 @@ func (r *Resolved) Revert(ctx context.Context, link int) error {
 func (r *Resolved) call(ctx context.Context, method string, args ...any) error {
 	ctx, cancel := context.WithTimeout(ctx, busTimeout)
 	defer cancel()
-	const name, path = "org.freedesktop.resolve1", "/org/freedesktop/resolve1"
-	err := r.conn.Object(name, path).CallWithContext(ctx, name+".Manager."+method, 0, args...).Err
+	// Whether there is to be a resolver is the host's business: the call starts none.
+	err := r.conn.Object(resolve1, "/org/freedesktop/resolve1").CallWithContext(ctx, resolve1+".Manager."+method, dbus.FlagNoAutoStart, args...).Err
 	if err == nil {
 		return nil
 	}

@@ -2,10 +2,12 @@ package dns
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"path/filepath"
@@ -13,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 	"github.com/google/go-cmp/cmp"
@@ -26,6 +29,43 @@ type bus struct {
 	mu     sync.Mutex
 	calls  []string
 	refuse map[string]string // method to error name
+	conn   net.Conn
+}
+
+// owner says that a name of the bus has another owner now.
+func (b *bus) owner(t *testing.T, name, now string) {
+	t.Helper()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	m := &dbus.Message{Type: dbus.TypeSignal, Body: []any{name, "", now}, Headers: map[dbus.HeaderField]dbus.Variant{
+		dbus.FieldSender:    dbus.MakeVariant("org.freedesktop.DBus"),
+		dbus.FieldPath:      dbus.MakeVariant(dbus.ObjectPath("/org/freedesktop/DBus")),
+		dbus.FieldInterface: dbus.MakeVariant("org.freedesktop.DBus"),
+		dbus.FieldMember:    dbus.MakeVariant("NameOwnerChanged"),
+		dbus.FieldSignature: dbus.MakeVariant(dbus.SignatureOf("", "", "")),
+	}}
+	if err := m.EncodeTo(b.conn, binary.LittleEndian); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// until waits for a call to have been made so many times.
+func (b *bus) until(t *testing.T, call string, times int) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		n := 0
+		for _, c := range b.noted() {
+			if strings.Contains(c, " "+call+"(") {
+				n++
+			}
+		}
+		if n == times {
+			return
+		}
+		if n > times || time.Now().After(end) {
+			t.Fatalf("%d calls of %s, want %d:\n%s", n, call, times, strings.Join(b.noted(), "\n"))
+		}
+	}
 }
 
 func (b *bus) start(t *testing.T) {
@@ -76,6 +116,9 @@ func (b *bus) serve(conn net.Conn) error {
 			return err
 		}
 	}
+	b.mu.Lock()
+	b.conn = conn
+	b.mu.Unlock()
 	for {
 		call, err := dbus.DecodeMessage(in)
 		if err != nil {
@@ -84,7 +127,11 @@ func (b *bus) serve(conn net.Conn) error {
 			}
 			return err
 		}
-		if err := b.answer(call).EncodeTo(conn, binary.LittleEndian); err != nil {
+		m := b.answer(call)
+		b.mu.Lock()
+		err = m.EncodeTo(conn, binary.LittleEndian)
+		b.mu.Unlock()
+		if err != nil {
 			return err
 		}
 	}
@@ -188,6 +235,49 @@ func TestRevertOfALinkThatWent(t *testing.T) {
 	b.start(t)
 	if err := dialResolved(t).Revert(t.Context(), 5); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestKeep tells a resolver, tells the next one again, and takes it back in the end.
+func TestKeep(t *testing.T) {
+	b := &bus{}
+	b.start(t)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	done := make(chan error, 1)
+	go func() {
+		done <- Keep(ctx, 5, netip.MustParseAddrPort("127.0.0.1:42069"), slog.New(slog.DiscardHandler))
+	}()
+	b.until(t, "FlushCaches", 1)
+	b.owner(t, "org.example.Other", ":1.7")
+	b.owner(t, "org.freedesktop.resolve1", "") // it ends
+	b.owner(t, "org.freedesktop.resolve1", ":1.8")
+	b.until(t, "FlushCaches", 2)
+	b.owner(t, "org.freedesktop.resolve1", ":1.9")
+	b.until(t, "FlushCaches", 3)
+	b.until(t, "RevertLink", 0)
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	b.until(t, "RevertLink", 1)
+}
+
+// TestKeepWaitsForAResolver: one that comes later is told; one that takes no orders from this user ends it.
+func TestKeepWaitsForAResolver(t *testing.T) {
+	b := &bus{refuse: map[string]string{"SetLinkDomains": "org.freedesktop.DBus.Error.NameHasNoOwner"}}
+	b.start(t)
+	done := make(chan error, 1)
+	go func() {
+		done <- Keep(t.Context(), 5, netip.MustParseAddrPort("127.0.0.1:42069"), slog.New(slog.DiscardHandler))
+	}()
+	b.until(t, "SetLinkDomains", 1)
+	b.mu.Lock()
+	b.refuse["SetLinkDomains"] = "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"
+	b.mu.Unlock()
+	b.owner(t, "org.freedesktop.resolve1", ":1.8")
+	if err := <-done; !fault.Is(err, fault.Permission) {
+		t.Errorf("%v, want that it may not", err)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -82,7 +83,20 @@ ticks() { awk '{print $14+$15}' /proc/$pid/stat; }
 sleep 3 # this session's own beginning goes through the agent
 before=$(ticks); sleep 10; spent=$(($(ticks)-before))
 echo $spent ticks of 10 ms in 10 s; test $spent -le 2
-grep -E 'Rss|Threads' /proc/$pid/status /proc/$(pgrep -f ^banger-supervisor)/status`))
+grep -E 'Rss|Threads' /proc/$pid/status /proc/$(pgrep -f ^banger-supervisor)/status
+grep -E '^(Rss|Pss):' /proc/$pid/smaps_rollup
+test $(awk '/^Rss:/{print $2}' /proc/$pid/smaps_rollup) -lt 12288`))
+		})
+
+		t.Run("health calls", func(t *testing.T) {
+			took := make([]time.Duration, 200)
+			for i := range took {
+				began := time.Now()
+				g.health(s)
+				took[i] = time.Since(began)
+			}
+			slices.Sort(took)
+			t.Logf("a health call takes %v p50, %v p95, %v at most", took[len(took)/2], took[len(took)*95/100], took[len(took)-1])
 		})
 
 		t.Run("grow while running", func(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -252,8 +253,8 @@ func (m *machine) start(t *testing.T) *guest {
 	}
 	go func() {
 		g.err = g.cmd.Wait()
-		if stderr.Len() > 0 {
-			g.err = fmt.Errorf("%w: %s", g.err, stderr.String())
+		if said := strings.ReplaceAll(stderr.String(), poweredOff, ""); said != "" {
+			g.err = errors.Join(g.err, errors.New(said))
 		}
 		close(g.exited)
 	}()
@@ -271,6 +272,11 @@ func (m *machine) start(t *testing.T) *guest {
 	}}
 	return g
 }
+
+// poweredOff is what QEMU says, and nothing more comes of it, when its guest's kernel takes a disk from the bus at
+// power-off before QEMU has looked at the last notification: it finds no ring then. On a busy machine that was seen
+// in one of twenty. What matters by then is whether the disks are clean, which the tests check.
+const poweredOff = "qemu-system-x86_64: virtio-blk missing headers\n"
 
 func (g *guest) log() []byte {
 	console, _ := os.ReadFile(g.console)

@@ -11,6 +11,7 @@ package hostnet
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"net"
@@ -106,11 +107,21 @@ func (h *Host) Setup(ctx context.Context, addresses []netip.Prefix) (mtu int, er
 	return h.mtu, nil
 }
 
-// Check says whether Setup would work: whether the bridge's name and the ranges are free or ours. It changes
-// nothing.
+// Check says whether the network could be made: whether this process may, whether the kernel has what it takes, and whether the
+// bridge's name and the ranges are free or ours. It changes nothing.
 func (h *Host) Check(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	if fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+		return failed(err, "/dev/net/tun", "no TAP device can be made").WithHint("sudo modprobe tun; in a container, it needs that device")
+	} else if err := unix.Close(fd); err != nil {
+		return failed(err, "/dev/net/tun", "it does not close")
+	}
+	// It is told to those alone who may change the firewall.
+	if _, err := generation(); err != nil {
+		return failed(err, "nftables", "the firewall cannot be reached").
+			WithHint("the kernel needs nf_tables: sudo modprobe nf_tables; a container needs CAP_NET_ADMIN")
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -121,20 +132,45 @@ func (h *Host) Check(ctx context.Context) error {
 	return h.conflict()
 }
 
-// ownBridge returns our bridge, nil if there is none. fault.Exists if another has its name.
+// ownBridge returns our bridge, nil if there is none. fault.Exists if another has its name: the hint has a name that is free, and
+// a range as well if ours is that one's.
 func (h *Host) ownBridge() (netlink.Link, error) {
-	l, err := h.nl.LinkByName(h.s.Bridge)
+	l, own, err := h.findBridge()
+	if err != nil || l == nil || own {
+		return l, err
+	}
+	whose, set := "is not this installation's", fmt.Sprintf("bridge_name = %q", otherName(h.s))
+	if _, other := installationOf(l); other {
+		whose = "is the bridge of another installation of banger"
+	}
+	if taken, err := h.takenBut(0); err == nil && fault.Is(network.Conflict(h.s.Plan, taken), fault.Exists) {
+		if free := network.Free(h.s.Plan.IPv4.Bits(), taken); free.IsValid() {
+			set += fmt.Sprintf(" and cidr = \"%s\"", free)
+		}
+	}
+	return nil, fault.New(fault.Exists, h.s.Bridge, "a network device of this name is there already, and %s", whose).
+		WithOp("host network").WithHint("choose others in config.toml, as %s, then `banger daemon stop`", set)
+}
+
+// findBridge returns the device that has the bridge's name, nil if there is none, and whether it is ours.
+func (h *Host) findBridge() (l netlink.Link, own bool, err error) {
+	l, err = h.nl.LinkByName(h.s.Bridge)
 	var missing netlink.LinkNotFoundError
 	switch {
 	case errors.As(err, &missing):
-		return nil, nil
+		return nil, false, nil
 	case err != nil:
-		return nil, failed(err, h.s.Bridge, "the bridge cannot be looked for")
-	case l.Type() != "bridge" || l.Attrs().HardwareAddr.String() != h.s.Plan.MAC(bridgeSlot).String():
-		return nil, fault.New(fault.Exists, h.s.Bridge, "a network device of this name is there already, and is not this installation's").
-			WithOp("host network").WithHint("choose another name in config.toml, as bridge_name = %q, then `banger daemon stop`", otherName(h.s))
+		return nil, false, failed(err, h.s.Bridge, "the bridge cannot be looked for")
 	}
-	return l, nil
+	return l, l.Type() == "bridge" && l.Attrs().HardwareAddr.String() == h.s.Plan.MAC(bridgeSlot).String(), nil
+}
+
+// aliasPrefix begins the label of each installation's bridge; its id follows.
+const aliasPrefix = "banger "
+
+// installationOf is whose bridge a device says that it is.
+func installationOf(l netlink.Link) (string, bool) {
+	return strings.CutPrefix(l.Attrs().Alias, aliasPrefix)
 }
 
 // otherName is a bridge name that no other installation proposes.
@@ -160,7 +196,7 @@ func (h *Host) makeBridge() (netlink.Link, error) {
 // settle gives the bridge what it is to have.
 func (h *Host) settle(bridge netlink.Link, addresses []netip.Prefix) error {
 	a := bridge.Attrs()
-	alias := "banger " + h.s.Plan.Installation
+	alias := aliasPrefix + h.s.Plan.Installation
 	if a.Alias != alias { // for people; the hardware address is what counts
 		if err := h.nl.LinkSetAlias(bridge, alias); err != nil {
 			return failed(err, h.s.Bridge, "the bridge cannot be labelled")
@@ -182,11 +218,12 @@ func (h *Host) settle(bridge netlink.Link, addresses []netip.Prefix) error {
 	if err != nil {
 		return err
 	}
-	// What runs keeps the MTU that it was told: only an empty bridge follows.
+	// What runs keeps the MTU that it was told, and so does who comes beside it: a bridge drops what is too long for a port
+	// without a word. With nobody there it is the uplink's.
 	h.mtu = a.MTU
-	if ports, err := h.taps(); err != nil {
+	if busy, err := h.busy(); err != nil {
 		return err
-	} else if len(ports) == 0 || a.MTU == 0 {
+	} else if !busy || a.MTU == 0 {
 		h.mtu = uplink
 	}
 	if a.MTU != h.mtu {
@@ -203,6 +240,17 @@ func (h *Host) settle(bridge netlink.Link, addresses []netip.Prefix) error {
 		}
 	}
 	return nil
+}
+
+// busy says whether a VMM has one of our TAPs: those that nobody has open carry nothing (IFF_LOWER_UP, netdevice(7)).
+func (h *Host) busy() (bool, error) {
+	links, err := dump(h.nl.LinkList)
+	if err != nil {
+		return false, failed(err, h.s.Bridge, "the host's network devices cannot be read")
+	}
+	return slices.ContainsFunc(links, func(l netlink.Link) bool {
+		return strings.HasPrefix(l.Attrs().Name, h.s.Plan.TAPPrefix()) && l.Attrs().RawFlags&unix.IFF_LOWER_UP != 0
+	}), nil
 }
 
 func (h *Host) settleAddresses(bridge netlink.Link, want []netip.Prefix) error {
@@ -282,10 +330,15 @@ func (h *Host) conflict() error {
 
 // Taken returns what the host has addresses in or routes to, apart from our bridge, in any table.
 func (h *Host) Taken() ([]network.Used, error) {
-	var own int
-	if b, err := h.ownBridge(); err == nil && b != nil {
+	own := 0
+	if b, ours, err := h.findBridge(); err == nil && ours {
 		own = b.Attrs().Index
 	}
+	return h.takenBut(own)
+}
+
+// takenBut leaves out what goes by one device. By gives the device's name, and whose it is if another installation says so.
+func (h *Host) takenBut(own int) ([]network.Used, error) {
 	names := map[int]string{}
 	name := func(index int) string {
 		if n, ok := names[index]; ok {
@@ -294,6 +347,9 @@ func (h *Host) Taken() ([]network.Used, error) {
 		n := "?"
 		if l, err := h.nl.LinkByIndex(index); err == nil {
 			n = l.Attrs().Name
+			if _, other := installationOf(l); other {
+				n += ", the bridge of another installation of banger"
+			}
 		}
 		names[index] = n
 		return n

@@ -10,7 +10,7 @@ import (
 )
 
 // Watch calls changed whenever anybody has changed the firewall, us included, until ctx ends. Many changes
-// may come as one. It takes no privilege.
+// may come as one. The kernel tells it to root alone.
 func (h *Host) Watch(ctx context.Context, changed func()) error {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err == nil {

@@ -36,6 +36,7 @@ func InitrdModules() []Wanted {
 		{"virtio_mmio", false},
 		{"virtio_blk", true},
 		{"virtio_net", false},
+		{"tun", false}, // loaded only where the agent carries the network's frames
 		{"vsock", false},
 		{"vmw_vsock_virtio_transport", false},
 		{"virtio_console", false},

@@ -14,8 +14,8 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/fault"
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/exec"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/imagebuild"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
@@ -438,7 +438,7 @@ func (s *Service) provision(ctx context.Context, h *operation.Handle, v *vm.VM, 
 	}
 	alive, stop := m.whileAlive(ctx)
 	defer stop()
-	conn, err := s.DialAgent(alive, v.ID, agent.KindExec)
+	conn, err := s.DialAgent(alive, v.ID, wire.KindExec)
 	if err != nil {
 		return lost(err)
 	}

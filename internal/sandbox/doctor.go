@@ -25,6 +25,7 @@ func (s *Service) Doctor(ctx context.Context) []doctor.Finding {
 		out = append(out, doctor.Finding{Code: "disk", Severity: doctor.Pass, Title: "Room for VMs", Detail: s.paths.State})
 	}
 	out = append(out, s.checkDNS(ctx))
+	out = append(out, s.links.check()...)
 	s.warnMu.Lock()
 	defer s.warnMu.Unlock()
 	for _, w := range s.warnings {

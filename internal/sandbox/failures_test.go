@@ -325,7 +325,7 @@ func TestStartingTheRunningAndStoppingTheStopped(t *testing.T) {
 	wants(t, "kill", err, fault.Precondition, "it is stopped", "banger vm start calm-otter")
 	_, err = r.s.SSHTarget(r.ctx(), v.ID)
 	wants(t, "ssh", err, fault.Precondition, "it is stopped", "banger vm start calm-otter")
-	_, err = r.s.DialGuest(r.ctx(), v.ID, 22)
+	_, err = r.s.DialGuest(r.ctx(), v.ID, 22, true)
 	wants(t, "dial", err, fault.Precondition, "it is stopped", "banger vm start calm-otter")
 	r.check()
 }
@@ -338,7 +338,7 @@ func TestAPausedMachine(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.untilVM(v.ID, "the note of a pause", func(v vm.VM) bool { return strings.HasPrefix(v.Note, "paused: ") })
-	_, err := r.s.DialGuest(r.ctx(), v.ID, 22)
+	_, err := r.s.DialGuest(r.ctx(), v.ID, 22, true)
 	wants(t, "dial", err, fault.Precondition, "paused", "banger vm start calm-otter")
 	if d, err := r.s.Show(r.ctx(), "calm-otter"); err != nil || d.VMMState != string(vmm.Paused) {
 		t.Errorf("show: %s, %v", d.VMMState, err)

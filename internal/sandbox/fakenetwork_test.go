@@ -68,6 +68,9 @@ func (f *fakeNetwork) Apply(_ context.Context, v vm.VM) error {
 	if v.Spec.NAT {
 		says = "nat on"
 	}
+	if v.Spec.NetworkGroup != "" {
+		says += " " + v.Spec.NetworkGroup
+	}
 	if have, err := os.ReadFile(f.path(v.ID)); err != nil || string(have) == says {
 		return err // what is set already is not set again
 	}

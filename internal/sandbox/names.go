@@ -3,6 +3,8 @@ package sandbox
 import (
 	"context"
 	"net/netip"
+	"os"
+	"slices"
 	"strings"
 
 	"git.thaloco.com/thaloco/banger/internal/dns"
@@ -37,12 +39,15 @@ func (s *Service) addresses(name string) []netip.Addr {
 	return nil
 }
 
-// dnsWarning is a line for the daemon's status, "" if there is nothing to say.
-func (s *Service) dnsWarning() string {
-	if s.dnsFault == nil {
-		return ""
+// dnsWarnings are lines for the daemon's status.
+func (s *Service) dnsWarnings() (out []string) {
+	if s.dnsFault != nil {
+		out = append(out, "names under .vm are not answered: "+s.dnsFault.Error())
 	}
-	return "names under .vm are not answered: " + s.dnsFault.Error()
+	for _, f := range s.links.check() {
+		out = append(out, f.Title+" is "+f.Detail)
+	}
+	return out
 }
 
 // checkDNS says whether names are answered, and whether this host's programs get the answers.
@@ -65,6 +70,10 @@ func (s *Service) checkDNS(ctx context.Context) doctor.Finding {
 	f.Severity = doctor.Warn
 	f.Detail = "answered at " + addr.String() + ", but this host's resolver does not ask there: " + guestText(err.Error())
 	running := dns.Running("/")
+	if slices.Contains(running, dns.SystemdResolved) && os.Geteuid() == 0 && len(s.networks) > 0 && s.networks[0].Kind() == vm.BridgeNetwork && !s.links.told() {
+		f.Severity, f.Detail = doctor.Pass, "answered at "+addr.String()+"; systemd-resolved is told to ask there when a VM runs"
+		return f
+	}
 	if len(running) > 0 {
 		f.Fix = dns.Advise(running[0], addr)
 		return f

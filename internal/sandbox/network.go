@@ -48,16 +48,27 @@ type NetworkHost struct {
 	// FreeSlots are those of the leases that the next n VMs will get.
 	FreeSlots func(n int) []int
 	Log       *slog.Logger
+	// Notice is called, at most once and while networks are made, if VMs are on another network than would be best, or on none. It
+	// says why, and what to do about it.
+	Notice func(why, fix string)
+	// LinkUp is to be called when a link of the host with addresses that guests know has come or has changed, and LinkDown
+	// before it goes: names are answered there.
+	LinkUp   func(Link)
+	LinkDown func()
 	// Confine puts a program that serves a VM's network into a control group of its own.
 	Confine func(v vm.VM) process.Cgroup
 }
 
 func (s *Service) networkHost() NetworkHost {
-	return NetworkHost{Installation: s.store.InstallationID(), RunDir: s.runDir, FreeSlots: s.store.FreeSlots, Log: s.log, Confine: func(v vm.VM) process.Cgroup {
-		return func(ctx context.Context, pid int) {
-			s.cgroups.Put(ctx, networkGroup(v.ID), "network of banger VM "+v.Name, networkLimits, pid)
-		}
-	}}
+	return NetworkHost{Installation: s.store.InstallationID(), RunDir: s.runDir, FreeSlots: s.store.FreeSlots, Log: s.log,
+		Notice: func(why, fix string) {
+			s.networkNotice = &doctor.Finding{Code: "network", Severity: doctor.Warn, Title: "Network of VMs", Detail: why, Fix: fix}
+		},
+		LinkUp: s.links.up, LinkDown: s.links.down, Confine: func(v vm.VM) process.Cgroup {
+			return func(ctx context.Context, pid int) {
+				s.cgroups.Put(ctx, networkGroup(v.ID), "network of banger VM "+v.Name, networkLimits, pid)
+			}
+		}}
 }
 
 // networkLimits hold what serves one VM's network: a guest chooses how much it has to do.
@@ -75,8 +86,10 @@ func (s *Service) restoreNetworks(ctx context.Context, rebooted bool) {
 				break
 			}
 			steps, err := s.store.Steps(ctx, v.ID)
-			// One that was being attached has no record of it yet: whatever it has must not be taken for another's.
-			if err != nil || steps[stepNetwork] != "" && (v.Interface == nil || v.Interface.Kind == n.Kind()) {
+			// One that was being attached has no record of it yet: whatever it has must not be taken for another's. One that was
+			// ready without an interface is on none.
+			state := steps[stepNetwork]
+			if err != nil || state != "" && (v.Interface != nil && v.Interface.Kind == n.Kind() || v.Interface == nil && state != lifecycle.Ready) {
 				attached = append(attached, v)
 			}
 		}
@@ -177,11 +190,15 @@ func (c *networkCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.H
 func (c *networkCapability) Check(ctx context.Context) []doctor.Finding {
 	s := c.service
 	if len(s.networks) > 0 {
-		return s.networks[0].Check(ctx)
+		out := s.networks[0].Check(ctx)
+		if s.networkNotice != nil {
+			out = append(out, *s.networkNotice)
+		}
+		return out
 	}
 	f := doctor.Finding{Code: "network", Severity: doctor.Pass, Title: "Network of VMs", Detail: "none; vm ssh works without one"}
-	if s.networkNotice != "" {
-		f.Severity, f.Detail, f.Fix = doctor.Warn, s.networkNotice, "set vmm = \"qemu\" in config.toml, then banger daemon stop"
+	if s.networkNotice != nil {
+		f = *s.networkNotice
 	}
 	return []doctor.Finding{f}
 }
@@ -197,6 +214,9 @@ func (c *networkCapability) GuestConfig(v *vm.VM, config *boot.Config) error {
 	if i.IPv6.IsValid() {
 		n.Addresses = append(n.Addresses, i.IPv6)
 		n.Routes = append(n.Routes, boot.Route{To: netip.PrefixFrom(netip.IPv6Unspecified(), 0), Via: i.Gateway6})
+	}
+	if i.Tunnel {
+		n.Tunnel = vmm.NICPort
 	}
 	config.Network = n
 	return nil

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"net"
@@ -125,7 +126,7 @@ func TestInterfaceReachesGuestAndVMM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := fmt.Sprintf("%+v", c.Network), fmt.Sprintf("&{MAC:%s MTU:1500 Addresses:[10.77.0.2/24] Routes:[{To:0.0.0.0/0 Via:10.77.0.1}] DNS:[10.77.0.1] Search:[]}", i.MAC); got != want {
+	if got, want := fmt.Sprintf("%+v", c.Network), fmt.Sprintf("&{MAC:%s MTU:1500 Addresses:[10.77.0.2/24] Routes:[{To:0.0.0.0/0 Via:10.77.0.1}] DNS:[10.77.0.1] Search:[] Tunnel:0}", i.MAC); got != want {
 		t.Errorf("the guest got %s, want %s", got, want)
 	}
 }
@@ -199,7 +200,67 @@ func TestDefaultNetworkGroup(t *testing.T) {
 	r := newRig(t)
 	r.cfg.DefaultNetworkGroup = "team-web"
 	r.start()
-	if v := r.create("web"); v.Spec.NetworkGroup != "team-web" {
+	v := r.create("web")
+	if v.Spec.NetworkGroup != "team-web" {
 		t.Errorf("a new VM is in the group %q", v.Spec.NetworkGroup)
 	}
+	none, other := "", "other"
+	for _, group := range []string{none, other} {
+		op := r.done(r.s.Create(r.ctx(), CreateRequest{NoStart: true, NetworkGroup: &group}))
+		if got := r.vm(vm.ID(op.VMID)).Spec.NetworkGroup; got != group {
+			t.Errorf("made with the group %q, it is in %q", group, got)
+		}
+	}
+	for _, group := range []string{other, none} {
+		r.done(r.set(v.ID, vm.Change{Group: &group}, false))
+		says, err := os.ReadFile(filepath.Join(r.dir, "network", string(v.ID)))
+		if got := r.vm(v.ID).Spec.NetworkGroup; err != nil || got != group || string(says) != strings.TrimSpace("nat off "+group) {
+			t.Errorf("set to the group %q, it is in %q, and the network says %q, %v", group, got, says, err)
+		}
+	}
+}
+
+// TestVMFromBeforeNetworks: an older daemon's VM runs on, on no network, until it is started anew.
+func TestVMFromBeforeNetworks(t *testing.T) {
+	r := newRig(t)
+	with := r.networks
+	r.networks = nil
+	r.start()
+	v := r.create("web")
+	r.stop()
+	db, err := sql.Open("sqlite", r.paths.Database())
+	if err == nil {
+		_, err = db.ExecContext(r.ctx(), "DELETE FROM steps WHERE step = 'network'; PRAGMA user_version = 1")
+	}
+	if err == nil {
+		err = db.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.networks = func(h NetworkHost) []Network { return []Network{&untouched{Network: with(h)[0], t: t}} }
+	r.restart()
+	if after := r.vm(v.ID); after.State != vm.Running || after.PID != v.PID || after.Interface != nil {
+		t.Errorf("it is %s, process %d (was %d), on %+v", after.State, after.PID, v.PID, after.Interface)
+	}
+	r.networks = with
+	r.restart()
+	r.done(r.s.Restart(r.ctx(), v.ID))
+	if after := r.vm(v.ID); after.Interface == nil {
+		t.Error("started anew, it is on no network")
+	}
+	r.check()
+}
+
+// untouched is a network that no VM may be said to be on.
+type untouched struct {
+	Network
+	t *testing.T
+}
+
+func (u *untouched) Restore(ctx context.Context, attached []vm.VM) error {
+	if len(attached) > 0 {
+		u.t.Errorf("%s is said to be on the network", attached[0].Name)
+	}
+	return u.Network.Restore(ctx, attached)
 }

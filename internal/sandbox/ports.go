@@ -55,7 +55,7 @@ const (
 	// probeTime bounds one question to one listener, probesTime all those to one guest.
 	probeTime  = 2 * time.Second
 	probesTime = 8 * time.Second
-	// probesAtOnce bounds the connections to one guest; it serves agent.MaxStreams.
+	// probesAtOnce bounds the connections to one guest; it serves wire.MaxStreams.
 	probesAtOnce = 16
 	// maxProbes is how many listeners of a guest are asked.
 	maxProbes = 128

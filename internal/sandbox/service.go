@@ -19,6 +19,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/console"
 	"git.thaloco.com/thaloco/banger/internal/dns"
+	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
@@ -35,14 +36,12 @@ type Options struct {
 	Others []vmm.Driver
 	// Networks makes the kinds of network that VMs may be on: they are put on the first, the others have VMs of
 	// former daemons. nil: none.
-	Networks func(NetworkHost) []Network
-	// NetworkNotice says why there is none though one was asked for, "" if nothing is missing.
-	NetworkNotice string
-	VMMNotice     string // why this driver and not a faster one, "" if there is no faster one
-	Config        config.Config
-	Paths         config.Paths
-	Host          vm.Host
-	Log           *slog.Logger
+	Networks  func(NetworkHost) []Network
+	VMMNotice string // why this driver and not a faster one, "" if there is no faster one
+	Config    config.Config
+	Paths     config.Paths
+	Host      vm.Host
+	Log       *slog.Logger
 }
 
 // Service is the daemon's use cases. Safe for concurrent use.
@@ -69,10 +68,11 @@ type Service struct {
 	logs     *console.Keeper // nil if the host has no inotify instance left
 
 	network       *networkCapability
-	networks      []Network // of Options
-	networkNotice string
-	dns           *dns.Server // nil if none is wanted, or with dnsFault
+	networks      []Network       // of Options
+	networkNotice *doctor.Finding // nil if VMs are where they are to be
+	dns           *dns.Server     // nil if none is wanted, or with dnsFault
 	dnsFault      error
+	links         linkNames
 
 	bg       context.Context // background watchers of machines; ends with Close
 	bgStop   context.CancelFunc
@@ -100,7 +100,8 @@ func New(st *store.Store, o Options) *Service {
 	s.machines = &machines{service: s, byID: map[vm.ID]*machine{}}
 	s.cgroups = cgroup.New(s.store.InstallationID())
 	s.openLogKeeper()
-	s.network, s.networkNotice = &networkCapability{service: s}, o.NetworkNotice
+	s.links.service = s
+	s.network = &networkCapability{service: s}
 	if o.Networks != nil {
 		s.networks = o.Networks(s.networkHost())
 	}
@@ -134,11 +135,11 @@ func (s *Service) Close(ctx context.Context) error {
 	if s.logs != nil {
 		err = errors.Join(err, s.logs.Close())
 	}
-	if s.dns != nil {
-		err = errors.Join(err, s.dns.Close())
-	}
 	for _, n := range s.networks {
 		err = errors.Join(err, n.Close(ctx))
+	}
+	if s.dns != nil { // after the networks, which tell the host's resolver that it goes
+		err = errors.Join(err, s.dns.Close())
 	}
 	return errors.Join(err, s.store.Close())
 }
@@ -161,11 +162,13 @@ var errSuperseded = errors.New("a later stop or delete took over")
 
 // CreateRequest is what a user asked for. Zero values mean the default.
 type CreateRequest struct {
-	Name    string
-	Image   string
-	Spec    vm.Spec // its NAT is not looked at
-	NAT     *bool   // nil: the default
-	NoStart bool
+	Name  string
+	Image string
+	Spec  vm.Spec // its NAT and group are not looked at
+	NAT   *bool   // nil: the default
+	// NetworkGroup is nil for the default, and empty for none.
+	NetworkGroup *string
+	NoStart      bool
 }
 
 // Defaults are what Create chooses for what is not asked.

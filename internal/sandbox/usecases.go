@@ -12,6 +12,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/namegen"
@@ -71,6 +72,9 @@ func (s *Service) define(ctx context.Context, r CreateRequest) (v vm.VM, release
 	v.Spec.NAT, v.Spec.NetworkGroup = s.cfg.DefaultNAT, s.cfg.DefaultNetworkGroup
 	if r.NAT != nil {
 		v.Spec.NAT = *r.NAT
+	}
+	if r.NetworkGroup != nil {
+		v.Spec.NetworkGroup = *r.NetworkGroup
 	}
 	if err := v.Spec.Validate(s.host); err != nil {
 		return v, nil, err
@@ -566,24 +570,50 @@ func (s *Service) Cancel(_ context.Context, id string) (operation.Operation, err
 	return s.ops.Get(id)
 }
 
-// DialGuest opens a TCP connection to a port on the guest's loopback through the agent and waits
-// until something listens there or ctx ends. Where the VMM has vsock the connection is backed by a
+// DialGuest opens a TCP connection to a port on the guest's loopback through the agent, and if it is to wait, does so
+// until something listens there or ctx ends; otherwise a port where nobody listens is fault.Unavailable at once. Where the VMM has vsock the connection is backed by a
 // descriptor of its own (syscall.Conn); otherwise it is a stream of the daemon's session.
-func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, error) {
+func (s *Service) DialGuest(ctx context.Context, id vm.ID, port int, wait bool) (net.Conn, error) {
 	v, session, err := s.reach(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	conn, err := session.DialTCP(ctx, port, true)
+	conn, err := session.DialTCP(ctx, port, wait)
 	if err != nil {
-		return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "port %d of the guest cannot be reached", port)
+		return nil, unreached(v, port, err)
 	}
 	return conn, nil
 }
 
+func unreached(v vm.VM, port int, err error) error {
+	return fault.Wrap(err, fault.CodeOf(err), v.Name, "port %d of the guest cannot be reached", port).
+		WithHint("see what listens there: banger vm ports %s", v.Name)
+}
+
+// DialForward opens a TCP connection to a port on the guest's loopback where something listens now. The stream has frame.Duplex's
+// form, so that each direction ends by itself on every VMM, and is backed as DialGuest says. fault.VersionSkew if the guest runs an agent that lacks it.
+func (s *Service) DialForward(ctx context.Context, id vm.ID, port int) (net.Conn, error) {
+	v, session, err := s.reach(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := session.DialForward(ctx, port)
+	switch {
+	case err == nil:
+		return conn, nil
+	case fault.Is(err, fault.VersionSkew):
+		return nil, lacks(v, wire.KindForward, err)
+	}
+	return nil, unreached(v, port, err)
+}
+
+func lacks(v vm.VM, feature wire.Kind, err error) error {
+	return fault.Wrap(err, fault.VersionSkew, v.Name, "its agent lacks the feature %q", feature).WithHint("banger vm restart %s", v.Name)
+}
+
 // DialAgent opens a stream of a service of the guest's agent, backed as DialGuest says.
 // fault.VersionSkew if the guest runs an agent that lacks it.
-func (s *Service) DialAgent(ctx context.Context, id vm.ID, service agent.Kind) (net.Conn, error) {
+func (s *Service) DialAgent(ctx context.Context, id vm.ID, service wire.Kind) (net.Conn, error) {
 	v, session, err := s.reach(ctx, id)
 	if err != nil {
 		return nil, err
@@ -593,8 +623,7 @@ func (s *Service) DialAgent(ctx context.Context, id vm.ID, service agent.Kind) (
 	case err == nil:
 		return conn, nil
 	case fault.Is(err, fault.VersionSkew):
-		return nil, fault.Wrap(err, fault.VersionSkew, v.Name, "its agent lacks the feature %q", service).
-			WithHint("banger vm restart %s", v.Name)
+		return nil, lacks(v, service, err)
 	}
 	return nil, fault.Wrap(err, fault.CodeOf(err), v.Name, "the guest's agent did not take the request").
 		WithHint("see `banger vm show %s`", v.Name)
@@ -660,8 +689,9 @@ func (s *Service) Status(context.Context) (Status, error) {
 	s.warnMu.Lock()
 	st.Warnings = append(st.Warnings, s.warnings...)
 	s.warnMu.Unlock()
-	if w := s.dnsWarning(); w != "" {
-		st.Warnings = append(st.Warnings, w)
+	if n := s.networkNotice; n != nil {
+		st.Warnings = append(st.Warnings, "network of VMs: "+n.Detail)
 	}
+	st.Warnings = append(st.Warnings, s.dnsWarnings()...)
 	return st, nil
 }

@@ -282,7 +282,7 @@ func TestAHostileGuestCannotWriteToTerminals(t *testing.T) {
 		plain("the agent's health", d.Agent)
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
-		if _, err := r.s.DialGuest(ctx, id, 22); err == nil {
+		if _, err := r.s.DialGuest(ctx, id, 22, true); err == nil {
 			t.Error("connected")
 		} else {
 			plain("a refused connection", strings.ReplaceAll(err.Error(), "owned", "")) // it is quoted

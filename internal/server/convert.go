@@ -36,7 +36,7 @@ func vmMessage(v vm.VM) *bangerv1.VM {
 		DiskBytes: v.Spec.DiskSize, SystemBytes: v.Spec.SystemSize, Labels: v.Spec.Labels,
 		CreatedAt: stamp(v.CreatedAt), StartedAt: stampPtr(v.StartedAt), StoppedAt: stampPtr(v.StoppedAt),
 		Vmm: v.VMM, Accel: v.Accel, Pid: int32(v.PID), Note: v.Note, Autostart: v.Spec.Autostart,
-		Nat: v.Spec.NAT,
+		Nat: v.Spec.NAT, NetworkGroup: v.Spec.NetworkGroup,
 	}
 	if i := v.Interface; i != nil {
 		m.Network, m.Address = i.Kind, i.IPv4.Addr().String()

@@ -16,7 +16,7 @@ import (
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/internal/fault"
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
@@ -122,11 +122,16 @@ func dialed(guests Dialer, req bangerv1.DialRequest) (func(context.Context) (net
 		if req.Port < 1 || req.Port > 65535 {
 			return nil, fault.New(fault.Invalid, "", "%d is not a TCP port", req.Port)
 		}
-		return func(ctx context.Context) (net.Conn, error) { return guests.DialGuest(ctx, id, req.Port) }, nil
+		return func(ctx context.Context) (net.Conn, error) { return guests.DialGuest(ctx, id, req.Port, req.Wait) }, nil
+	case bangerv1.DialForward:
+		if req.Port < 1 || req.Port > 65535 {
+			return nil, fault.New(fault.Invalid, "", "%d is not a TCP port", req.Port)
+		}
+		return func(ctx context.Context) (net.Conn, error) { return guests.DialForward(ctx, id, req.Port) }, nil
 	case bangerv1.DialExec:
-		return func(ctx context.Context) (net.Conn, error) { return guests.DialAgent(ctx, id, agent.KindExec) }, nil
+		return func(ctx context.Context) (net.Conn, error) { return guests.DialAgent(ctx, id, wire.KindExec) }, nil
 	case bangerv1.DialCopy:
-		return func(ctx context.Context) (net.Conn, error) { return guests.DialAgent(ctx, id, agent.KindCopy) }, nil
+		return func(ctx context.Context) (net.Conn, error) { return guests.DialAgent(ctx, id, wire.KindCopy) }, nil
 	}
 	return nil, fault.New(fault.Invalid, "", "guests have no service %q", req.Service)
 }

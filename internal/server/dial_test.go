@@ -18,9 +18,9 @@ import (
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/exec"
 	"git.thaloco.com/thaloco/banger/internal/guest/frame"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/server"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
@@ -85,8 +85,8 @@ func guest(t *testing.T) (host, inside *net.UnixConn) {
 // daemon has ended.
 func TestDialPassesTheDescriptor(t *testing.T) {
 	host, inside := guest(t)
-	c, _, end := daemonWith(t, &fake{dialGuest: func(_ context.Context, id vm.ID, port int) (net.Conn, error) {
-		if id != "aa12" || port != 22 {
+	c, _, end := daemonWith(t, &fake{dialGuest: func(_ context.Context, id vm.ID, port int, wait bool) (net.Conn, error) {
+		if id != "aa12" || port != 22 || !wait {
 			t.Errorf("dialled %s port %d", id, port)
 		}
 		return host, nil
@@ -126,7 +126,7 @@ func (half) SyscallConn() {} // hides the embedded one
 // Without a descriptor the daemon copies both ways and passes half-closes on.
 func TestDialCopies(t *testing.T) {
 	host, inside := guest(t)
-	c, _, _ := daemonWith(t, &fake{dialGuest: func(context.Context, vm.ID, int) (net.Conn, error) { return half{host}, nil }})
+	c, _, _ := daemonWith(t, &fake{dialGuest: func(context.Context, vm.ID, int, bool) (net.Conn, error) { return half{host}, nil }})
 	const size = 1 << 20
 	go func() {
 		_, _ = inside.Write([]byte("hello"))
@@ -157,7 +157,7 @@ func TestDialCopies(t *testing.T) {
 }
 
 func TestDialFaults(t *testing.T) {
-	c, dir, _ := daemonWith(t, &fake{dialGuest: func(context.Context, vm.ID, int) (net.Conn, error) {
+	c, dir, _ := daemonWith(t, &fake{dialGuest: func(context.Context, vm.ID, int, bool) (net.Conn, error) {
 		return nil, fault.New(fault.Precondition, "calm-otter", "is stopped").WithHint("banger vm start calm-otter")
 	}})
 	_, err := c.DialGuest(t.Context(), "aa12", 22, time.Minute)
@@ -190,7 +190,7 @@ func TestDialFaults(t *testing.T) {
 // A client that goes away while the daemon waits for the guest ends that wait.
 func TestDialHangUp(t *testing.T) {
 	waiting, ended := make(chan struct{}), make(chan struct{})
-	c, _, _ := daemonWith(t, &fake{dialGuest: func(ctx context.Context, _ vm.ID, _ int) (net.Conn, error) {
+	c, _, _ := daemonWith(t, &fake{dialGuest: func(ctx context.Context, _ vm.ID, _ int, _ bool) (net.Conn, error) {
 		close(waiting)
 		<-ctx.Done()
 		close(ended)
@@ -210,7 +210,7 @@ func TestDialHangUp(t *testing.T) {
 
 // A wait that runs out is a timeout, bounded by what the client asked for.
 func TestDialTimeout(t *testing.T) {
-	c, _, _ := daemonWith(t, &fake{dialGuest: func(ctx context.Context, _ vm.ID, _ int) (net.Conn, error) {
+	c, _, _ := daemonWith(t, &fake{dialGuest: func(ctx context.Context, _ vm.ID, _ int, _ bool) (net.Conn, error) {
 		<-ctx.Done()
 		return nil, fault.Wrap(ctx.Err(), fault.Timeout, "calm-otter", "nothing listens on port 22")
 	}})
@@ -224,11 +224,11 @@ func TestDialTimeout(t *testing.T) {
 func TestExecOverTheDialSocket(t *testing.T) {
 	host, inside := guest(t)
 	var lacks atomic.Bool
-	c, _, end := daemonWith(t, &fake{dialAgent: func(_ context.Context, id vm.ID, service agent.Kind) (net.Conn, error) {
+	c, _, end := daemonWith(t, &fake{dialAgent: func(_ context.Context, id vm.ID, service wire.Kind) (net.Conn, error) {
 		if lacks.Load() {
 			return nil, fault.New(fault.VersionSkew, "calm-otter", "its agent lacks it").WithHint("banger vm restart calm-otter")
 		}
-		if id != "aa12" || service != agent.KindExec {
+		if id != "aa12" || service != wire.KindExec {
 			t.Errorf("asked %s for %q", id, service)
 		}
 		return host, nil

@@ -19,7 +19,7 @@ type vmHandler struct {
 
 func (h *vmHandler) CreateVM(ctx context.Context, r *bangerv1.CreateVMRequest) (*bangerv1.CreateVMResponse, error) {
 	op, err := h.svc.Create(ctx, sandbox.CreateRequest{
-		Name: r.GetName(), Image: r.GetImage(), NoStart: r.GetNoStart(), NAT: r.Nat,
+		Name: r.GetName(), Image: r.GetImage(), NoStart: r.GetNoStart(), NAT: r.Nat, NetworkGroup: r.NetworkGroup,
 		Spec: vm.Spec{
 			VCPU: int(r.GetVcpu()), MemoryMiB: r.GetMemoryMib(),
 			DiskSize: r.GetDiskBytes(), SystemSize: r.GetSystemBytes(), Labels: r.GetLabels(),
@@ -65,7 +65,7 @@ func (h *vmHandler) DeleteVM(ctx context.Context, r *bangerv1.DeleteVMRequest) (
 
 func (h *vmHandler) SetVM(ctx context.Context, r *bangerv1.SetVMRequest) (*bangerv1.SetVMResponse, error) {
 	change := vm.Change{
-		MemoryMiB: r.MemoryMib, DiskSize: r.DiskBytes, SystemSize: r.SystemBytes, Autostart: r.Autostart, NAT: r.Nat,
+		MemoryMiB: r.MemoryMib, DiskSize: r.DiskBytes, SystemSize: r.SystemBytes, Autostart: r.Autostart, NAT: r.Nat, Group: r.NetworkGroup,
 		Labels: r.GetLabels(), DropLabels: r.GetDropLabels(),
 	}
 	if r.Vcpu != nil {

@@ -16,7 +16,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/api/banger/v1/bangerv1connect"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/sandbox"
@@ -80,8 +80,9 @@ type Host interface {
 
 // Dialer opens streams to guests, for the dial socket.
 type Dialer interface {
-	DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, error)
-	DialAgent(ctx context.Context, id vm.ID, service agent.Kind) (net.Conn, error)
+	DialGuest(ctx context.Context, id vm.ID, port int, wait bool) (net.Conn, error)
+	DialForward(ctx context.Context, id vm.ID, port int) (net.Conn, error)
+	DialAgent(ctx context.Context, id vm.ID, service wire.Kind) (net.Conn, error)
 }
 
 // Service is everything that the server serves. *sandbox.Service is the one in the daemon.

@@ -24,7 +24,7 @@ import (
 	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/sandbox"
 	"git.thaloco.com/thaloco/banger/internal/server"
@@ -39,8 +39,8 @@ type fake struct {
 	create    func(sandbox.CreateRequest) (operation.Operation, error)
 	resolve   func(ref string) (vm.VM, error)
 	watchOp   func(ctx context.Context, id string, send func(operation.Operation) error) error
-	dialGuest func(ctx context.Context, id vm.ID, port int) (net.Conn, error)
-	dialAgent func(ctx context.Context, id vm.ID, service agent.Kind) (net.Conn, error)
+	dialGuest func(ctx context.Context, id vm.ID, port int, wait bool) (net.Conn, error)
+	dialAgent func(ctx context.Context, id vm.ID, service wire.Kind) (net.Conn, error)
 }
 
 func (f *fake) Create(_ context.Context, r sandbox.CreateRequest) (operation.Operation, error) {
@@ -50,10 +50,10 @@ func (f *fake) Resolve(_ context.Context, ref string) (vm.VM, error) { return f.
 func (f *fake) WatchOperation(ctx context.Context, id string, send func(operation.Operation) error) error {
 	return f.watchOp(ctx, id, send)
 }
-func (f *fake) DialGuest(ctx context.Context, id vm.ID, port int) (net.Conn, error) {
-	return f.dialGuest(ctx, id, port)
+func (f *fake) DialGuest(ctx context.Context, id vm.ID, port int, wait bool) (net.Conn, error) {
+	return f.dialGuest(ctx, id, port, wait)
 }
-func (f *fake) DialAgent(ctx context.Context, id vm.ID, service agent.Kind) (net.Conn, error) {
+func (f *fake) DialAgent(ctx context.Context, id vm.ID, service wire.Kind) (net.Conn, error) {
 	return f.dialAgent(ctx, id, service)
 }
 func (f *fake) Status(context.Context) (sandbox.Status, error) {

@@ -48,6 +48,13 @@ CREATE TABLE kernels (
   doc TEXT NOT NULL
 ) STRICT;
 `,
+	// VMs that run from before there were networks have no record of that step, for which the next daemon would take
+	// them down. What has been given a guest config was through the network's step, or is on none.
+	`
+INSERT INTO steps(vm_id, step, state)
+SELECT vm_id, 'network', 'ready' FROM steps WHERE step = 'guest config'
+ON CONFLICT DO NOTHING;
+`,
 }
 
 // migrate applies what is missing, each step in its own transaction, after a copy of a database

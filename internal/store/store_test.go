@@ -224,6 +224,33 @@ func TestMigrationKeepsABackup(t *testing.T) {
 	}
 }
 
+// TestVMsFromBeforeNetworks: one that is up gets the record of a network that has nothing to take away, and what
+// others have stays.
+func TestVMsFromBeforeNetworks(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	s := open(t, path)
+	up, down, new := admit(t, s, "up"), admit(t, s, "down"), admit(t, s, "new")
+	for v, steps := range map[*vm.VM][]lifecycle.StepRecord{
+		&up:   {{Step: "image", State: lifecycle.Ready}, {Step: "guest config", State: lifecycle.Ready}, {Step: "vmm", State: lifecycle.Ready}},
+		&down: {{Step: "image", State: lifecycle.Ready}},
+		&new:  {{Step: "network", State: lifecycle.Cleaning}, {Step: "guest config", State: lifecycle.Cleaning}},
+	} {
+		if err := s.Save(t.Context(), *v, steps...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.db.Exec("PRAGMA user_version = 1"); err != nil {
+		t.Fatal(err)
+	}
+	_ = s.Close()
+	s = open(t, path)
+	for v, want := range map[*vm.VM]lifecycle.StepState{&up: lifecycle.Ready, &down: "", &new: lifecycle.Cleaning} {
+		if steps, err := s.Steps(t.Context(), v.ID); err != nil || steps["network"] != want {
+			t.Errorf("%s: %v, %v; want the network %q", v.Name, steps, err, want)
+		}
+	}
+}
+
 func TestAFailedMigrationChangesNothing(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "db")
 	_ = open(t, path).Close()

@@ -15,13 +15,14 @@ type Change struct {
 	SystemSize *int64            `json:"system_size,omitempty"`
 	Autostart  *bool             `json:"autostart,omitempty"`
 	NAT        *bool             `json:"nat,omitempty"`
-	Labels     map[string]string `json:"labels,omitempty"`      // set, beside those that are there
-	DropLabels []string          `json:"drop_labels,omitempty"` // keys; one that is not there is fine
+	Group      *string           `json:"network_group,omitempty"` // "" takes it out of its group
+	Labels     map[string]string `json:"labels,omitempty"`        // set, beside those that are there
+	DropLabels []string          `json:"drop_labels,omitempty"`   // keys; one that is not there is fine
 }
 
 // Empty says that nothing is to change.
 func (c Change) Empty() bool {
-	return c.VCPU == nil && c.MemoryMiB == nil && c.DiskSize == nil && c.SystemSize == nil && c.Autostart == nil && c.NAT == nil &&
+	return c.VCPU == nil && c.MemoryMiB == nil && c.DiskSize == nil && c.SystemSize == nil && c.Autostart == nil && c.NAT == nil && c.Group == nil &&
 		len(c.Labels) == 0 && len(c.DropLabels) == 0
 }
 
@@ -35,6 +36,7 @@ func (c Change) Apply(s Spec, h Host) (Spec, error) {
 	set(&to.SystemSize, c.SystemSize)
 	set(&to.Autostart, c.Autostart)
 	set(&to.NAT, c.NAT)
+	set(&to.NetworkGroup, c.Group)
 	to.Labels = maps.Clone(s.Labels)
 	if to.Labels == nil {
 		to.Labels = map[string]string{}

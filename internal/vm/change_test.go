@@ -12,7 +12,7 @@ func TestChange(t *testing.T) {
 	was := Spec{VCPU: 1, MemoryMiB: 1024, DiskSize: 8 * GiB, SystemSize: 16 * GiB, Labels: map[string]string{"a": "1", "b": "2"}}
 	host := Host{CPUs: 2, MemoryMiB: 4096}
 	two, memory, less, more := 2, int64(2048), 4*GiB, 32*GiB
-	on := true
+	on, group, bad := true, "team", "No Team"
 	for name, c := range map[string]struct {
 		change  Change
 		empty   bool
@@ -27,6 +27,8 @@ func TestChange(t *testing.T) {
 				return s.VCPU == 2 && s.MemoryMiB == 2048 && s.DiskSize == more && s.SystemSize == more && s.Autostart &&
 					len(s.Labels) == 2 && s.Labels["b"] == "2" && s.Labels["c"] == "3"
 			}},
+		"a group":        {Change{Group: &group}, false, "", "", func(s Spec) bool { return s.NetworkGroup == "team" }},
+		"no group":       {Change{Group: &bad}, false, "", "network group", nil},
 		"live only":      {Change{DiskSize: &more, Autostart: &on}, false, "", "", func(s Spec) bool { return s.DiskSize == more && s.SystemSize == 16*GiB }},
 		"a smaller disk": {Change{DiskSize: &less}, false, "", "disk size: it is 8G, and a disk cannot be made smaller; 4G is", nil},
 		"smaller system": {Change{SystemSize: &less, MemoryMiB: &memory}, false, "", "system size: it is 16G", nil},

@@ -84,8 +84,9 @@ type Interface struct {
 	IPv6     netip.Prefix `json:"ipv6,omitzero"` // likewise; zero: none
 	Gateway4 netip.Addr   `json:"gateway4"`      // the host on the guest's network, and its DNS server
 	Gateway6 netip.Addr   `json:"gateway6,omitzero"`
-	MTU      int          `json:"mtu"`           // bytes
-	TAP      string       `json:"tap,omitempty"` // device of the host, on a bridge network
+	MTU      int          `json:"mtu"`              // bytes
+	TAP      string       `json:"tap,omitempty"`    // device of the host, on a bridge network
+	Tunnel   bool         `json:"tunnel,omitempty"` // the guest's agent carries its frames by vsock, on a user network
 }
 
 // Pins are the artifacts a VM was made from, by content id. They never change with the image's

@@ -41,6 +41,8 @@ type NIC struct {
 	TAP string // a TAP device that exists, of this user or a root daemon's; the VMM attaches to it
 	// Socket is a unix stream socket that something listens on when the machine starts. Each frame
 	// follows its length, 4 bytes big-endian. It may lie in the run directory, whatever that one's length.
+	// Where Features.NICVsock says so, the guest has no device for it: whatever it sends to NICPort of its
+	// host comes out there.
 	Socket string
 }
 
@@ -95,6 +97,10 @@ const (
 	AgentPortName = "banger.agent"
 )
 
+// NICPort is the vsock port of the host that leads to the Socket of a machine's network interface, where
+// Features.NICVsock says so.
+const NICPort = 1025
+
 // Link reaches the guest's agent. A link with Mux true carries one connection at a time (a
 // virtio-serial port): internal/guest/agent resynchronises and multiplexes on it. Otherwise each
 // Dial is a fresh stream to the agent's port (vsock). Stale bytes may precede what the peer sends
@@ -131,9 +137,10 @@ type Machine interface {
 
 // Features says what a driver has, for people, doctor and tests.
 type Features struct {
-	Accel      string // "kvm" or "tcg"
-	Vsock      bool   // agent over vsock, else over virtio-serial
-	NICSockets bool   // a NIC may have a Socket
+	Accel string // "kvm" or "tcg"
+	Vsock bool   // agent over vsock, else over virtio-serial
+	// NICVsock: a NIC with a Socket is no device of the guest's, which connects to NICPort by itself.
+	NICVsock bool
 	// OverheadMiB is memory that it may need beside the guest's and beside the 256 MiB that any VMM gets.
 	OverheadMiB int64
 }

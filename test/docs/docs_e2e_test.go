@@ -22,7 +22,12 @@ func TestReal(t *testing.T) {
 		t.Fatalf("%v: make build runtime", err)
 	}
 	work := t.TempDir()
-	env := []string{"BANGERD=", "BANGER_CONFIG=" + os.DevNull, "BANGER_STATE_DIR=" + filepath.Join(work, "state"), "XDG_CACHE_HOME=" + filepath.Join(work, "cache")}
+	// Root's VM would be on a bridge: a link and rules of this machine's own, which tests leave alone.
+	config := filepath.Join(work, "config.toml")
+	if err := os.WriteFile(config, []byte("network = \"user\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	env := []string{"BANGERD=", "BANGER_CONFIG=" + config, "BANGER_STATE_DIR=" + filepath.Join(work, "state"), "XDG_CACHE_HOME=" + filepath.Join(work, "cache")}
 	for _, name := range []string{"bin", "project"} {
 		if err := os.Mkdir(filepath.Join(work, name), 0o700); err != nil {
 			t.Fatal(err)

@@ -120,10 +120,12 @@ func address(link, cidr string) error {
 // TestUserNetwork is the network of a user without any privilege: out, in by a published port, names both ways,
 // and nothing of it lost when the daemon is restarted.
 func TestUserNetwork(t *testing.T) {
-	if os.Getenv("BANGER_E2E_VMM") == "firecracker" {
-		t.Skip("Firecracker has no user network")
+	settings := []string{"default_nat = true", `network = "user"`}
+	byAgent := os.Getenv("BANGER_E2E_VMM") == "firecracker" // frames go by the guest's agent, and newHostIn sets the VMM
+	if !byAgent {
+		settings = append(settings, `vmm = "qemu"`)
 	}
-	h, _ := newOrdinaryUser(t, "default_nat = true", `network = "user"`, `vmm = "qemu"`)
+	h, _ := newOrdinaryUser(t, settings...)
 	ownNetwork(t)
 	l, err := net.Listen("tcp", ":8080") // the host's own server, which guests must not get to
 	if err != nil {
@@ -195,6 +197,27 @@ func TestUserNetwork(t *testing.T) {
 	}
 	if got := get("http://server.example:8080/"); got != "the world, to "+hostAddr {
 		t.Errorf("out, with the next daemon: %q", got)
+	}
+	if got := h.in("web", "ip -o -4 addr show dev eth0 | awk '{print $4}'; ip route show default; cat /sys/class/net/eth0/carrier /sys/class/net/eth0/mtu; grep -c ^nameserver /etc/resolv.conf"); !strings.HasPrefix(got, "172.16.") ||
+		!strings.HasSuffix(got, "\n1\n65520\n1") || !strings.Contains(got, "default via 172.16.88.1 dev eth0") {
+		t.Errorf("the guest's interface: %q", got)
+	}
+	if byAgent {
+		// A program that is killed is started again, and the agent connects to it.
+		for pid := range h.processes() {
+			if args, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && strings.HasPrefix(string(args), "banger-usernet\x00") {
+				run(t, "kill", "-KILL", fmt.Sprint(pid))
+			}
+		}
+		for deadline := time.Now().Add(callTime); ; time.Sleep(time.Second) {
+			got := get("http://server.example:8080/")
+			if got == "the world, to "+hostAddr {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("out, after the end of the network's program: %q", got)
+			}
+		}
 	}
 	h.do("vm", "stop", "web")
 	if c, err := net.Dial("tcp", at+":3000"); err == nil {

@@ -206,7 +206,7 @@ func build(ctx context.Context, checkout, tree string, c Content) error {
 		return run(nil, append(args, pkg)...)
 	}
 	root := filepath.Join(tree, "banger")
-	for _, p := range []string{"banger", "bangerd"} {
+	for _, p := range []string{"banger", "bangerd", "banger-helper"} {
 		if err := into(filepath.Join(root, p), "./cmd/"+p, cover...); err != nil {
 			return err
 		}

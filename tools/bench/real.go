@@ -324,7 +324,7 @@ func countReal(ctx context.Context, r *report, dir string, s *site, o options, e
 		return err
 	}
 	r.count("real.programs", float64(len(executed)))
-	if len(executed) != 1 {
+	if len(executed) != 2 {
 		fmt.Fprintln(os.Stderr, "executed by the daemon:", strings.Join(executed, " "))
 	}
 	return nil

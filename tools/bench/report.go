@@ -171,9 +171,9 @@ func (r *report) p50(name string) float64 {
 	return f.P50
 }
 
-// createTransactions is what a create commits: the admission, one for each of its six steps, its end,
+// createTransactions is what a create commits: the admission, one for each of its seven steps, its end,
 // and the operation's.
-const createTransactions = 9
+const createTransactions = 10
 
 // bareCreate is the floor of a create at a level: a process, the copies, the transactions.
 func (r *report) bareCreate(level int) float64 {
@@ -192,7 +192,7 @@ func (r *report) judge() []string {
 	// 2.6 on a quiet machine, 3.9 with a load of 14 on two cores: a create changes hands more often than
 	// its floor does, and each time waits for its turn.
 	for _, level := range r.plan.Levels {
-		r.hold(at("create", level), "times a bare process, copy of the disks and nine transactions", ratio(level), 5)
+		r.hold(at("create", level), fmt.Sprintf("times a bare process, copy of the disks and %d transactions", createTransactions), ratio(level), 5)
 	}
 	r.hold("create grows", fmt.Sprintf("times the same ratio at %d VMs", first), ratio(last)/ratio(first), 1.5)
 	r.hold("bytes written grow", fmt.Sprintf("times those at %d VMs", first),
@@ -207,7 +207,8 @@ func (r *report) judge() []string {
 		r.p50(at("list.daemon", last))/r.p50(at("list.daemon", r.plan.Levels[1]))/(float64(last)/float64(r.plan.Levels[1])), 1.5)
 	r.hold("--help", "times a bare process", r.p50("start.help")/r.p50("floor.process"), 15)
 	r.hold(at("vm list", last), "times a bare process", r.p50(at("list", last))/r.p50(at("floor.process.list", last)), 40)
-	r.hold("programs, QEMU", "executed by the daemon for a create", r.p50("real.programs"), 1)
+	// QEMU and, beside it, the user network's program: a stack that a guest speaks to has no place in the daemon.
+	r.hold("programs, QEMU", "executed by the daemon for a create", r.p50("real.programs"), 2)
 	// Two calls: the handshake goes to and fro twice. A second lost to a retry would be ten more.
 	r.hold("real create", "times bare create, bare QEMU and two calls to the agent, beyond the guest's own boot",
 		r.p50("real.warm.host")/(r.bareCreate(first)+r.p50("floor.qemu")+2*r.p50("floor.agent")), 4)

@@ -115,33 +115,34 @@ func (x *Fault) GetCause() string {
 }
 
 type VM struct {
-	state       protoimpl.MessageState `protogen:"open.v1"`
-	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name        string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	State       string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`     // defined starting running stopping stopped failed deleting
-	Desired     string                 `protobuf:"bytes,4,opt,name=desired,proto3" json:"desired,omitempty"` // running stopped deleted
-	Image       string                 `protobuf:"bytes,5,opt,name=image,proto3" json:"image,omitempty"`
-	ImageId     string                 `protobuf:"bytes,6,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
-	Vcpu        int32                  `protobuf:"varint,7,opt,name=vcpu,proto3" json:"vcpu,omitempty"`
-	MemoryMib   int64                  `protobuf:"varint,8,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
-	DiskBytes   int64                  `protobuf:"varint,9,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
-	SystemBytes int64                  `protobuf:"varint,10,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
-	Labels      map[string]string      `protobuf:"bytes,11,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	CreatedAt   *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	StartedAt   *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
-	StoppedAt   *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=stopped_at,json=stoppedAt,proto3" json:"stopped_at,omitempty"`
-	Failure     *Failure               `protobuf:"bytes,15,opt,name=failure,proto3" json:"failure,omitempty"`
-	Vmm         string                 `protobuf:"bytes,16,opt,name=vmm,proto3" json:"vmm,omitempty"`
-	Accel       string                 `protobuf:"bytes,17,opt,name=accel,proto3" json:"accel,omitempty"`
-	Pid         int32                  `protobuf:"varint,18,opt,name=pid,proto3" json:"pid,omitempty"`
-	Note        string                 `protobuf:"bytes,19,opt,name=note,proto3" json:"note,omitempty"`
-	Boot        []*Stage               `protobuf:"bytes,20,rep,name=boot,proto3" json:"boot,omitempty"`
-	Kernel      string                 `protobuf:"bytes,21,opt,name=kernel,proto3" json:"kernel,omitempty"`                              // version
-	OperationId string                 `protobuf:"bytes,22,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"` // running operation, if any
-	Autostart   bool                   `protobuf:"varint,23,opt,name=autostart,proto3" json:"autostart,omitempty"`                       // started again after a reboot of the host that it ran in
-	Nat         bool                   `protobuf:"varint,24,opt,name=nat,proto3" json:"nat,omitempty"`                                   // it may reach what the host reaches
-	Network     string                 `protobuf:"bytes,25,opt,name=network,proto3" json:"network,omitempty"`                            // kind of network it was put on at its last start: bridge, user; empty: none
-	Address     string                 `protobuf:"bytes,26,opt,name=address,proto3" json:"address,omitempty"`                            // its own IPv4 address there
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Id           string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name         string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	State        string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`     // defined starting running stopping stopped failed deleting
+	Desired      string                 `protobuf:"bytes,4,opt,name=desired,proto3" json:"desired,omitempty"` // running stopped deleted
+	Image        string                 `protobuf:"bytes,5,opt,name=image,proto3" json:"image,omitempty"`
+	ImageId      string                 `protobuf:"bytes,6,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
+	Vcpu         int32                  `protobuf:"varint,7,opt,name=vcpu,proto3" json:"vcpu,omitempty"`
+	MemoryMib    int64                  `protobuf:"varint,8,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
+	DiskBytes    int64                  `protobuf:"varint,9,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	SystemBytes  int64                  `protobuf:"varint,10,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
+	Labels       map[string]string      `protobuf:"bytes,11,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	CreatedAt    *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	StartedAt    *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	StoppedAt    *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=stopped_at,json=stoppedAt,proto3" json:"stopped_at,omitempty"`
+	Failure      *Failure               `protobuf:"bytes,15,opt,name=failure,proto3" json:"failure,omitempty"`
+	Vmm          string                 `protobuf:"bytes,16,opt,name=vmm,proto3" json:"vmm,omitempty"`
+	Accel        string                 `protobuf:"bytes,17,opt,name=accel,proto3" json:"accel,omitempty"`
+	Pid          int32                  `protobuf:"varint,18,opt,name=pid,proto3" json:"pid,omitempty"`
+	Note         string                 `protobuf:"bytes,19,opt,name=note,proto3" json:"note,omitempty"`
+	Boot         []*Stage               `protobuf:"bytes,20,rep,name=boot,proto3" json:"boot,omitempty"`
+	Kernel       string                 `protobuf:"bytes,21,opt,name=kernel,proto3" json:"kernel,omitempty"`                                 // version
+	OperationId  string                 `protobuf:"bytes,22,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`    // running operation, if any
+	Autostart    bool                   `protobuf:"varint,23,opt,name=autostart,proto3" json:"autostart,omitempty"`                          // started again after a reboot of the host that it ran in
+	Nat          bool                   `protobuf:"varint,24,opt,name=nat,proto3" json:"nat,omitempty"`                                      // it may reach what the host reaches
+	Network      string                 `protobuf:"bytes,25,opt,name=network,proto3" json:"network,omitempty"`                               // kind of network it was put on at its last start: bridge, user; empty: none
+	Address      string                 `protobuf:"bytes,26,opt,name=address,proto3" json:"address,omitempty"`                               // its own IPv4 address there
+	NetworkGroup string                 `protobuf:"bytes,27,opt,name=network_group,json=networkGroup,proto3" json:"network_group,omitempty"` // VMs of one group may talk to each other; empty: none
 	// Only in GetVM: they cost system calls.
 	DiskAllocatedBytes   int64        `protobuf:"varint,40,opt,name=disk_allocated_bytes,json=diskAllocatedBytes,proto3" json:"disk_allocated_bytes,omitempty"`
 	SystemAllocatedBytes int64        `protobuf:"varint,41,opt,name=system_allocated_bytes,json=systemAllocatedBytes,proto3" json:"system_allocated_bytes,omitempty"`
@@ -363,6 +364,13 @@ func (x *VM) GetNetwork() string {
 func (x *VM) GetAddress() string {
 	if x != nil {
 		return x.Address
+	}
+	return ""
+}
+
+func (x *VM) GetNetworkGroup() string {
+	if x != nil {
+		return x.NetworkGroup
 	}
 	return ""
 }
@@ -1036,8 +1044,9 @@ type CreateVMRequest struct {
 	DiskBytes     int64             `protobuf:"varint,5,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	SystemBytes   int64             `protobuf:"varint,6,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
 	Labels        map[string]string `protobuf:"bytes,7,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	NoStart       bool              `protobuf:"varint,8,opt,name=no_start,json=noStart,proto3" json:"no_start,omitempty"` // make it, do not start it
-	Nat           *bool             `protobuf:"varint,9,opt,name=nat,proto3,oneof" json:"nat,omitempty"`                  // not set: the default
+	NoStart       bool              `protobuf:"varint,8,opt,name=no_start,json=noStart,proto3" json:"no_start,omitempty"`                      // make it, do not start it
+	Nat           *bool             `protobuf:"varint,9,opt,name=nat,proto3,oneof" json:"nat,omitempty"`                                       // not set: the default
+	NetworkGroup  *string           `protobuf:"bytes,10,opt,name=network_group,json=networkGroup,proto3,oneof" json:"network_group,omitempty"` // not set: the default; empty: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1133,6 +1142,13 @@ func (x *CreateVMRequest) GetNat() bool {
 		return *x.Nat
 	}
 	return false
+}
+
+func (x *CreateVMRequest) GetNetworkGroup() string {
+	if x != nil && x.NetworkGroup != nil {
+		return *x.NetworkGroup
+	}
+	return ""
 }
 
 type CreateVMResponse struct {
@@ -1552,6 +1568,7 @@ type SetVMRequest struct {
 	DropLabels    []string          `protobuf:"bytes,8,rep,name=drop_labels,json=dropLabels,proto3" json:"drop_labels,omitempty"`                                                 // keys
 	Restart       bool              `protobuf:"varint,9,opt,name=restart,proto3" json:"restart,omitempty"`                                                                        // stop and start it if the change needs that
 	Nat           *bool             `protobuf:"varint,10,opt,name=nat,proto3,oneof" json:"nat,omitempty"`
+	NetworkGroup  *string           `protobuf:"bytes,11,opt,name=network_group,json=networkGroup,proto3,oneof" json:"network_group,omitempty"` // empty: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1654,6 +1671,13 @@ func (x *SetVMRequest) GetNat() bool {
 		return *x.Nat
 	}
 	return false
+}
+
+func (x *SetVMRequest) GetNetworkGroup() string {
+	if x != nil && x.NetworkGroup != nil {
+		return *x.NetworkGroup
+	}
+	return ""
 }
 
 type SetVMResponse struct {
@@ -5763,7 +5787,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\asubject\x18\x03 \x01(\tR\asubject\x12\x18\n" +
 	"\amessage\x18\x04 \x01(\tR\amessage\x12\x12\n" +
 	"\x04hint\x18\x05 \x01(\tR\x04hint\x12\x14\n" +
-	"\x05cause\x18\x06 \x01(\tR\x05cause\"\x8a\t\n" +
+	"\x05cause\x18\x06 \x01(\tR\x05cause\"\xaf\t\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -5796,7 +5820,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\tautostart\x18\x17 \x01(\bR\tautostart\x12\x10\n" +
 	"\x03nat\x18\x18 \x01(\bR\x03nat\x12\x18\n" +
 	"\anetwork\x18\x19 \x01(\tR\anetwork\x12\x18\n" +
-	"\aaddress\x18\x1a \x01(\tR\aaddress\x120\n" +
+	"\aaddress\x18\x1a \x01(\tR\aaddress\x12#\n" +
+	"\rnetwork_group\x18\x1b \x01(\tR\fnetworkGroup\x120\n" +
 	"\x14disk_allocated_bytes\x18( \x01(\x03R\x12diskAllocatedBytes\x124\n" +
 	"\x16system_allocated_bytes\x18) \x01(\x03R\x14systemAllocatedBytes\x12\x1c\n" +
 	"\tdirectory\x18* \x01(\tR\tdirectory\x12\x10\n" +
@@ -5873,7 +5898,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\n" +
 	"started_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x12;\n" +
 	"\vfinished_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"finishedAt\"\xe5\x02\n" +
+	"finishedAt\"\xa1\x03\n" +
 	"\x0fCreateVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x12\n" +
@@ -5885,11 +5910,14 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\fsystem_bytes\x18\x06 \x01(\x03R\vsystemBytes\x12>\n" +
 	"\x06labels\x18\a \x03(\v2&.banger.v1.CreateVMRequest.LabelsEntryR\x06labels\x12\x19\n" +
 	"\bno_start\x18\b \x01(\bR\anoStart\x12\x15\n" +
-	"\x03nat\x18\t \x01(\bH\x00R\x03nat\x88\x01\x01\x1a9\n" +
+	"\x03nat\x18\t \x01(\bH\x00R\x03nat\x88\x01\x01\x12(\n" +
+	"\rnetwork_group\x18\n" +
+	" \x01(\tH\x01R\fnetworkGroup\x88\x01\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x06\n" +
-	"\x04_nat\"F\n" +
+	"\x04_natB\x10\n" +
+	"\x0e_network_group\"F\n" +
 	"\x10CreateVMResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\" \n" +
 	"\x0eStartVMRequest\x12\x0e\n" +
@@ -5908,7 +5936,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"F\n" +
 	"\x10DeleteVMResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\xe2\x03\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\x9e\x04\n" +
 	"\fSetVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\x04vcpu\x18\x02 \x01(\x05H\x00R\x04vcpu\x88\x01\x01\x12\"\n" +
@@ -5923,7 +5951,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"dropLabels\x12\x18\n" +
 	"\arestart\x18\t \x01(\bR\arestart\x12\x15\n" +
 	"\x03nat\x18\n" +
-	" \x01(\bH\x05R\x03nat\x88\x01\x01\x1a9\n" +
+	" \x01(\bH\x05R\x03nat\x88\x01\x01\x12(\n" +
+	"\rnetwork_group\x18\v \x01(\tH\x06R\fnetworkGroup\x88\x01\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\a\n" +
@@ -5933,7 +5962,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\r_system_bytesB\f\n" +
 	"\n" +
 	"_autostartB\x06\n" +
-	"\x04_nat\"C\n" +
+	"\x04_natB\x10\n" +
+	"\x0e_network_group\"C\n" +
 	"\rSetVMResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"%\n" +
 	"\x0fGetStatsRequest\x12\x12\n" +

@@ -15,18 +15,19 @@ const MaxDialLine = 4096
 type DialRequest struct {
 	VMID string `json:"vm_id"`
 	Port int    `json:"port,omitempty"` // 1..65535, on the guest's loopback
-	// Service is asked of the guest's agent instead of a port: DialExec or DialCopy. Nothing is waited for.
+	// Service is asked of the guest's agent instead: DialExec, DialCopy, or DialForward with a port. Nothing is waited for.
 	Service string `json:"service,omitempty"`
 	// Wait lets the daemon wait until something listens, for WaitMS milliseconds (0: two minutes).
 	Wait   bool  `json:"wait,omitempty"`
 	WaitMS int64 `json:"wait_ms,omitempty"`
 }
 
-// The services. What such a stream carries is for the Go client alone to know: see its Exec, CopyTo
-// and CopyFrom.
+// The services. What such a stream carries is for the Go client alone to know: see its Exec, CopyTo,
+// CopyFrom and Forward.
 const (
-	DialExec = "exec" // runs a command
-	DialCopy = "cp"   // copies files
+	DialExec    = "exec"    // runs a command
+	DialCopy    = "cp"      // copies files
+	DialForward = "forward" // a TCP port, with an end for each direction on every VMM
 )
 
 // DialAnswer is the daemon's answer. Without Fault the stream is there.

@@ -1,3 +1,8 @@
+// Package agent owns the host's end of sessions with a guest's agent: a Session over a vmm.Link. What both ends share is
+// internal/guest/wire, the guest's end internal/guest/agentd.
+//
+// The package never starts or stops a VM and never trusts the peer: lengths, times, streams and
+// message sizes are bounded.
 package agent
 
 import (
@@ -18,6 +23,7 @@ import (
 	"git.thaloco.com/thaloco/banger/api/banger/agent/v1/agentv1connect"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -60,7 +66,7 @@ func Open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
 		switch {
 		case err == nil:
 			return s, nil
-		case errors.Is(err, errSecret):
+		case errors.Is(err, wire.ErrSecret):
 			return nil, fault.Wrap(err, fault.Permission, "agent", "another guest answered in this VM's place")
 		case ctx.Err() == nil || last == nil:
 			last = err
@@ -82,7 +88,7 @@ func open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
 	}
 	if link.Mux {
 		// The guest is told to open no streams, and yamux resets those it opens all the same.
-		s.mux, err = yamux.Client(&guardedConn{boundedConn: boundedConn{conn}}, muxConfig())
+		s.mux, err = wire.DialMux(conn)
 		if err != nil {
 			return nil, errors.Join(err, conn.Close())
 		}
@@ -94,7 +100,7 @@ func open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
 	}
 	s.http = &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return s.stream(ctx, Header{Kind: KindHTTP})
+			return s.stream(ctx, wire.Header{Kind: wire.KindHTTP})
 		},
 		DisableCompression:     true,
 		MaxIdleConnsPerHost:    2,
@@ -102,7 +108,7 @@ func open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
 		MaxResponseHeaderBytes: 16 << 10,
 	}
 	s.client = agentv1connect.NewAgentServiceClient(&http.Client{Transport: s.http}, "http://agent",
-		connect.WithReadMaxBytes(MaxMessage), connect.WithAcceptCompression("gzip", nil, nil))
+		connect.WithReadMaxBytes(wire.MaxMessage), connect.WithAcceptCompression("gzip", nil, nil))
 	return s, nil
 }
 
@@ -121,7 +127,7 @@ func (s *Session) shake(ctx context.Context) (net.Conn, error) {
 	deadline, _ := ctx.Deadline()
 	// A cancelled ctx must end the handshake's read as well.
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	err = hostHandshake(conn, s.link.Mux, s.secret, deadline)
+	err = wire.HostHandshake(conn, s.link.Mux, s.secret, deadline)
 	if !stop() && err == nil {
 		err = ctx.Err()
 	}
@@ -133,7 +139,7 @@ func (s *Session) shake(ctx context.Context) (net.Conn, error) {
 }
 
 // stream opens a stream and sends its header.
-func (s *Session) stream(ctx context.Context, h Header) (net.Conn, error) {
+func (s *Session) stream(ctx context.Context, h wire.Header) (net.Conn, error) {
 	select {
 	case <-s.Done():
 		return nil, net.ErrClosed
@@ -153,7 +159,7 @@ func (s *Session) stream(ctx context.Context, h Header) (net.Conn, error) {
 			if err == nil {
 				break
 			}
-			if errors.Is(err, errSecret) {
+			if errors.Is(err, wire.ErrSecret) {
 				return nil, err
 			}
 			// The agent is being restarted by its supervisor, or has all its streams in use.
@@ -189,16 +195,32 @@ func (s *Session) DialTCP(ctx context.Context, port int, wait bool) (net.Conn, e
 		ctx, cancel = context.WithTimeout(ctx, answerTime)
 		defer cancel()
 	}
-	return s.dial(ctx, subject, Header{Kind: KindTCP, Port: port, Wait: wait})
+	return s.dial(ctx, subject, wire.Header{Kind: wire.KindTCP, Port: port, Wait: wait})
 }
 
-// DialStream opens a stream of another kind that the agent answers: KindExec or KindCopy. As with
+// DialStream opens a stream of another kind that the agent answers: wire.KindExec or wire.KindCopy. As with
 // DialTCP it has a CloseWrite, and without Mux it is the very connection that the link dialled.
 // fault.VersionSkew, with what is missing, if the agent is of a version that does not know the kind.
-func (s *Session) DialStream(ctx context.Context, kind Kind) (net.Conn, error) {
+func (s *Session) DialStream(ctx context.Context, kind wire.Kind) (net.Conn, error) {
+	return s.dialKind(ctx, "guest agent", wire.Header{Kind: kind})
+}
+
+// DialForward opens a TCP connection to a port on the guest's loopback, where something listens now. The stream carries the
+// frames of frame.Duplex, and is the link's own connection as with DialTCP. Errors are DialTCP's and DialStream's.
+func (s *Session) DialForward(ctx context.Context, port int) (net.Conn, error) {
+	subject := fmt.Sprintf("guest port %d", port)
+	if port < 1 || port > 65535 {
+		return nil, fault.New(fault.Invalid, subject, "a port is a number from 1 to 65535")
+	}
+	return s.dialKind(ctx, subject, wire.Header{Kind: wire.KindForward, Port: port})
+}
+
+// dialKind opens a stream of a kind that an agent of another version may not know.
+func (s *Session) dialKind(ctx context.Context, subject string, header wire.Header) (net.Conn, error) {
+	kind := header.Kind
 	bounded, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
-	conn, err := s.dial(bounded, "guest agent", Header{Kind: kind})
+	conn, err := s.dial(bounded, subject, header)
 	if err == nil || ctx.Err() != nil {
 		return conn, err
 	}
@@ -211,12 +233,12 @@ func (s *Session) DialStream(ctx context.Context, kind Kind) (net.Conn, error) {
 }
 
 // dial opens a stream that the guest answers, and waits for the answer until ctx ends.
-func (s *Session) dial(ctx context.Context, subject string, h Header) (net.Conn, error) {
+func (s *Session) dial(ctx context.Context, subject string, h wire.Header) (net.Conn, error) {
 	conn, err := s.stream(ctx, h)
 	if err == nil {
 		// A deadline in the past ends the read of either kind of stream; a stream's Close would not.
 		stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
-		err = readAnswer(conn)
+		err = wire.ReadAnswer(conn)
 		if !stop() && err == nil {
 			err = ctx.Err()
 		}
@@ -224,7 +246,7 @@ func (s *Session) dial(ctx context.Context, subject string, h Header) (net.Conn,
 			_ = conn.Close() // the answer's error is the one that matters
 		}
 	}
-	var refused *refusedError
+	var refused *wire.RefusedError
 	switch {
 	case err == nil:
 		return conn, nil
@@ -284,7 +306,7 @@ func (c *muxConn) Close() error {
 // the guest has closed already needs no cut: reading it to its end finds that out at once.
 func (c *muxConn) abandon() {
 	if cut, err := c.session.mux.OpenStream(); err == nil {
-		_, _ = io.WriteString(cut, Header{Kind: KindCut, Stream: c.StreamID()}.String())
+		_, _ = io.WriteString(cut, wire.Header{Kind: wire.KindCut, Stream: c.StreamID()}.String())
 		_ = cut.Close()
 		_, _ = io.Copy(io.Discard, cut)
 	}

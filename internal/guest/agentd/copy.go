@@ -9,17 +9,17 @@ import (
 	"runtime/debug"
 	"time"
 
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/files"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 )
 
 // copy takes files from the host, or gives it some.
 func (s *Server) copy(ctx context.Context, stream net.Conn) {
 	if s.guest.Files == nil {
-		_ = agent.WriteAnswer(stream, errors.New("this guest copies no files"))
+		_ = wire.WriteAnswer(stream, errors.New("this guest copies no files"))
 		return
 	}
-	if agent.WriteAnswer(stream, nil) != nil {
+	if wire.WriteAnswer(stream, nil) != nil {
 		return
 	}
 	stop := context.AfterFunc(ctx, func() { _ = stream.Close() })

@@ -7,9 +7,9 @@ import (
 	"path/filepath"
 	"testing"
 
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/files"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -39,7 +39,7 @@ func TestCopy(t *testing.T) {
 				return files.Put(within(t), c, dir+"/data", "no/where", files.Options{})
 			}, "", "open " + dir + "/no: no such file or directory"},
 		} {
-			conn, err := s.DialStream(within(t), agent.KindCopy)
+			conn, err := s.DialStream(within(t), wire.KindCopy)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -10,9 +10,9 @@ import (
 	"sync"
 	"time"
 
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/exec"
 	"git.thaloco.com/thaloco/banger/internal/guest/frame"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 )
 
 // Bounds of a command's end.
@@ -48,10 +48,10 @@ type Process struct {
 // exec runs one command for the host.
 func (s *Server) exec(ctx context.Context, stream net.Conn) {
 	if s.guest.Exec == nil {
-		_ = agent.WriteAnswer(stream, errors.New("this guest runs no commands"))
+		_ = wire.WriteAnswer(stream, errors.New("this guest runs no commands"))
 		return
 	}
-	if agent.WriteAnswer(stream, nil) != nil || stream.SetReadDeadline(time.Now().Add(headerTime)) != nil {
+	if wire.WriteAnswer(stream, nil) != nil || stream.SetReadDeadline(time.Now().Add(headerTime)) != nil {
 		return
 	}
 	r, w := frame.NewReader(stream), frame.NewWriter(stream)

@@ -25,6 +25,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/exec"
 	"git.thaloco.com/thaloco/banger/internal/guest/frame"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -52,7 +53,7 @@ func runIn(t *testing.T, s *agent.Session, r exec.Request, stdin io.Reader) resu
 }
 
 func runWith(ctx context.Context, s *agent.Session, r exec.Request, streams exec.Streams) (exec.Status, error) {
-	conn, err := s.DialStream(ctx, agent.KindExec)
+	conn, err := s.DialStream(ctx, wire.KindExec)
 	if err != nil {
 		return exec.Status{}, err
 	}
@@ -266,7 +267,7 @@ func goneWithin(t *testing.T, pid int, most time.Duration) {
 func TestAnotherVersionsAgent(t *testing.T) {
 	old := &agentd.Guest{Version: "v0.1\x1b[31m", Stages: &agentd.Stages{}}
 	links(t, old, func(t *testing.T, link vmm.Link) {
-		_, err := open(t, link).DialStream(within(t), agent.KindExec)
+		_, err := open(t, link).DialStream(within(t), wire.KindExec)
 		if !fault.Is(err, fault.VersionSkew) || !strings.Contains(err.Error(), `"exec"`) || !strings.Contains(err.Error(), "(v0.1)") {
 			t.Errorf("got %v", err)
 		}
@@ -327,4 +328,40 @@ func TestStatusIsPrintable(t *testing.T) {
 	if err != nil || s.Failed != "no" {
 		t.Errorf("%+v, %v", s, err)
 	}
+}
+
+// TestExecOOMScore: a command has the ordinary standing towards the OOM killer from its first
+// instruction, whatever the agent's is, and the agent keeps its own.
+func TestExecOOMScore(t *testing.T) {
+	const own, agents = "/proc/self/oom_score_adj", "100" // an ordinary user may raise it, and take that back
+	before, err := os.ReadFile(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(own, []byte(agents), 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.WriteFile(own, bytes.TrimSpace(before), 0); err != nil {
+			t.Error(err)
+		}
+	})
+	links(t, realExec(), func(t *testing.T, link vmm.Link) {
+		s := open(t, link)
+		var wg sync.WaitGroup
+		for range 20 { // side by side: the score is the whole agent's
+			wg.Go(func() {
+				// The shell's child is there before anybody could change the shell.
+				var out bytes.Buffer
+				_, err := runWith(within(t), s, sh("cat "+own+" & cat "+own+"; wait"), exec.Streams{Stdout: &out})
+				if out.String() != "0\n0\n" {
+					t.Errorf("a command has the scores %q (%v)", out.String(), err)
+				}
+			})
+		}
+		wg.Wait()
+		if now, err := os.ReadFile(own); err != nil || strings.TrimSpace(string(now)) != agents {
+			t.Errorf("the agent has %q now (%v), had %s", now, err, agents)
+		}
+	})
 }

@@ -11,7 +11,8 @@ import (
 	"syscall"
 	"time"
 
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/frame"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 )
 
 // Bounds of a forwarded connection's beginning.
@@ -25,45 +26,56 @@ const (
 
 // forward connects a stream with a port of the guest's loopback and copies until both directions
 // have ended, or ctx ends.
-func (s *Server) forward(ctx context.Context, stream net.Conn, h agent.Header) {
+func (s *Server) forward(ctx context.Context, stream net.Conn, h wire.Header) {
 	tcp, err := s.dial(ctx, stream, h)
 	if err == nil {
 		defer tcp.Close()
 	}
-	if agent.WriteAnswer(stream, err) != nil || err != nil {
+	if wire.WriteAnswer(stream, err) != nil || err != nil {
 		return
 	}
 	stop := context.AfterFunc(ctx, func() {
-		if t, ok := tcp.(*net.TCPConn); ok {
-			_ = t.SetLinger(lingerAfter)
-		}
-		_ = tcp.Close()
+		reset(tcp)
 		_ = stream.Close() // ends the read: the host has closed its end, or the session is over
 	})
 	defer stop()
+	other := io.ReadWriteCloser(stream)
+	if h.Kind == wire.KindForward {
+		other = frame.NewDuplex(stream)
+	}
 	var both sync.WaitGroup
-	both.Go(func() { pump(stream, tcp) })
-	both.Go(func() { pump(tcp, stream) })
+	both.Go(func() { pump(other, tcp) })
+	both.Go(func() { pump(tcp, other) })
 	both.Wait()
+	if h.Kind == wire.KindForward && stream.SetReadDeadline(time.Now().Add(partTime)) == nil {
+		_, _ = io.Copy(io.Discard, stream) // until the host closes its end: what was sent last must not be lost in ours being closed
+	}
+}
+
+// reset closes a connection so that its other side does not take that for the end of what was sent.
+func reset(conn io.Closer) {
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(lingerAfter)
+	}
+	_ = conn.Close()
 }
 
 // pump copies src to dst and passes the end on. An end is a half-close; a failure ends both, since
 // neither side could be told of it otherwise.
-func pump(dst, src net.Conn) {
+func pump(dst, src io.ReadWriteCloser) {
 	_, err := io.Copy(dst, src)
-	if half, ok := dst.(agent.CloseWriter); ok && err == nil {
-		if half.CloseWrite() == nil {
-			return
-		}
-	}
-	_ = dst.Close()
 	if err != nil {
-		_ = src.Close()
+		reset(dst)
+		reset(src)
+		return
+	}
+	if half, ok := dst.(interface{ CloseWrite() error }); !ok || half.CloseWrite() != nil {
+		_ = dst.Close()
 	}
 }
 
 // dial connects to the port, waiting for a listener if h says so, until the host closes the stream.
-func (s *Server) dial(ctx context.Context, stream net.Conn, h agent.Header) (net.Conn, error) {
+func (s *Server) dial(ctx context.Context, stream net.Conn, h wire.Header) (net.Conn, error) {
 	dial := s.guest.DialTCP
 	if dial == nil {
 		return nil, errors.New("this guest forwards no connections")

@@ -18,9 +18,9 @@ import (
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
 
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/guest/system"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -56,6 +56,9 @@ func Run(ctx context.Context, version string, restarts int) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var serving sync.WaitGroup
+	if state.Tunnel != nil { // before anything else: the guest's first packets wait for it
+		serving.Go(func() { live.serveTunnel(ctx) })
+	}
 	if state.CID != 0 {
 		serving.Go(func() { cancel(live.serveVsock(ctx, server)) })
 	}
@@ -96,7 +99,7 @@ func (l *live) ready() {
 }
 
 // answered takes the first time only: a stage that was reached stays as it was.
-func (l *live) answered(o agent.Opened) {
+func (l *live) answered(o wire.Opened) {
 	stage := system.Now(boot.StageAgent, fmt.Sprintf("waited %.1f ms for the host", o.Waited.Seconds()*1000))
 	stage.At -= time.Since(o.At)
 	l.stages.Reach(stage)
@@ -134,13 +137,14 @@ func (l *live) serveVsock(ctx context.Context, server *Server) error {
 	defer stop()
 	l.ready()
 	// Connections that have not passed the handshake have only its ten seconds: few at a time will do.
-	slots := make(chan struct{}, agent.MaxStreams)
+	slots := make(chan struct{}, wire.MaxStreams)
 	for {
 		conn, err := listener.Accept()
 		if err != nil {
 			return fmt.Errorf("accept on vsock: %w", err)
 		}
-		if from, ok := conn.RemoteAddr().(*vsock.Addr); !ok || from.ContextID != vsock.Host {
+		stream, ok := conn.(*vsock.Conn)
+		if from, known := conn.RemoteAddr().(*vsock.Addr); !ok || !known || from.ContextID != vsock.Host {
 			_ = conn.Close()
 			continue
 		}
@@ -152,7 +156,7 @@ func (l *live) serveVsock(ctx context.Context, server *Server) error {
 		}
 		go func() {
 			defer func() { <-slots }()
-			_ = server.Serve(ctx, conn, false) // the peer's failure is the peer's to report
+			_ = server.Serve(ctx, &packets{Conn: stream}, false) // the peer's failure is the peer's to report
 		}()
 	}
 }
@@ -211,7 +215,7 @@ func (l *live) servePortOnce(ctx context.Context, server *Server, device string,
 		return errors.Join(err, port.Close())
 	}
 	if !first {
-		if err := agent.Break(port); err != nil {
+		if err := wire.Break(port); err != nil {
 			return port.Close() // the host went again, or reads nothing: from the beginning
 		}
 	}
@@ -276,15 +280,14 @@ func (l *live) shutdown(ctx context.Context, reboot bool) error {
 	return err
 }
 
-// systemctl runs systemctl with an ordinary process's standing towards the OOM killer.
+// systemctl runs systemctl and returns what it says.
 func systemctl(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, "systemctl", args...)
 	var output strings.Builder
 	cmd.Stdout, cmd.Stderr = &output, &output
-	if err := cmd.Start(); err != nil {
+	if err := unprotected(cmd.Start); err != nil {
 		return "", err
 	}
-	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", cmd.Process.Pid), []byte("0"), 0) // gone already: fine
 	err := cmd.Wait()
 	if err != nil {
 		return output.String(), fmt.Errorf("systemctl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(output.String()))

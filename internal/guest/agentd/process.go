@@ -189,7 +189,11 @@ func StartProcess(r exec.Request) (*Process, error) {
 	if int(who.uid) != os.Getuid() || int(who.gid) != os.Getgid() || r.User != "" {
 		attr.Sys.Credential = &syscall.Credential{Uid: who.uid, Gid: who.gid, Groups: who.groups}
 	}
-	child, err := os.StartProcess(program, r.Args, attr)
+	var child *os.Process
+	err = unprotected(func() (err error) {
+		child, err = os.StartProcess(program, r.Args, attr)
+		return err
+	})
 	if err != nil {
 		std.close()
 		if errors.Is(err, fs.ErrNotExist) { // a script's interpreter, or the loader
@@ -197,8 +201,6 @@ func StartProcess(r exec.Request) (*Process, error) {
 		}
 		return nil, fmt.Errorf("%s cannot be run as %s in %s: %w", r.Args[0], who.name, dir, err)
 	}
-	// The agent's own score would make what it starts unkillable for a guest out of memory.
-	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", child.Pid), []byte("0"), 0) // gone already: fine
 	return std.process(child), nil
 }
 

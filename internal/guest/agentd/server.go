@@ -11,18 +11,14 @@ import (
 	"errors"
 	"io"
 	"net"
-	"net/http"
 	"sync"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/hashicorp/yamux"
 
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
-	"git.thaloco.com/thaloco/banger/api/banger/agent/v1/agentv1connect"
-	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/exec"
-	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 )
 
 // Guest is what the server knows of its machine and can do to it. Functions may be called
@@ -31,7 +27,7 @@ type Guest struct {
 	Version string
 	Stages  *Stages
 	// Answered is told of each handshake that a host passed.
-	Answered func(agent.Opened)
+	Answered func(wire.Opened)
 	// Facts must answer at once.
 	Facts func() Facts
 	// Shutdown asks for an orderly power-off, or a reboot, and returns once it is asked.
@@ -61,11 +57,14 @@ type Guest struct {
 // features names what this guest can do beyond the API's first calls.
 func (g *Guest) features() []string {
 	var names []string
+	if g.DialTCP != nil {
+		names = append(names, string(wire.KindForward))
+	}
 	if g.Exec != nil {
-		names = append(names, string(agent.KindExec))
+		names = append(names, string(wire.KindExec))
 	}
 	if g.Files != nil {
-		names = append(names, string(agent.KindCopy))
+		names = append(names, string(wire.KindCopy))
 	}
 	return names
 }
@@ -97,39 +96,26 @@ const (
 type Server struct {
 	secret  string
 	guest   *Guest
-	http    *http.Server
-	streams chan net.Conn // to the HTTP server
+	methods map[string]method
 	slots   chan struct{} // one per stream being served
-	closed  chan struct{}
 	use     use
+
+	calls    context.Context // ends with Close
+	endCalls context.CancelFunc
 }
 
 // NewServer makes a server, to be ended by Close.
 func NewServer(secret string, g *Guest) *Server {
-	mux := http.NewServeMux()
-	mux.Handle(agentv1connect.NewAgentServiceHandler(service{g},
-		connect.WithReadMaxBytes(agent.MaxMessage), connect.WithCompression("gzip", nil, nil)))
-	s := &Server{
-		secret:  secret,
-		guest:   g,
-		streams: make(chan net.Conn),
-		slots:   make(chan struct{}, agent.MaxStreams),
-		closed:  make(chan struct{}),
-		http: &http.Server{
-			Handler:           mux,
-			ReadHeaderTimeout: headerTime,
-			IdleTimeout:       time.Minute,
-			MaxHeaderBytes:    16 << 10,
-		},
-	}
-	go func() { _ = s.http.Serve(chanListener{s}) }() // returns http.ErrServerClosed after Close
+	s := &Server{secret: secret, guest: g, methods: methods(service{g}), slots: make(chan struct{}, wire.MaxStreams)}
+	s.calls, s.endCalls = context.WithCancel(context.Background())
 	return s
 }
 
 // Close ends the API's connections. Forwarded ones end with the context they were served under.
 func (s *Server) Close() error {
 	s.use.end()
-	return s.http.Close() // closes the listener, hence closed
+	s.endCalls()
+	return nil
 }
 
 // ServeConn serves one connection with a server of its own: the handshake, then one stream, or with
@@ -146,7 +132,7 @@ func (s *Server) Serve(ctx context.Context, conn net.Conn, mux bool) error {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
-	opened, err := agent.GuestHandshake(conn, mux, s.secret)
+	opened, err := wire.GuestHandshake(conn, mux, s.secret)
 	if err != nil {
 		return errors.Join(err, conn.Close())
 	}
@@ -157,7 +143,7 @@ func (s *Server) Serve(ctx context.Context, conn net.Conn, mux bool) error {
 		s.stream(ctx, conn, nil)
 		return nil
 	}
-	session, err := agent.ServeMux(conn)
+	session, err := wire.ServeMux(conn)
 	if err != nil {
 		return errors.Join(err, conn.Close())
 	}
@@ -194,73 +180,27 @@ func (s *Server) stream(ctx context.Context, conn net.Conn, cuts *cutter) {
 	if conn.SetReadDeadline(time.Now().Add(headerTime)) != nil {
 		return
 	}
-	header, err := agent.ReadHeader(conn)
+	header, err := wire.ReadHeader(conn)
 	if err != nil || conn.SetReadDeadline(time.Time{}) != nil {
 		return
 	}
 	switch header.Kind {
-	case agent.KindHTTP:
+	case wire.KindHTTP:
+		stop := context.AfterFunc(s.calls, cancel)
+		defer stop()
 		s.serveHTTP(ctx, conn)
-	case agent.KindTCP:
+	case wire.KindTCP, wire.KindForward:
 		s.forward(ctx, conn, header)
-	case agent.KindExec:
+	case wire.KindExec:
 		s.exec(ctx, conn)
-	case agent.KindCopy:
+	case wire.KindCopy:
 		s.copy(ctx, conn)
-	case agent.KindCut:
+	case wire.KindCut:
 		if cuts != nil {
 			cuts.cut(header.Stream)
 		}
 	}
 }
-
-// serveHTTP hands conn to the HTTP server and returns when that has closed it.
-func (s *Server) serveHTTP(ctx context.Context, conn net.Conn) {
-	c := &watchedConn{Conn: conn, closed: make(chan struct{})}
-	select {
-	case s.streams <- c:
-	case <-s.closed:
-		return
-	case <-ctx.Done():
-		return
-	}
-	select {
-	case <-c.closed:
-	case <-ctx.Done():
-	}
-}
-
-// watchedConn tells when it was closed.
-type watchedConn struct {
-	net.Conn
-	once   sync.Once
-	closed chan struct{}
-}
-
-func (c *watchedConn) Close() error {
-	c.once.Do(func() { close(c.closed) })
-	return c.Conn.Close()
-}
-
-// chanListener gives the HTTP server the streams whose header said http.
-type chanListener struct{ s *Server }
-
-func (l chanListener) Accept() (net.Conn, error) {
-	select {
-	case c := <-l.s.streams:
-		return c, nil
-	case <-l.s.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close is called once, by http.Server.
-func (l chanListener) Close() error {
-	close(l.s.closed)
-	return nil
-}
-
-func (l chanListener) Addr() net.Addr { return &net.UnixAddr{Name: vmm.AgentPortName} }
 
 // muxStream is a stream of a port as its guest end. Close gives it up: what the host still sends is
 // discarded until it closes its end as well, so that it never blocks on a stream nobody reads.

@@ -27,6 +27,8 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/guest/frame"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -37,7 +39,7 @@ const (
 	bound  = 10 * time.Second
 )
 
-func within(t *testing.T) context.Context {
+func within(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), bound)
 	t.Cleanup(cancel)
 	return ctx
@@ -50,7 +52,7 @@ func links(t *testing.T, g *agentd.Guest, test func(t *testing.T, link vmm.Link)
 }
 
 // streamLink stands for vsock: each dial is a fresh stream, over a unix socket.
-func streamLink(t *testing.T, g *agentd.Guest) vmm.Link {
+func streamLink(t testing.TB, g *agentd.Guest) vmm.Link {
 	path := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -83,7 +85,7 @@ func streamLink(t *testing.T, g *agentd.Guest) vmm.Link {
 // port stands for a virtio-serial port: one client at a time, and what an earlier client and its
 // guest sent and did not read comes first.
 type port struct {
-	t     *testing.T
+	t     testing.TB
 	guest *agentd.Guest
 	ctx   context.Context
 	done  sync.WaitGroup
@@ -96,7 +98,7 @@ type port struct {
 	sessions atomic.Int32
 }
 
-func newPort(t *testing.T, g *agentd.Guest) *port {
+func newPort(t testing.TB, g *agentd.Guest) *port {
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &port{t: t, guest: g, ctx: ctx, stale: func() (a, b []byte) { return nil, nil }}
 	t.Cleanup(func() {
@@ -123,7 +125,7 @@ func (p *port) dial(context.Context) (net.Conn, error) {
 	return &staleConn{Conn: host, first: bytes.NewReader(oldToHost), sent: p.toGuest}, nil
 }
 
-func socketPair(t *testing.T) (a, b net.Conn) {
+func socketPair(t testing.TB) (a, b net.Conn) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -176,7 +178,7 @@ func (c *staleConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-func open(t *testing.T, link vmm.Link) *agent.Session {
+func open(t testing.TB, link vmm.Link) *agent.Session {
 	t.Helper()
 	s, err := agent.Open(within(t), link, secret)
 	if err != nil {
@@ -251,8 +253,8 @@ func TestWatchBootPushesStages(t *testing.T) {
 }
 
 func TestWrongSecret(t *testing.T) {
-	answered := make(chan agent.Opened, 10)
-	links(t, &agentd.Guest{Stages: &agentd.Stages{}, Answered: func(o agent.Opened) { answered <- o }}, func(t *testing.T, link vmm.Link) {
+	answered := make(chan wire.Opened, 10)
+	links(t, &agentd.Guest{Stages: &agentd.Stages{}, Answered: func(o wire.Opened) { answered <- o }}, func(t *testing.T, link vmm.Link) {
 		if _, err := agent.Open(within(t), link, "another secret!!"); !fault.Is(err, fault.Permission) {
 			t.Errorf("got %v, want a permission fault", err)
 		}
@@ -343,7 +345,7 @@ func TestHalfClose(t *testing.T) {
 		if _, err := conn.Write(sent); err != nil {
 			t.Fatal(err)
 		}
-		if err := conn.(agent.CloseWriter).CloseWrite(); err != nil {
+		if err := conn.(wire.CloseWriter).CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
 		got, err := io.ReadAll(conn)
@@ -513,6 +515,83 @@ func TestDialTCPAfterClose(t *testing.T) {
 		<-s.Done()
 		if _, err := s.DialTCP(within(t), 22, true); !fault.Is(err, fault.Unavailable) {
 			t.Errorf("got %v, want unavailable", err)
+		}
+	})
+}
+
+// TestForwardEnds: each direction of a forwarded connection ends by itself, without a half-close of the
+// link, and what breaks is no end.
+func TestForwardEnds(t *testing.T) {
+	echoAfterEnd := loopback(t, func(c *net.TCPConn) {
+		all, err := io.ReadAll(c)
+		if err == nil {
+			_, _ = c.Write(all)
+		}
+	})
+	endsFirst := loopback(t, func(c *net.TCPConn) { // and takes what comes until it ends
+		_, _ = c.Write([]byte("bye"))
+		_ = c.CloseWrite()
+		_, _ = io.Copy(io.Discard, c)
+	})
+	broken := make(chan error, 2)
+	listens := loopback(t, func(c *net.TCPConn) {
+		_, err := io.Copy(io.Discard, c)
+		broken <- err
+	})
+	sent := make([]byte, 3<<20)
+	rand.Read(sent)
+	links(t, &agentd.Guest{Stages: &agentd.Stages{}, DialTCP: agentd.DialLoopback}, func(t *testing.T, link vmm.Link) {
+		s := open(t, link)
+		forward := func(port int) (net.Conn, *frame.Duplex) {
+			t.Helper()
+			conn, err := s.DialForward(within(t), port)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return conn, frame.NewDuplex(conn)
+		}
+		_, ends := forward(echoAfterEnd)
+		if _, err := ends.Write(sent); err != nil {
+			t.Fatal(err)
+		}
+		if err := ends.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(ends)
+		if err != nil || !bytes.Equal(got, sent) {
+			t.Errorf("got %d of %d bytes back, %v", len(got), len(sent), err)
+		}
+		_ = ends.Close()
+
+		_, ends = forward(endsFirst)
+		got, err = io.ReadAll(ends)
+		if err != nil || string(got) != "bye" {
+			t.Errorf("got %q, %v", got, err)
+		}
+		if _, err := ends.Write(sent); err != nil {
+			t.Errorf("after the guest's end: %v", err)
+		}
+		_ = ends.Close()
+
+		_, ends = forward(listens)
+		if _, err := ends.Write([]byte("half of")); err != nil {
+			t.Fatal(err)
+		}
+		_ = ends.Close()
+		select {
+		case err := <-broken:
+			if !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("a connection that broke on the way ended with %v", err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Error("a connection that broke on the way stays open")
+		}
+
+		if _, err := s.DialForward(within(t), 1); !fault.Is(err, fault.Unavailable) {
+			t.Errorf("a port where nobody listens: %v", err)
+		}
+		if _, err := s.DialForward(within(t), 0); !fault.Is(err, fault.Invalid) {
+			t.Errorf("port 0: %v", err)
 		}
 	})
 }

@@ -2,10 +2,7 @@ package agentd
 
 import (
 	"context"
-	"errors"
 	"time"
-
-	"connectrpc.com/connect"
 
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
@@ -14,7 +11,7 @@ import (
 // service is the API over a Guest.
 type service struct{ guest *Guest }
 
-var errNotHere = connect.NewError(connect.CodeUnimplemented, errors.New("this guest cannot do that"))
+var errNotHere = &callError{codeUnimplemented, "this guest cannot do that"}
 
 func (s service) Health(context.Context, *agentv1.HealthRequest) (*agentv1.HealthResponse, error) {
 	r := &agentv1.HealthResponse{AgentVersion: s.guest.Version, Features: s.guest.features()}
@@ -33,7 +30,8 @@ func (s service) Health(context.Context, *agentv1.HealthRequest) (*agentv1.Healt
 	return r, nil
 }
 
-func (s service) WatchBoot(ctx context.Context, _ *agentv1.WatchBootRequest, stream *connect.ServerStream[agentv1.WatchBootResponse]) error {
+// WatchBoot sends what it has to say until it has said all, ctx ends, or sending fails.
+func (s service) WatchBoot(ctx context.Context, send func(*agentv1.WatchBootResponse) error) error {
 	userspace, ssh := false, false
 	for sent := 0; ; {
 		stages, err := s.guest.Stages.after(ctx, sent)
@@ -41,7 +39,7 @@ func (s service) WatchBoot(ctx context.Context, _ *agentv1.WatchBootRequest, str
 			return err
 		}
 		for _, stage := range stages {
-			if err := stream.Send(&agentv1.WatchBootResponse{Stage: message(stage), UptimeMs: milliseconds(s.uptime())}); err != nil {
+			if err := send(&agentv1.WatchBootResponse{Stage: message(stage), UptimeMs: milliseconds(s.uptime())}); err != nil {
 				return err
 			}
 			userspace = userspace || stage.Name == boot.StageUserspace

@@ -5,7 +5,11 @@
 // boots, capabilities of internal/sandbox contribute the content.
 package boot
 
-import "net/netip"
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"net/netip"
+)
 
 // ConfigVersion is the version of Config. A guest program refuses a config newer than it knows.
 const ConfigVersion = 1
@@ -44,6 +48,17 @@ type Network struct {
 	Routes    []Route        `json:"routes,omitempty"`
 	DNS       []netip.Addr   `json:"dns,omitempty"`    // servers of /etc/resolv.conf, which is replaced if there is one
 	Search    []string       `json:"search,omitempty"` // domains that short names are looked up in
+	// Tunnel is the vsock port of the host that the agent carries the interface's frames to; the interface is a TAP
+	// device that init makes then. 0: the machine has it as a device.
+	Tunnel uint32 `json:"tunnel,omitempty"`
+}
+
+// TunnelKey is what an agent shows at the other end of a Tunnel before the first frame: any program in a guest can connect
+// there, and only the agent knows the VM's secret.
+func TunnelKey(secret string) []byte {
+	m := hmac.New(sha256.New, []byte(secret))
+	m.Write([]byte("banger network tunnel 1"))
+	return m.Sum(nil)
 }
 
 // Route leads to a network, 0.0.0.0/0 or ::/0 for all others, by a gateway on the interface's network.

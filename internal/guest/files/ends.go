@@ -109,7 +109,7 @@ func Put(ctx context.Context, conn Conn, source, target string, o Options) (Resu
 			_ = conn.Close() // ends the sending
 		}
 	}()
-	sent := send(w, from)
+	sent := send(w, from, o.Progress)
 	var a answer
 	if sent != nil {
 		_ = conn.SetReadDeadline(time.Now().Add(time.Second)) // the reason may be on its way; if not, sent is it
@@ -177,7 +177,7 @@ func Serve(conn Conn, local func(path string) string) error {
 		var from *source
 		if from, err = openSource(local(q.Path)); err == nil {
 			defer from.f.Close()
-			return send(c, from) // the host closes when it has everything
+			return send(c, from, nil) // the host closes when it has everything
 		}
 	}
 	if errors.Is(err, errLost) {

@@ -4,16 +4,17 @@
 // A receiver never writes outside of the place it was given: names are single components, everything
 // is opened below a directory that is held open (os.Root), no symbolic link is followed on the way, and
 // what exists is replaced by rename, never written through. Sizes, depths and lengths are bounded, and a
-// peer that is silent for too long is cut off. It never syncs a disk and knows no hard links, extended
-// attributes or devices: hard links arrive as copies, what is neither file, directory nor symbolic link
-// is left out with a warning.
+// peer that is silent for too long is cut off. It never syncs a disk and knows no devices: what is neither file,
+// directory nor symbolic link is left out with a warning.
 //
 // # The stream
 //
 // After the header and the agent's "ok" the host sends a Request. Then the sender sends frames (package
 // frame), depth first:
 //
-//	entry     a file, directory or symbolic link; what follows up to "up" is inside a directory
+//	entry     a file, directory, symbolic link, or another name of a file that came before and had a number
+//	          (links.go); what follows up to "up" is inside a directory
+//	attribute an extended attribute of the file or directory that is the next entry (attributes.go)
 //	data      bytes of the file that was named last, one after the other
 //	hole      a number of bytes (64 bits) of that file that are zero and take no room
 //	up        the directory is complete
@@ -30,6 +31,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
@@ -45,6 +47,8 @@ const (
 	kindWarning = 'W'
 	kindEnd     = 'Z'
 	kindResult  = 'X'
+
+	kindAttribute = 'A'
 )
 
 // Bounds of a stream.
@@ -74,6 +78,28 @@ type Request struct {
 type Options struct {
 	Owners   bool `json:"owners,omitempty"`   // numbers of user and group; else whoever receives owns all
 	Contents bool `json:"contents,omitempty"` // of a directory: what is in it goes into the destination, not itself
+	// Progress counts while the copy goes on; nil: nobody looks.
+	Progress *Progress `json:"-"`
+}
+
+// Progress is how far a copy has come. It may be read at any time.
+type Progress struct {
+	Files atomic.Int64 // files, directories and links that were begun
+	Bytes atomic.Int64 // of content, without holes
+}
+
+// begun counts an entry.
+func (p *Progress) begun() {
+	if p != nil {
+		p.Files.Add(1)
+	}
+}
+
+// moved counts bytes of content.
+func (p *Progress) moved(n int) {
+	if p != nil {
+		p.Bytes.Add(int64(n))
+	}
 }
 
 // Result is how a copy went.
@@ -126,6 +152,7 @@ const (
 	file      = 'f'
 	directory = 'd'
 	symlink   = 'l'
+	hardlink  = 'h'
 )
 
 // entry is one file, directory or symbolic link.
@@ -136,7 +163,7 @@ type entry struct {
 	mtime    int64 // nanoseconds since 1970
 	size     int64 // of a file
 	name     string
-	link     string // of a symbolic link
+	link     string // of a symbolic link; of a file that has other names, and of those, its number
 }
 
 func (e entry) append(b []byte) []byte {
@@ -177,9 +204,11 @@ func parseEntry(b []byte) (entry, error) {
 		return entry{}, fmt.Errorf("%q with mode %o and size %d", e.name, e.mode, e.size)
 	case e.kind == symlink && (e.link == "" || len(e.link) > maxLink || strings.ContainsRune(e.link, 0)):
 		return entry{}, fmt.Errorf("%q is a link to %q", e.name, e.link)
-	case e.kind != symlink && e.link != "":
+	case e.kind == directory && e.link != "":
 		return entry{}, fmt.Errorf("%q is no link and has a target", e.name)
-	case e.kind != file && e.kind != directory && e.kind != symlink:
+	case e.kind == hardlink && e.link == "", (e.kind == file || e.kind == hardlink) && len(e.link) > maxNumber:
+		return entry{}, fmt.Errorf("%q has other names, and the number %q", e.name, e.link)
+	case e.kind != file && e.kind != directory && e.kind != symlink && e.kind != hardlink:
 		return entry{}, fmt.Errorf("%q is of unknown kind %q", e.name, e.kind)
 	}
 	return e, nil

@@ -296,23 +296,30 @@ func TestHostileGuest(t *testing.T) {
 		deep = append(deep, fr{kindEntry, d("d")})
 	}
 	for name, frames := range map[string][]fr{
-		"name with a slash": {{kindEntry, d("d")}, {kindEntry, f("../../victim", 0)}},
-		"absolute name":     {{kindEntry, d("d")}, {kindEntry, f("/victim", 0)}},
-		"dots":              {{kindEntry, d("d")}, {kindEntry, d("..")}, {kindEntry, f("victim", 0)}},
-		"through a link":    {{kindEntry, d("d")}, {kindEntry, l("out", "../..")}, {kindEntry, d("out")}, {kindEntry, f("victim", 0)}},
-		"over a link":       {{kindEntry, d("d")}, {kindEntry, l("v", "../../victim")}, {kindEntry, f("v", 3)}, {kindData, []byte("bad")}, {kindUp, nil}, {kindUp, nil}},
-		"up too often":      {{kindEntry, d("d")}, {kindUp, nil}, {kindUp, nil}, {kindEntry, f("victim", 0)}},
-		"a second thing":    {{kindEntry, d("d")}, {kindUp, nil}, {kindEntry, d("e")}},
-		"too much data":     {{kindEntry, f("f", 2)}, {kindData, []byte("bad")}},
-		"too much hole":     {{kindEntry, f("f", 2)}, {kindHole, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}}},
-		"nothing for ever":  {{kindEntry, f("f", 2)}, {kindData, nil}},
-		"not complete":      {{kindEntry, f("f", 2)}, {kindEnd, nil}},
-		"cut":               {{kindEntry, f("f", 2)}},
-		"nothing at all":    {{kindEnd, nil}},
-		"mode":              {{kindEntry, entry{kind: file, name: "f", mode: 1 << 20}.append(nil)}},
-		"unknown":           {{'?', nil}},
-		"a result":          {{kindResult, []byte(`{"files":-1}`)}},
-		"too deep":          deep,
+		"name with a slash":               {{kindEntry, d("d")}, {kindEntry, f("../../victim", 0)}},
+		"absolute name":                   {{kindEntry, d("d")}, {kindEntry, f("/victim", 0)}},
+		"dots":                            {{kindEntry, d("d")}, {kindEntry, d("..")}, {kindEntry, f("victim", 0)}},
+		"through a link":                  {{kindEntry, d("d")}, {kindEntry, l("out", "../..")}, {kindEntry, d("out")}, {kindEntry, f("victim", 0)}},
+		"over a link":                     {{kindEntry, d("d")}, {kindEntry, l("v", "../../victim")}, {kindEntry, f("v", 3)}, {kindData, []byte("bad")}, {kindUp, nil}, {kindUp, nil}},
+		"up too often":                    {{kindEntry, d("d")}, {kindUp, nil}, {kindUp, nil}, {kindEntry, f("victim", 0)}},
+		"a second thing":                  {{kindEntry, d("d")}, {kindUp, nil}, {kindEntry, d("e")}},
+		"too much data":                   {{kindEntry, f("f", 2)}, {kindData, []byte("bad")}},
+		"too much hole":                   {{kindEntry, f("f", 2)}, {kindHole, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}}},
+		"nothing for ever":                {{kindEntry, f("f", 2)}, {kindData, nil}},
+		"not complete":                    {{kindEntry, f("f", 2)}, {kindEnd, nil}},
+		"cut":                             {{kindEntry, f("f", 2)}},
+		"nothing at all":                  {{kindEnd, nil}},
+		"mode":                            {{kindEntry, entry{kind: file, name: "f", mode: 1 << 20}.append(nil)}},
+		"unknown":                         {{'?', nil}},
+		"a result":                        {{kindResult, []byte(`{"files":-1}`)}},
+		"too deep":                        deep,
+		"another name of what never came": {{kindEntry, d("d")}, {kindEntry, entry{kind: hardlink, name: "h", link: "1"}.append(nil)}},
+		"another name of a path":          {{kindEntry, d("d")}, {kindEntry, entry{kind: hardlink, name: "h", link: "../victim"}.append(nil)}},
+		"another name at the top":         {{kindEntry, entry{kind: hardlink, name: "h", link: "1"}.append(nil)}},
+		"a number that is too long":       {{kindEntry, entry{kind: file, name: "f", link: strings.Repeat("1", maxNumber+1)}.append(nil)}},
+		"an attribute of the system's":    {{kindAttribute, attribute{"security.selinux", []byte("x")}.append(nil)}},
+		"an attribute without a name":     {{kindAttribute, []byte{0}}},
+		"too many attributes":             {{kindAttribute, attribute{"user.a", make([]byte, 40000)}.append(nil)}, {kindAttribute, attribute{"user.b", make([]byte, 40000)}.append(nil)}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -389,7 +396,10 @@ func FuzzReceive(f *testing.F) {
 		payload []byte
 	}{
 		{kindEntry, entry{kind: directory, name: "d", mode: 0o755}.append(nil)}, {kindEntry, entry{kind: symlink, name: "l", link: "../.."}.append(nil)},
-		{kindEntry, entry{kind: file, name: "f", mode: 0o644, size: 5}.append(nil)}, {kindData, []byte("ab")}, {kindHole, []byte{0, 0, 0, 0, 0, 0, 0, 3}},
+		{kindAttribute, attribute{"user.a", []byte("b")}.append(nil)},
+		{kindEntry, entry{kind: file, name: "f", mode: 0o644, size: 5, link: "1"}.append(nil)}, {kindData, []byte("ab")}, {kindHole, []byte{0, 0, 0, 0, 0, 0, 0, 3}},
+		{kindEntry, entry{kind: hardlink, name: "h", link: "1"}.append(nil)}, {kindEntry, entry{kind: symlink, name: "f", link: "h"}.append(nil)},
+		{kindEntry, entry{kind: hardlink, name: "h", link: "1"}.append(nil)},
 		{kindWarning, []byte("w")}, {kindUp, nil}, {kindEnd, nil},
 	} {
 		if err := w.Write(e.kind, e.payload); err != nil {

@@ -25,12 +25,19 @@ type receiver struct {
 
 	dirs []*level
 	file *incoming // nil if it is complete
+
+	next     []attribute       // of the next entry
+	kept     int               // bytes of them
+	numbered map[string]string // paths, below the top directory, of files that may get other names
+	paths    int               // bytes of them
 }
 
 // level is a directory that is being filled. The first is the one that is written below.
 type level struct {
-	root *os.Root
-	made *entry // to be given its mode and times when it is complete; nil: it was there before
+	root  *os.Root
+	name  string      // in the one above
+	made  *entry      // to be given its mode and times when it is complete; nil: it was there before
+	attrs []attribute // likewise
 }
 
 // incoming is a file that is not complete.
@@ -40,6 +47,8 @@ type incoming struct {
 	root *os.Root
 	as   string // the name it has so far
 	at   int64
+
+	attrs []attribute
 }
 
 // receive makes what the frames say until their end. What it counted is good also with an error. A file
@@ -83,7 +92,10 @@ func (in *receiver) take(kind byte, payload []byte) (done bool, err error) {
 		if err != nil {
 			return false, errors.Join(errForm, err)
 		}
+		in.Progress.begun()
 		return false, in.begin(e)
+	case kindAttribute:
+		return false, in.keep(payload)
 	case kindData:
 		return false, in.data(payload)
 	case kindHole:
@@ -127,22 +139,25 @@ func (in *receiver) begin(e entry) error {
 		if contents {
 			root, err := os.OpenRoot(in.target)
 			if err == nil {
-				in.dirs = append(in.dirs, &level{root: root}) // the entry itself; it ends with an "up"
+				in.dirs = append(in.dirs, &level{root: root, name: "."}) // the entry itself; it ends with an "up"
 			}
+			in.taken() // it was there before, as it is
 			return err
 		}
 		e.name = name
 	} else if len(in.dirs) == 1 {
 		return fmt.Errorf("%w: a second thing at the top", errForm)
 	}
-	root := in.dirs[len(in.dirs)-1].root
+	root, attrs := in.dirs[len(in.dirs)-1].root, in.taken()
 	switch e.kind {
 	case directory:
-		return in.mkdir(root, e)
+		return in.mkdir(root, e, attrs)
 	case symlink:
 		return in.symlink(root, e)
+	case hardlink:
+		return in.hardlink(root, e)
 	}
-	return in.create(root, e)
+	return in.create(root, e, attrs)
 }
 
 // place finds where the first entry goes, by the rules of cp(1), and opens the directory that everything
@@ -182,7 +197,7 @@ func (in *receiver) place(e entry) (name string, contents bool, err error) {
 }
 
 // mkdir makes a directory, or enters the one that is there. A link to one is none.
-func (in *receiver) mkdir(root *os.Root, e entry) error {
+func (in *receiver) mkdir(root *os.Root, e entry, attrs []attribute) error {
 	if len(in.dirs) > maxDepth+1 {
 		return fmt.Errorf("%w: more than %d directories below each other", errForm, maxDepth)
 	}
@@ -202,7 +217,7 @@ func (in *receiver) mkdir(root *os.Root, e entry) error {
 	if err != nil {
 		return err
 	}
-	in.dirs = append(in.dirs, &level{root: sub, made: made})
+	in.dirs = append(in.dirs, &level{root: sub, name: e.name, made: made, attrs: attrs})
 	in.Files++
 	return nil
 }
@@ -210,7 +225,15 @@ func (in *receiver) mkdir(root *os.Root, e entry) error {
 func (in *receiver) up() error {
 	last := in.dirs[len(in.dirs)-1]
 	in.dirs = in.dirs[:len(in.dirs)-1]
-	err := last.root.Close()
+	var err error
+	if last.made != nil && len(last.attrs) > 0 {
+		var d *os.File
+		if d, err = last.root.Open("."); err == nil {
+			in.setAttributes(d, last.attrs)
+			err = d.Close()
+		}
+	}
+	err = errors.Join(err, last.root.Close())
 	if e := last.made; e != nil {
 		err = errors.Join(err, in.finish(in.dirs[len(in.dirs)-1].root, e.name, *e))
 	}
@@ -284,7 +307,7 @@ func (in *receiver) symlink(root *os.Root, e entry) error {
 
 // create opens a file that was not there, under its own name or, where there is one to be replaced,
 // beside it.
-func (in *receiver) create(root *os.Root, e entry) error {
+func (in *receiver) create(root *os.Root, e entry, attrs []attribute) error {
 	const flags = os.O_WRONLY | os.O_CREATE | os.O_EXCL // follows no link
 	as := e.name
 	f, err := root.OpenFile(as, flags, 0o600)
@@ -298,7 +321,7 @@ func (in *receiver) create(root *os.Root, e entry) error {
 	if err != nil {
 		return err
 	}
-	in.file = &incoming{entry: e, f: f, root: root, as: as}
+	in.file = &incoming{entry: e, f: f, root: root, as: as, attrs: attrs}
 	return in.complete()
 }
 
@@ -311,6 +334,7 @@ func (in *receiver) data(b []byte) error {
 	}
 	in.file.at += int64(len(b))
 	in.Bytes += int64(len(b))
+	in.Progress.moved(len(b))
 	return in.complete()
 }
 
@@ -338,6 +362,7 @@ func (in *receiver) complete() error {
 			return err
 		}
 	}
+	in.setAttributes(c.f, c.attrs) // after the owner, whose change takes capabilities away (chown(2))
 	t := time.Unix(0, c.mtime)
 	if err := errors.Join(c.f.Chmod(in.mode(c.entry)), c.f.Close(), c.root.Chtimes(c.as, t, t)); err != nil {
 		return err
@@ -349,6 +374,7 @@ func (in *receiver) complete() error {
 	}
 	in.file = nil
 	in.Files++
+	in.remember(c.entry)
 	return nil
 }
 

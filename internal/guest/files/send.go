@@ -22,8 +22,12 @@ const batch = 256 << 10
 
 // sender sends one tree.
 type sender struct {
-	w      io.Writer
-	buffer []byte // frames not sent yet
+	w        io.Writer
+	buffer   []byte // frames not sent yet
+	progress *Progress
+
+	links   map[inode]*linked // files whose other names have not come yet
+	numbers int64             // how many got one
 }
 
 // source is an open place that can be sent.
@@ -56,8 +60,8 @@ func openSource(path string) (*source, error) {
 }
 
 // send sends a source and the end.
-func send(w io.Writer, s *source) error {
-	out := &sender{w: w, buffer: make([]byte, 0, batch)}
+func send(w io.Writer, s *source, p *Progress) error {
+	out := &sender{w: w, buffer: make([]byte, 0, batch), progress: p}
 	var err error
 	if s.info.IsDir() {
 		var root *os.Root
@@ -102,6 +106,9 @@ func (s *sender) directory(root *os.Root, name, where string, depth int) error {
 		return s.warning("%s: %v", where, err)
 	}
 	defer d.Close()
+	if err := s.attributes(int(d.Fd()), where); err != nil {
+		return err
+	}
 	if err := s.entry(entryOf(info, directory, name)); err != nil {
 		return err
 	}
@@ -164,12 +171,21 @@ func (s *sender) child(root *os.Root, name, where string, depth int) error {
 // file sends an open file: of what is declared neither more nor less, whatever happens to it meanwhile.
 func (s *sender) file(f *os.File, info fs.FileInfo, name, where string) error {
 	e := entryOf(info, file, name)
+	number, first := s.other(info)
+	if number != "" {
+		e.kind, e.size, e.link = hardlink, 0, number
+		return s.entry(e)
+	}
+	e.link = first
+	fd := int(f.Fd())
+	if err := s.attributes(fd, where); err != nil {
+		return err
+	}
 	if err := s.entry(e); err != nil {
 		return err
 	}
 	st, ok := info.Sys().(*syscall.Stat_t)
 	sparse := ok && st.Blocks*512 < e.size
-	fd := int(f.Fd())
 	for at := int64(0); at < e.size; {
 		end := e.size
 		if sparse {
@@ -234,6 +250,7 @@ func (s *sender) data(fd int, at, n int64) (int, error) {
 	}
 	frame.PutHeader(room, kindData, got)
 	s.buffer = s.buffer[:begin+frame.HeaderSize+got]
+	s.progress.moved(got)
 	return got, nil
 }
 
@@ -244,7 +261,10 @@ func (s *sender) hole(n int64) error {
 	return s.frame(kindHole, binary.BigEndian.AppendUint64(nil, uint64(n)))
 }
 
-func (s *sender) entry(e entry) error { return s.frame(kindEntry, e.append(nil)) }
+func (s *sender) entry(e entry) error {
+	s.progress.begun()
+	return s.frame(kindEntry, e.append(nil))
+}
 
 func (s *sender) warning(format string, args ...any) error {
 	text := fmt.Sprintf(format, args...)

@@ -122,6 +122,9 @@ func loadModules(dir string) error {
 // virtioDevices is where sysfs lists the devices of the virtio bus.
 const virtioDevices = "/sys/bus/virtio/devices"
 
+// tapModule is the module with the kernel's TAP devices.
+const tapModule = "tun"
+
 // vsockDevice is the virtio device type of vsock, as sysfs writes it.
 const vsockDevice = "0x0013"
 
@@ -137,10 +140,13 @@ var drivenDevice = map[string]string{
 // wanted says whether a module file is of use in this machine, by the devices that sysfs lists at
 // this moment. While it lists none, every module is: one of them brings the bus.
 func wanted(file, devices string) bool {
+	name := strings.ReplaceAll(strings.TrimSuffix(file, ".ko"), "-", "_")
+	if name == tapModule {
+		return false // by makeTunnel, if at all
+	}
 	if !hasDevice(devices, "") {
 		return true
 	}
-	name := strings.ReplaceAll(strings.TrimSuffix(file, ".ko"), "-", "_")
 	if name == "virtio_mmio" {
 		return false // the devices came over PCI
 	}

@@ -4,16 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/guest/system"
+	"git.thaloco.com/thaloco/banger/internal/guest/tap"
 )
 
 // interfaceTime bounds the wait for the interface, whose driver is loaded long before.
@@ -28,6 +32,11 @@ func (b *booter) network() error {
 	n := b.cfg.Network
 	if n == nil {
 		return nil
+	}
+	if n.Tunnel != 0 {
+		if err := b.makeTunnel(n); err != nil {
+			return err
+		}
 	}
 	name, err := waitInterface(n.MAC)
 	if err != nil {
@@ -44,6 +53,65 @@ func (b *booter) network() error {
 		return err
 	}
 	return b.networkFiles(name, n)
+}
+
+// tunnelInterface is what a network interface is called that the machine has no device for: as the kernel calls
+// one that it has (net.ifnames=0).
+const tunnelInterface = "eth0"
+
+// makeTunnel makes the interface whose frames the agent will carry. Until it does, the interface is one whose cable is not
+// plugged in.
+func (b *booter) makeTunnel(n *boot.Network) error {
+	if err := b.loadTAP(); err != nil {
+		return fmt.Errorf("the kernel has no TAP devices, by which this machine has a network: %w", err)
+	}
+	if err := addTunnel(n.MAC); err != nil {
+		return fmt.Errorf("make the network interface %s: %w", tunnelInterface, err)
+	}
+	b.state.Tunnel = &system.Tunnel{Interface: tunnelInterface, Port: n.Tunnel}
+	return nil
+}
+
+// addTunnel makes the TAP device.
+func addTunnel(mac string) error {
+	hw, err := net.ParseMAC(mac)
+	if err != nil {
+		return err
+	}
+	if err := tap.Make(tunnelInterface); err != nil {
+		return err
+	}
+	c, err := dialRoute()
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	index, err := interfaceIndex(tunnelInterface)
+	if err != nil {
+		return err
+	}
+	return c.setHardware(index, hw)
+}
+
+// loadTAP brings the kernel's TAP devices. The initrd of a VM from before it carried the module does not have it: the root's own
+// tools find it among the kernel's modules then.
+func (b *booter) loadTAP() error {
+	err := loadModule(filepath.Join(moduleDir, tapModule+".ko"))
+	if tap.Present() { // also where it is built in
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), interfaceTime)
+	defer cancel()
+	modprobe := exec.CommandContext(ctx, "/sbin/modprobe", tapModule)
+	modprobe.Dir, modprobe.SysProcAttr = "/", &syscall.SysProcAttr{Chroot: newRoot}
+	said, failed := modprobe.CombinedOutput()
+	if tap.Present() {
+		return nil
+	}
+	if failed != nil {
+		failed = fmt.Errorf("modprobe: %w %s", failed, strings.TrimSpace(string(said)))
+	}
+	return errors.Join(err, failed)
 }
 
 // waitInterface returns the name of the interface with this hardware address, once it is there.

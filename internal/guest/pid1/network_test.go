@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/guest/tap"
 )
 
 func sampleNetwork() *boot.Network {
@@ -175,5 +176,47 @@ func TestLeaveAlone(t *testing.T) {
 		if !slices.Contains(got, want) {
 			t.Errorf("no line %q in %q", want, got)
 		}
+	}
+}
+
+// TestAddTunnel makes the interface of a machine without a network device, which then is configured like any other.
+func TestAddTunnel(t *testing.T) {
+	runtime.LockOSThread() // as above
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Skip("needs to make a network namespace: ", err)
+	}
+	if !tap.Present() {
+		t.Skip("this kernel has no TAP devices")
+	}
+	n := sampleNetwork()
+	if err := addTunnel(n.MAC); err != nil {
+		t.Fatal(err)
+	}
+	if err := configure(tunnelInterface, n); err != nil {
+		t.Fatal(err)
+	}
+	link, err := netlink.LinkByName("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := link.Attrs()
+	if a.HardwareAddr.String() != n.MAC || a.MTU != n.MTU || a.Flags&net.FlagUp == 0 || a.EncapType != "ether" {
+		t.Errorf("%+v", a)
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} { // there is no carrier yet, and routes hold all the same
+		routes, err := netlink.RouteList(link, family)
+		if err != nil || !slices.ContainsFunc(routes, func(r netlink.Route) bool {
+			return r.Gw != nil && (r.Dst == nil || r.Dst.String() == "0.0.0.0/0" || r.Dst.String() == "::/0")
+		}) {
+			t.Errorf("family %d: routes %v, %v", family, routes, err)
+		}
+	}
+	dev, err := tap.Open("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	if err := addTunnel(n.MAC); err == nil {
+		t.Error("one that somebody has is made again")
 	}
 }

@@ -59,6 +59,7 @@ func TestModulesOfAbsentDevicesAreLeft(t *testing.T) {
 		{"virtio_blk.ko", pci, true}, {"virtio-rng.ko", pci, true}, {"overlay.ko", pci, true}, {"virtio_pci.ko", pci, true},
 		{"virtio_net.ko", pci, false}, {"failover.ko", pci, false}, {"vsock.ko", pci, false}, {"virtio_mmio.ko", pci, false},
 		{"virtio_mmio.ko", t.TempDir(), true}, {"vsock.ko", t.TempDir(), true},
+		{"tun.ko", pci, false}, {"tun.ko", t.TempDir(), false},
 	} {
 		if got := wanted(test.file, test.devices); got != test.want {
 			t.Errorf("%s: %v, want %v", test.file, got, test.want)

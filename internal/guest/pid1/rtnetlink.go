@@ -61,6 +61,14 @@ func (c *routeConn) up(index int32, mtu int) error {
 	return c.request(unix.RTM_NEWLINK, 0, m)
 }
 
+// setHardware sets the hardware address. One that somebody set, other than one that the kernel chose, is left alone by
+// systemd-udevd (systemd.link(5), MACAddressPolicy=).
+func (c *routeConn) setHardware(index int32, mac []byte) error {
+	m := append([]byte{unix.AF_UNSPEC, 0, 0, 0}, native32(uint32(index))...)
+	m = append(m, make([]byte, 8)...) // no flag changes
+	return c.request(unix.RTM_NEWLINK, 0, attribute(m, unix.IFLA_ADDRESS, mac))
+}
+
 // addAddress gives the interface an address. An IPv6 address is used at once: the host gave it to this VM
 // alone, and drops whoever else would use it, so there is no duplicate to look for.
 func (c *routeConn) addAddress(index int32, a netip.Prefix) error {

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"syscall"
 	"time"
@@ -38,6 +39,7 @@ func Supervise() error {
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, unix.SIGTERM, unix.SIGINT)
 	signal.Ignore(unix.SIGHUP)
+	time.AfterFunc(goodLife, debug.FreeOSMemory) // once: what its start took, when the guest is not busy starting, too
 	backoff := firstBackoff
 	for restarts := 0; ; restarts++ {
 		agent := exec.Cmd{

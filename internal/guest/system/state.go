@@ -50,6 +50,13 @@ type State struct {
 	Systemd bool      `json:"systemd"` // the distribution's init is systemd
 	Stages  []Stage   `json:"stages"`
 	Mounted []Mounted `json:"mounted"`
+	Tunnel  *Tunnel   `json:"tunnel,omitempty"` // nil: the network interface is a device of the machine's, or there is none
+}
+
+// Tunnel is a network interface whose frames the agent carries.
+type Tunnel struct {
+	Interface string `json:"interface"` // a TAP device
+	Port      uint32 `json:"port"`      // of the host's, by vsock
 }
 
 // Write puts the state below root ("" for the running system).

@@ -56,6 +56,10 @@ type Options struct {
 	// Free returns the slots that the next n VMs will have. It is called from another goroutine.
 	Free func(n int) []int
 	Log  *slog.Logger
+	// Up is told the host's addresses on the bridge when a VM has come to it or it was taken in: it may be another bridge than before.
+	// Down is told once, before the bridge goes or is left to the next daemon.
+	Up   func(addresses []netip.Addr)
+	Down func()
 }
 
 // Network is the bridge network of one installation. Safe for concurrent use.
@@ -67,8 +71,10 @@ type Network struct {
 
 	mu       sync.Mutex
 	attached map[vm.ID]attachment
-	next     *turn // the one that has not begun, which whoever comes joins
-	up       bool  // the bridge was there when it was last needed
+	byAddr   map[netip.Addr]vm.ID // of those that are attached
+	hosts    []netip.Addr         // the host's own, when the bridge was last set up
+	next     *turn                // the one that has not begun, which whoever comes joins
+	up       bool                 // the bridge was there when it was last needed
 	mtu      int
 	warm     map[int]bool // slots with a TAP that no VM has
 
@@ -97,7 +103,7 @@ type turn struct {
 // New returns a Network over host, which Close closes.
 func New(host Host, o Options) *Network {
 	ctx, stop := context.WithCancel(context.Background())
-	n := &Network{o: o, host: host, attached: map[vm.ID]attachment{}, warm: map[int]bool{}, poke: make(chan struct{}, 1), life: ctx, stop: stop}
+	n := &Network{o: o, host: host, attached: map[vm.ID]attachment{}, byAddr: map[netip.Addr]vm.ID{}, warm: map[int]bool{}, poke: make(chan struct{}, 1), life: ctx, stop: stop}
 	n.workers.Go(func() { n.fill(ctx) })
 	return n
 }
@@ -155,7 +161,7 @@ func (n *Network) Restore(ctx context.Context, attached []vm.VM) error {
 	for _, v := range attached {
 		keep[v.Lease.Slot] = true
 		if v.Interface != nil && v.Interface.Kind == vm.BridgeNetwork {
-			n.attached[v.ID] = attachment{*v.Interface, v.Spec.NAT, v.Spec.NetworkGroup}
+			n.take(v, *v.Interface)
 		}
 	}
 	n.mu.Unlock()
@@ -178,7 +184,35 @@ func (n *Network) Restore(ctx context.Context, attached []vm.VM) error {
 		return err
 	}
 	n.refill()
+	n.tellUp()
 	return nil
+}
+
+// take puts a VM on the list. Called with mu locked.
+func (n *Network) take(v vm.VM, i vm.Interface) {
+	n.attached[v.ID] = attachment{i, v.Spec.NAT, v.Spec.NetworkGroup}
+	n.byAddr[i.IPv4.Addr()] = v.ID
+	if i.IPv6.IsValid() {
+		n.byAddr[i.IPv6.Addr()] = v.ID
+	}
+}
+
+// Guest tells which VM has an address.
+func (n *Network) Guest(a netip.Addr) (vm.ID, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	id, ok := n.byAddr[a]
+	return id, ok
+}
+
+// tellUp tells of the bridge's addresses.
+func (n *Network) tellUp() {
+	n.mu.Lock()
+	hosts := n.hosts
+	n.mu.Unlock()
+	if n.o.Up != nil {
+		n.o.Up(hosts)
+	}
 }
 
 // setUp has the bridge made or repaired. Called with working locked.
@@ -197,10 +231,15 @@ func (n *Network) setUp(ctx context.Context) error {
 	}
 	n.mu.Unlock()
 	slices.SortFunc(addresses, netip.Prefix.Compare)
-	mtu, err := n.host.Setup(ctx, slices.Compact(addresses))
+	addresses = slices.Compact(addresses)
+	mtu, err := n.host.Setup(ctx, addresses)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.up = err == nil; n.up {
+		n.hosts = nil
+		for _, a := range addresses {
+			n.hosts = append(n.hosts, a.Addr())
+		}
 		n.mtu = mtu
 		n.guarded.Do(func() { n.workers.Go(func() { n.guard(n.life) }) })
 	}
@@ -235,7 +274,8 @@ func (n *Network) Attach(ctx context.Context, v vm.VM) (vm.Interface, error) {
 	defer cancel()
 	n.mu.Lock()
 	have, there := n.attached[v.ID]
-	up := n.up
+	// The first one to come finds the uplink as it is now.
+	up := n.up && len(n.attached) > 0
 	n.mu.Unlock()
 	if !up {
 		if err := n.bringUp(ctx); err != nil {
@@ -263,13 +303,16 @@ func (n *Network) Attach(ctx context.Context, v vm.VM) (vm.Interface, error) {
 		}
 	}
 	n.mu.Lock()
-	n.attached[v.ID] = attachment{i, v.Spec.NAT, v.Spec.NetworkGroup}
+	n.take(v, i)
 	delete(n.warm, v.Lease.Slot)
 	n.mu.Unlock()
 	if err := n.commit(ctx); err != nil {
 		return vm.Interface{}, err
 	}
 	n.refill()
+	if !there {
+		n.tellUp()
+	}
 	return i, nil
 }
 
@@ -299,9 +342,14 @@ func (n *Network) Detach(ctx context.Context, v vm.VM) error {
 	ctx, cancel := context.WithTimeout(ctx, hostTime)
 	defer cancel()
 	n.mu.Lock()
-	_, there := n.attached[v.ID]
+	was, there := n.attached[v.ID]
 	up := n.up
 	delete(n.attached, v.ID)
+	for _, a := range []netip.Addr{was.i.IPv4.Addr(), was.i.IPv6.Addr()} {
+		if n.byAddr[a] == v.ID {
+			delete(n.byAddr, a)
+		}
+	}
 	n.mu.Unlock()
 	if !there && !up { // nothing was made since the host booted: nothing is, for a VM that goes
 		n.working.Lock()
@@ -322,7 +370,7 @@ func (n *Network) commit(ctx context.Context, remove ...int) error {
 	if t == nil {
 		t = &turn{done: make(chan struct{})}
 		n.next = t
-		go n.take(t)
+		go n.turn(t)
 	}
 	t.remove = append(t.remove, remove...)
 	n.mu.Unlock()
@@ -334,8 +382,8 @@ func (n *Network) commit(ctx context.Context, remove ...int) error {
 	}
 }
 
-// take is one turn. It is nobody's in particular, so no caller's context ends it.
-func (n *Network) take(t *turn) {
+// turn takes one. It is nobody's in particular, so no caller's context ends it.
+func (n *Network) turn(t *turn) {
 	defer close(t.done)
 	n.working.Lock()
 	defer n.working.Unlock()
@@ -444,6 +492,9 @@ func (n *Network) Close(ctx context.Context) error {
 	n.stop()
 	n.workers.Wait()
 	defer n.host.Close()
+	if n.o.Down != nil {
+		n.o.Down()
+	}
 	n.working.Lock()
 	defer n.working.Unlock()
 	n.mu.Lock()

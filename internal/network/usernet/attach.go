@@ -2,9 +2,13 @@ package usernet
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"log/slog"
 	"net/netip"
 	"path/filepath"
 
+	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/network"
@@ -23,18 +27,26 @@ type Options struct {
 	RunDir func(vm.ID) string
 	// Confine puts the program of a VM into a control group of its own; nil: the daemon's.
 	Confine func(v vm.VM) process.Cgroup
+	// Tunnel: VMs that start reach their network by the agent in them, which connects to the socket and shows Key. Their
+	// programs are started again when they end.
+	Tunnel bool
+	Key    func(v vm.VM) []byte
+	Log    *slog.Logger
 }
 
 // Attacher puts VMs on the user network, each on one of its own. Safe for concurrent use, with one call a VM
 // at a time.
 type Attacher struct {
-	o    Options
-	host *Host
+	o      Options
+	host   *Host
+	keeper keeper
 }
 
 // NewAttacher returns the user network of an installation.
 func NewAttacher(o Options) *Attacher {
-	return &Attacher{o: o, host: NewHost(o.Dir, o.Plan.Installation)}
+	a := &Attacher{o: o, host: NewHost(o.Dir, o.Plan.Installation)}
+	a.keeper = keeper{host: a.host, start: a.start, log: o.Log, kept: map[vm.ID]*kept{}}
+	return a
 }
 
 // Kind is vm.UserNetwork.
@@ -57,28 +69,54 @@ func (a *Attacher) Attach(ctx context.Context, v vm.VM) (vm.Interface, error) {
 	if err != nil {
 		return vm.Interface{}, err
 	}
-	i.Kind, i.TAP = vm.UserNetwork, ""
+	i.Kind, i.TAP, i.Tunnel = vm.UserNetwork, "", a.o.Tunnel
+	v.Interface = &i
+	a.keeper.forget(v.ID)
+	if err := a.start(ctx, v); err != nil {
+		return i, err
+	}
+	if i.Tunnel {
+		a.keeper.keep(v)
+	}
+	return i, nil
+}
+
+// start starts the program of a VM whose interface is known.
+func (a *Attacher) start(ctx context.Context, v vm.VM) error {
+	i := v.Interface
 	mac := a.o.Plan.MAC(v.Lease.Slot)
 	mac[0] ^= 4 // another one, of the same kind
-	c := Config{MAC: mac.String(), Guest4: i.IPv4, Gateway4: i.Gateway4, Guest6: i.IPv6, Gateway6: i.Gateway6, MTU: MTU,
+	c := Config{Name: v.Name, MAC: mac.String(), Guest4: i.IPv4, Gateway4: i.Gateway4, Guest6: i.IPv6, Gateway6: i.Gateway6, MTU: i.MTU,
 		Publish: PublishAddr(a.o.Plan.Installation, v.Lease.Slot)}
+	if i.Tunnel {
+		hash := sha256.Sum256(a.o.Key(v))
+		c.KeyHash = hex.EncodeToString(hash[:])
+	}
 	s := Settings{NAT: v.Spec.NAT, Ports: a.o.Ports}
 	var cgroup process.Cgroup
 	if a.o.Confine != nil {
 		cgroup = a.o.Confine(v)
 	}
-	return i, a.host.Start(ctx, string(v.ID), filepath.Join(a.o.RunDir(v.ID), Socket), c, s, cgroup)
+	return a.host.Start(ctx, string(v.ID), filepath.Join(a.o.RunDir(v.ID), Socket), c, s, cgroup)
 }
 
-// Apply changes the settings of a VM that runs. fault.Unavailable if its program has ended: nothing but a start of the VM
-// brings another one, since QEMU does not connect again.
+// Apply changes the settings of a VM that runs. A program that has ended is started again where the VM's agent connects to it;
+// fault.Unavailable otherwise: nothing but a start of the VM brings another one, since QEMU does not connect again.
 func (a *Attacher) Apply(ctx context.Context, v vm.VM) error {
+	if v.Interface != nil && v.Interface.Tunnel {
+		if err := a.keeper.revive(ctx, v); err != nil {
+			return err
+		}
+	}
 	_, err := a.host.Set(ctx, string(v.ID), Settings{NAT: v.Spec.NAT, Ports: a.o.Ports})
 	return err
 }
 
 // Detach takes the VM's network away. Fine if there is none.
-func (a *Attacher) Detach(ctx context.Context, v vm.VM) error { return a.host.Stop(ctx, string(v.ID)) }
+func (a *Attacher) Detach(ctx context.Context, v vm.VM) error {
+	a.keeper.forget(v.ID)
+	return a.host.Stop(ctx, string(v.ID))
+}
 
 // Addresses are those by which the host reaches the VM.
 func (a *Attacher) Addresses(v vm.VM) []netip.Addr {
@@ -89,7 +127,7 @@ func (a *Attacher) Addresses(v vm.VM) []netip.Addr {
 func (a *Attacher) Check(context.Context) []doctor.Finding {
 	f := doctor.Finding{Code: "network", Severity: doctor.Pass, Title: "Network of VMs",
 		Detail: "without privilege: out through the daemon's user, in by " + loopbackOf(a.o.Plan.Installation).String()}
-	if _, err := hostResolvers(); err != nil {
+	if _, err := dns.HostResolvers(); err != nil {
 		f = doctor.FromError("network", f.Title, fault.Wrap(err, fault.Unavailable, "/etc/resolv.conf", "guests would resolve no names").
 			WithHint("see it: cat /etc/resolv.conf"))
 	}
@@ -97,4 +135,7 @@ func (a *Attacher) Check(context.Context) []doctor.Finding {
 }
 
 // Close lets go of the programs, which run on.
-func (a *Attacher) Close(context.Context) error { return nil }
+func (a *Attacher) Close(context.Context) error {
+	a.keeper.close()
+	return nil
+}

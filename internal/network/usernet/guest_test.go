@@ -45,7 +45,7 @@ var (
 
 func config(t testing.TB) Config {
 	t.Helper()
-	return Config{MAC: "02:00:00:00:00:01", Guest4: guest4, Gateway4: netip.MustParseAddr("10.77.0.1"),
+	return Config{Name: "web", MAC: "02:00:00:00:00:01", Guest4: guest4, Gateway4: netip.MustParseAddr("10.77.0.1"),
 		Guest6: guest6, Gateway6: netip.MustParseAddr("fd77::1"), MTU: MTU, Publish: netip.AddrFrom4([4]byte{127, 201, byte(os.Getpid() >> 8), byte(os.Getpid())})}
 }
 
@@ -146,6 +146,7 @@ type guest struct {
 	stack *stack.Stack
 	link  *channel.Endpoint
 	conn  net.Conn // to the network, as a VMM has it
+	cut   func()   // ends what moves frames
 }
 
 // wire connects a VMM's stream to a network, by a real socket.
@@ -177,7 +178,7 @@ func newGuest(t testing.TB, n *Network) *guest {
 // guestOn is a guest at the end of a VMM's stream.
 func guestOn(t testing.TB, conn net.Conn) *guest {
 	t.Helper()
-	g := &guest{link: channel.New(1024, MTU+header.EthernetMinimumSize, guestMAC), conn: conn}
+	g := &guest{link: channel.New(1024, MTU+header.EthernetMinimumSize, guestMAC)}
 	g.link.LinkEPCapabilities = stack.CapabilityRXChecksumOffload
 	g.stack = stack.New(stack.Options{
 		NetworkProtocols: []stack.NetworkProtocolFactory{arp.NewProtocol, ipv4.NewProtocol,
@@ -210,10 +211,25 @@ func guestOn(t testing.TB, conn net.Conn) *guest {
 	g.stack.SetRouteTable([]tcpip.Route{{Destination: four.Subnet(), NIC: nic}, {Destination: six.Subnet(), NIC: nic},
 		{Destination: header.IPv4EmptySubnet, Gateway: tcpip.AddrFromSlice(c.Gateway4.AsSlice()), NIC: nic},
 		{Destination: header.IPv6EmptySubnet, Gateway: tcpip.AddrFromSlice(c.Gateway6.AsSlice()), NIC: nic}})
+	g.rewire(t, conn)
+	t.Cleanup(func() {
+		g.cut()
+		g.stack.Close()
+	})
+	return g
+}
+
+// rewire moves the guest's frames over conn from now on.
+func (g *guest) rewire(t testing.TB, conn net.Conn) {
+	t.Helper()
+	if g.cut != nil {
+		g.cut()
+	}
+	g.conn = conn
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup
 	done.Go(func() {
-		in := bufio.NewReaderSize(g.conn, 256<<10)
+		in := bufio.NewReaderSize(conn, 256<<10)
 		for {
 			frame, err := readFrame(in)
 			if err != nil {
@@ -231,20 +247,18 @@ func guestOn(t testing.TB, conn net.Conn) *guest {
 				return
 			}
 			out := net.Buffers(append([][]byte{binary.BigEndian.AppendUint32(nil, uint32(pkt.Size()))}, pkt.AsSlices()...))
-			_, err := out.WriteTo(g.conn)
+			_, err := out.WriteTo(conn)
 			pkt.DecRef()
 			if err != nil {
 				return
 			}
 		}
 	})
-	t.Cleanup(func() {
+	g.cut = func() {
 		cancel()
-		_ = g.conn.Close()
+		_ = conn.Close()
 		done.Wait()
-		g.stack.Close()
-	})
-	return g
+	}
 }
 
 func readFrame(in io.Reader) ([]byte, error) {
@@ -374,6 +388,9 @@ func until(t testing.TB, what string, f func() bool) {
 func TestMain(m *testing.M) {
 	if len(os.Args) > 0 && os.Args[0] == Program { // Host.Start starts this test again as the program
 		os.Exit(Main(os.Args))
+	}
+	if os.Getenv(probeEnv) != "" {
+		probe()
 	}
 	goleak.VerifyTestMain(m,
 		// The stack's clock and its TCP goroutines end a moment after Close.

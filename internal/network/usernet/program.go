@@ -29,6 +29,9 @@ const (
 // have been killed.
 const alone = 2 * time.Minute
 
+// guestAlone is the same where the guest itself connects: it has to boot before, and may be stopped.
+const guestAlone = 15 * time.Minute
+
 // memoryLimit is where the garbage collector works harder, in bytes (runtime/debug.SetMemoryLimit).
 const memoryLimit = 256 << 20
 
@@ -70,6 +73,10 @@ func run(args []string, log *slog.Logger, outside Outside) (err error) {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil { // it would have what guests sent
 		return err
 	}
+	unconfined := confineProgram()
+	if unconfined != nil && !errors.Is(unconfined, errNoLandlock) {
+		return unconfined
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	n, err := New(s.Config, outside, log)
@@ -78,7 +85,7 @@ func run(args []string, log *slog.Logger, outside Outside) (err error) {
 	}
 	defer func() { err = errors.Join(err, n.Close()) }()
 	n.Set(s.Settings)
-	log.Info("ready", "guest", s.Config.Guest4, "publish", s.Config.Publish, "nat", s.Settings.NAT, "failed", n.Status().Failed)
+	log.Info("ready", "landlock", unconfined == nil, "guest", s.Config.Guest4, "publish", s.Config.Publish, "nat", s.Settings.NAT, "failed", n.Status().Failed)
 	go func() {
 		if err := n.serveControl(control); err != nil {
 			log.Error("the control socket ended", "err", err)
@@ -86,6 +93,9 @@ func run(args []string, log *slog.Logger, outside Outside) (err error) {
 	}()
 	closeBoth := context.AfterFunc(ctx, func() { _, _ = vmm.Close(), control.Close() })
 	defer closeBoth()
+	if s.Config.KeyHash != "" {
+		return serveGuests(ctx, n, vmm, guestAlone)
+	}
 	return serveVMMs(ctx, n, vmm, alone)
 }
 

@@ -1,11 +1,8 @@
 package usernet
 
 import (
-	"context"
 	"fmt"
-	"net"
 	"net/netip"
-	"strings"
 	"time"
 
 	"github.com/miekg/dns"
@@ -13,18 +10,19 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+
+	names "git.thaloco.com/thaloco/banger/internal/dns"
 )
 
 const (
-	dnsPort    = 53
-	dnsTime    = 5 * time.Second // resolv.conf(5)'s default timeout
-	maxQueries = 256             // under way
+	dnsPort    = names.Port
+	dnsTime    = 5 * time.Second
+	maxQueries = 256 // over one connection
 )
 
-// serveDNS answers the guest's queries at the gateway's addresses by asking the host's resolvers, whether or not NAT
-// is on. Names under .vm do not exist here: no guest of a user network gets to another.
+// serveDNS answers the guest's queries at the gateway's addresses.
 func (n *Network) serveDNS() error {
-	handler := dns.HandlerFunc(n.resolve(make(chan struct{}, maxQueries)))
+	handler := names.NewGuests(n.guest, n.outside.Resolvers, n.log)
 	serve := func(s *dns.Server) {
 		began := make(chan struct{})
 		s.NotifyStartedFunc = func() { close(began) }
@@ -59,54 +57,17 @@ func (n *Network) serveDNS() error {
 	return nil
 }
 
-func (n *Network) resolve(underway chan struct{}) func(dns.ResponseWriter, *dns.Msg) {
-	return func(w dns.ResponseWriter, q *dns.Msg) {
-		fail := func(code int) { _ = w.WriteMsg(new(dns.Msg).SetRcode(q, code)) } // who asked asks again
-		select {
-		case underway <- struct{}{}:
-			defer func() { <-underway }()
-		default:
-			fail(dns.RcodeServerFailure)
-			return
+// guest is what the one guest here is told: its own name, and with NAT what the host's resolvers know. No other VM exists for
+// it: no guest of a user network gets to another.
+func (n *Network) guest(netip.Addr) (names.Guest, bool) {
+	return names.Guest{Forward: n.nat.Load(), Lookup: func(name string) []netip.Addr {
+		if n.cfg.Name == "" || name != n.cfg.Name {
+			return nil
 		}
-		if name := strings.ToLower(q.Question[0].Name); name == "vm." || strings.HasSuffix(name, ".vm.") {
-			fail(dns.RcodeNameError)
-			return
+		own := []netip.Addr{n.cfg.Guest4.Addr()}
+		if n.cfg.Guest6.IsValid() {
+			own = append(own, n.cfg.Guest6.Addr())
 		}
-		network := w.LocalAddr().Network() // "udp" or "tcp": a long answer is asked for again by the guest itself
-		servers, err := n.outside.Resolvers()
-		if err != nil {
-			n.log.Warn("the host's resolvers are not known", "err", err)
-		}
-		ctx, cancel := context.WithTimeout(n.ctx, 2*dnsTime)
-		defer cancel()
-		for _, server := range servers {
-			c := dns.Client{Net: network, Timeout: dnsTime, UDPSize: dns.MaxMsgSize}
-			reply, _, err := c.ExchangeContext(ctx, q, server)
-			if err != nil || reply.Rcode == dns.RcodeServerFailure && len(servers) > 1 {
-				n.log.Debug("a resolver of the host's does not answer", "server", server, "err", err)
-				continue
-			}
-			_ = w.WriteMsg(reply)
-			return
-		}
-		fail(dns.RcodeServerFailure)
-	}
-}
-
-// hostResolvers reads /etc/resolv.conf (resolv.conf(5)), each time: it changes as the host moves between networks. Without
-// any the local one is meant.
-func hostResolvers() ([]string, error) {
-	c, err := dns.ClientConfigFromFile("/etc/resolv.conf")
-	if err != nil {
-		return nil, err
-	}
-	if len(c.Servers) == 0 {
-		c.Servers = []string{"127.0.0.1"}
-	}
-	out := make([]string, len(c.Servers))
-	for i, s := range c.Servers {
-		out[i] = net.JoinHostPort(s, c.Port)
-	}
-	return out, nil
+		return own
+	}}, true
 }

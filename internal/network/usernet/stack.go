@@ -24,6 +24,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
+	names "git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
@@ -41,7 +42,7 @@ type Outside struct {
 
 // TheHost is the real one.
 func TheHost() Outside {
-	return Outside{Reach: hostReach, Dial: dialHost, Resolvers: hostResolvers}
+	return Outside{Reach: hostReach, Dial: dialHost, Resolvers: names.HostResolvers}
 }
 
 // Network is one guest's. Safe for concurrent use.

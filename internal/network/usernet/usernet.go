@@ -7,6 +7,8 @@
 package usernet
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"net"
 	"net/netip"
 	"slices"
@@ -21,6 +23,7 @@ const MTU = 65520
 
 // Config is what a program is started with, and has for its life.
 type Config struct {
+	Name     string       `json:"name,omitempty"`  // of the VM: all that the guest finds under .vm
 	MAC      string       `json:"mac"`             // of the gateway, as the guest sees it
 	Guest4   netip.Prefix `json:"guest4"`          // the guest's address and its network's length
 	Gateway4 netip.Addr   `json:"gateway4"`        // the stack's own address: it answers DNS there
@@ -28,6 +31,10 @@ type Config struct {
 	Gateway6 netip.Addr   `json:"gateway6,omitzero"`
 	MTU      int          `json:"mtu"`
 	Publish  netip.Addr   `json:"publish"` // of the host, in 127.0.0.0/8: where the guest's ports are
+	// KeyHash is the SHA-256, in hex, of what a connection begins with where the guest itself connects: any program in
+	// it can, and one of them alone is to be its network interface. A hash, since arguments of programs are
+	// everybody's to read. "": the VMM connects, and has nothing to show.
+	KeyHash string `json:"key_hash,omitempty"`
 }
 
 // Settings can be changed while the guest runs, as a whole.
@@ -85,10 +92,17 @@ func (c Config) Validate() error {
 		return bad("%s is no gateway of %s", c.Gateway6, c.Guest6)
 	case c.MTU < 1280 || c.MTU > MTU: // RFC 8200 5
 		return bad("an MTU of %d; it may be from 1280 to %d", c.MTU, MTU)
+	case c.KeyHash != "" && !isHash(c.KeyHash):
+		return bad("%q is no SHA-256 in hex", c.KeyHash)
 	case !loopback.Contains(c.Publish):
 		return bad("ports would be published at %s, which is not in %s", c.Publish, loopback)
 	}
 	return nil
+}
+
+func isHash(s string) bool {
+	b, err := hex.DecodeString(s)
+	return err == nil && len(b) == sha256.Size
 }
 
 // clean sorts ports, takes out what is there twice, and port 0.

@@ -229,7 +229,7 @@ func TestDNS(t *testing.T) {
 		}
 		return s.PacketConn.LocalAddr().String()
 	}
-	for _, nat := range []bool{false, true} { // the host's resolvers are asked in both cases
+	for _, nat := range []bool{false, true} {
 		r := newRig(t, Settings{NAT: nat})
 		for _, network := range []string{"udp", "tcp"} {
 			at := upstream(network)
@@ -257,11 +257,14 @@ func TestDNS(t *testing.T) {
 					}
 					return m
 				}
-				if m := ask("example.com."); len(m.Answer) != 1 || !strings.Contains(m.Answer[0].String(), "192.0.2.9") {
-					t.Errorf("%s %s: %v", network, gateway, m)
+				if m := ask("example.com."); nat && (len(m.Answer) != 1 || !strings.Contains(m.Answer[0].String(), "192.0.2.9")) || !nat && m.Rcode != dns.RcodeRefused {
+					t.Errorf("NAT %v, %s %s: %v", nat, network, gateway, m)
 				}
-				if m := ask("long.example.com."); m.Truncated != (network == "udp") {
+				if m := ask("long.example.com."); m.Truncated != (nat && network == "udp") {
 					t.Errorf("%s: truncated %v", network, m.Truncated)
+				}
+				if m := ask("Web.vm."); len(m.Answer) != 1 || m.Answer[0].(*dns.A).A.String() != guest4.Addr().String() {
+					t.Errorf("%s %s: its own name: %v", network, gateway, m)
 				}
 				if m := ask("Other.VM."); m.Rcode != dns.RcodeNameError {
 					t.Errorf("%s %s: other.vm: %v", network, gateway, m)

@@ -43,7 +43,7 @@ func (d *Driver) Name() string { return "fake" }
 
 // Features say that it emulates, and that each Dial is a stream of its own.
 func (d *Driver) Features() vmm.Features {
-	return vmm.Features{Accel: "tcg", Vsock: true, NICSockets: true}
+	return vmm.Features{Accel: "tcg", Vsock: true}
 }
 
 // Check finds nothing wrong as long as the world is there.

@@ -14,7 +14,8 @@ import (
 const (
 	apiSocket   = "api.sock"
 	agentSocket = "agent.sock"
-	pidfile     = "firecracker.pid" // not another driver's: each finds its own machines alone
+	nicSocket   = agentSocket + "_1025" // vmm.NICPort; see linkNIC
+	pidfile     = "firecracker.pid"     // not another driver's: each finds its own machines alone
 )
 
 // apiFlag is the argument by which a process with the machine's marker is known to be a Firecracker.
@@ -48,6 +49,9 @@ func requests(s vmm.Spec) []request {
 		out = append(out, request{http.MethodPut, "/drives/" + string(d.Role), driveOf(d), "the drive " + d.Path})
 	}
 	for i, n := range s.NICs {
+		if n.Socket != "" { // by vsock
+			continue
+		}
 		id := fmt.Sprintf("net%d", i)
 		out = append(out, request{http.MethodPut, "/network-interfaces/" + id, networkInterface{ID: id, MAC: n.MAC, TAP: n.TAP}, "the network device " + n.TAP})
 	}

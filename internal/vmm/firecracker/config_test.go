@@ -4,13 +4,17 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
+	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
 var update = flag.Bool("update", false, "write testdata/requests.golden")
@@ -28,7 +32,7 @@ func TestRequests(t *testing.T) {
 			{Role: vmm.RoleModules, Path: "/state/modules.ext4", ReadOnly: true},
 			{Role: vmm.RoleConfig, Path: "/state/config.tar", ReadOnly: true},
 		},
-		NICs: []vmm.NIC{{MAC: "02:00:00:00:00:01", MTU: 1420, TAP: "bgr012345-1"}},
+		NICs: []vmm.NIC{{MAC: "02:00:00:00:00:01", MTU: 1420, TAP: "bgr012345-1"}, {MAC: "02:00:00:00:00:02", Socket: "/state/run/0123456789ab/net.sock"}},
 	}
 	var out strings.Builder
 	for _, a := range arguments(spec) {
@@ -53,5 +57,47 @@ func TestRequests(t *testing.T) {
 	}
 	if diff := cmp.Diff(string(want), out.String()); diff != "" {
 		t.Errorf("%s (-want +got), -update writes it:\n%s", path, diff)
+	}
+}
+
+// TestNetworkSocket connects as Firecracker does for a guest that connects to its host, to the vsock's path with the port behind it, and wants
+// to get to the network's socket, wherever that is.
+func TestNetworkSocket(t *testing.T) {
+	if want := fmt.Sprintf("%s_%d", agentSocket, vmm.NICPort); nicSocket != want {
+		t.Fatalf("%s, want %s", nicSocket, want)
+	}
+	run, elsewhere := t.TempDir(), t.TempDir()
+	dir, err := rundir.Open(run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	for _, at := range []string{filepath.Join(run, "net.sock"), filepath.Join(elsewhere, "net.sock")} {
+		l, err := net.Listen("unix", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		spec := vmm.Spec{RunDir: run, NICs: []vmm.NIC{{TAP: "tap0"}, {Socket: at}}}
+		if err := linkNIC(dir, spec); err != nil {
+			t.Fatal(err)
+		}
+		conn, err := dir.Dial(t.Context(), nicSocket)
+		if err != nil {
+			t.Errorf("%s: %v", at, err)
+		} else {
+			_ = conn.Close()
+		}
+		_ = l.Close()
+		if err := clean(dir); err != nil { // as after the machine's end
+			t.Fatal(err)
+		}
+	}
+	if left, err := os.ReadDir(run); err != nil || len(left) != 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	spec := vmm.Spec{ID: "a", Owner: "b", Name: "two", RunDir: run, Log: "/l", Kernel: "/k", Initrd: "/i", VCPU: 1, MemoryMiB: 128, CID: 3,
+		NICs: []vmm.NIC{{MAC: "02:00:00:00:00:01", Socket: "/s"}, {MAC: "02:00:00:00:00:02", Socket: "/t"}}}
+	if _, err := New(func() (string, error) { return "/nowhere", nil }).Start(t.Context(), spec); !fault.Is(err, fault.Unsupported) {
+		t.Errorf("two sockets: %v", err)
 	}
 }

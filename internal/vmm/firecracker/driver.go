@@ -4,7 +4,8 @@
 // It starts exactly one program per machine, Firecracker itself, and never creates, grows or repairs a
 // disk. Why it does what Firecracker could do otherwise is in docs/decisions/firecracker.md.
 //
-// A run directory holds firecracker.pid (internal/process), api.sock and agent.sock (the guest's vsock).
+// A run directory holds firecracker.pid (internal/process), api.sock and agent.sock (the guest's vsock), and agent.sock_1025, which
+// leads the guest's frames to its network where that is a socket.
 package firecracker
 
 import (
@@ -15,6 +16,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -73,7 +75,9 @@ func New(find func() (string, error)) *Driver {
 func (d *Driver) Name() string { return "firecracker" }
 
 // Features of this driver: it runs with KVM or not at all.
-func (d *Driver) Features() vmm.Features { return vmm.Features{Accel: "kvm", Vsock: true} }
+func (d *Driver) Features() vmm.Features {
+	return vmm.Features{Accel: "kvm", Vsock: true, NICVsock: true}
+}
 
 // Check finds Firecracker, looks at its version and at KVM. The program runs once for that, and again
 // only when the file was replaced; a KVM that was usable is not tried again. So Check costs a stat(2)
@@ -168,10 +172,14 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 	if spec.CID < 3 {
 		return nil, fault.New(fault.Invalid, spec.Name, "the vsock context id %d is reserved", spec.CID).WithOp("vmm start")
 	}
+	sockets := 0
 	for _, n := range spec.NICs {
-		if n.TAP == "" {
-			return nil, fault.New(fault.Unsupported, spec.Name, "Firecracker attaches network interfaces to TAP devices alone, not to %s", n.Socket).WithOp("vmm start")
+		if n.Socket != "" {
+			sockets++
 		}
+	}
+	if sockets > 1 {
+		return nil, fault.New(fault.Unsupported, spec.Name, "Firecracker's vsock leads to one socket for a network interface, not to %d", sockets).WithOp("vmm start")
 	}
 	dir, err := lockRunDir(ctx, spec)
 	if err != nil {
@@ -214,7 +222,23 @@ func lockRunDir(ctx context.Context, spec vmm.Spec) (*rundir.Dir, error) {
 
 // clean removes what a Firecracker that is gone left behind. Fine if there is nothing.
 func clean(dir *rundir.Dir) error {
-	return dir.Remove(apiSocket, agentSocket, pidfile, pidfile+".tmp")
+	return dir.Remove(apiSocket, agentSocket, nicSocket, pidfile, pidfile+".tmp")
+}
+
+// linkNIC lets the guest's connections to NICPort end at the socket of its network interface: Firecracker connects to
+// the vsock's path with "_" and the port behind it (its docs/vsock.md, "Guest-Initiated Connections"), and follows links.
+func linkNIC(dir *rundir.Dir, spec vmm.Spec) error {
+	for _, n := range spec.NICs {
+		if n.Socket == "" {
+			continue
+		}
+		target := n.Socket
+		if filepath.Dir(target) == filepath.Clean(spec.RunDir) {
+			target = filepath.Base(target)
+		}
+		return os.Symlink(target, dir.Path(nicSocket))
+	}
+	return nil
 }
 
 // launch starts Firecracker and its guest. Called with the run directory locked and clean; leaves it
@@ -242,6 +266,9 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 	}()
 	if err != nil {
 		return nil, err
+	}
+	if err := linkNIC(dir, spec); err != nil {
+		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "the way to its network cannot be laid")
 	}
 	socket, err := watchFor(dir, apiSocket)
 	if err != nil {

@@ -84,7 +84,7 @@ func (d *Driver) Name() string { return "qemu" }
 
 // Features of this driver on this host.
 func (d *Driver) Features() vmm.Features {
-	f := vmm.Features{Accel: "tcg", Vsock: d.platform.vsock, NICSockets: true, OverheadMiB: 2 * translated}
+	f := vmm.Features{Accel: "tcg", Vsock: d.platform.vsock, OverheadMiB: 2 * translated}
 	if d.platform.kvm {
 		f.Accel, f.OverheadMiB = "kvm", 0
 	}

@@ -1,14 +1,13 @@
-// Package agent owns what the two ends of an agent session share, and the host's end of it: the
-// handshake, the streams' headers, and a Session over a vmm.Link.
+// Package wire owns what the two ends of an agent session share: the handshake, the multiplexing of a port, and the streams' headers.
 //
 // A session is opened with the VM's own secret, in both directions (handshake.go). On a link with
 // Mux it then carries yamux streams; otherwise each stream is a connection with a handshake of its
-// own. Each stream starts with one line (header.go) and is then HTTP or the bytes of a TCP
-// connection in the guest.
+// own. Each stream starts with one line (header.go) and is then HTTP or what the header names.
 //
-// The package never starts or stops a VM and never trusts the peer: lengths, times, streams and
-// message sizes are bounded on both ends. internal/guest/agentd is the guest's end.
-package agent
+// The package dials nothing and never trusts the peer: lengths, times and streams are bounded on both ends.
+// internal/guest/agent is the host's end, internal/guest/agentd the guest's, which links no more than it must: what
+// it is made of lies in every guest's memory.
+package wire
 
 import (
 	"bytes"
@@ -45,6 +44,12 @@ func muxConfig() *yamux.Config {
 // ServeMux starts the guest's end of the streams on a port, after GuestHandshake.
 func ServeMux(conn net.Conn) (*yamux.Session, error) {
 	return yamux.Server(&boundedConn{Conn: conn}, muxConfig())
+}
+
+// DialMux starts the host's end of the streams on a port, after HostHandshake. A guest that sends what no agent sends
+// ends the session.
+func DialMux(conn net.Conn) (*yamux.Session, error) {
+	return yamux.Client(&guardedConn{boundedConn: boundedConn{conn}}, muxConfig())
 }
 
 // Break ends whatever session the host believes to have on a port that the guest opens again. A

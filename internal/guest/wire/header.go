@@ -1,4 +1,4 @@
-package agent
+package wire
 
 import (
 	"errors"
@@ -14,6 +14,7 @@ import (
 //	http                  HTTP/1.1 follows: the API of api/banger/agent/v1
 //	tcp <port> wait       a TCP connection to the guest's loopback; "wait": once something listens
 //	tcp <port> nowait     there. Answered by "ok" or "err <text>", then the bytes follow
+//	forward <port>        the same without waiting; frame.Duplex's frames follow the answer
 //	exec                  a command: answered likewise, then the frames of package exec
 //	cp                    files: answered likewise, then the frames of package files
 //	cut <stream>          gives up the yamux stream of that number. A stream's Close says only "no
@@ -28,17 +29,18 @@ type Kind string
 
 // The kinds.
 const (
-	KindHTTP Kind = "http"
-	KindTCP  Kind = "tcp"
-	KindExec Kind = "exec"
-	KindCopy Kind = "cp"
-	KindCut  Kind = "cut"
+	KindHTTP    Kind = "http"
+	KindTCP     Kind = "tcp"
+	KindForward Kind = "forward"
+	KindExec    Kind = "exec"
+	KindCopy    Kind = "cp"
+	KindCut     Kind = "cut"
 )
 
 // Header is what a stream is for.
 type Header struct {
 	Kind   Kind
-	Port   int    // KindTCP
+	Port   int    // KindTCP, KindForward
 	Wait   bool   // KindTCP
 	Stream uint32 // KindCut
 }
@@ -52,6 +54,8 @@ func (h Header) String() string {
 			wait = "wait"
 		}
 		return fmt.Sprintf("tcp %d %s\n", h.Port, wait)
+	case KindForward:
+		return fmt.Sprintf("forward %d\n", h.Port)
 	case KindCut:
 		return fmt.Sprintf("cut %d\n", h.Stream)
 	}
@@ -67,15 +71,21 @@ func ParseHeader(line string) (Header, error) {
 		if len(fields) == 1 {
 			return Header{Kind: Kind(fields[0])}, nil
 		}
-	case KindTCP:
-		if len(fields) != 3 || fields[2] != "wait" && fields[2] != "nowait" {
+	case KindTCP, KindForward:
+		h := Header{Kind: Kind(fields[0])}
+		switch {
+		case h.Kind == KindForward && len(fields) == 2:
+		case h.Kind == KindTCP && len(fields) == 3 && (fields[2] == "wait" || fields[2] == "nowait"):
+			h.Wait = fields[2] == "wait"
+		default:
 			return Header{}, bad
 		}
 		port, err := strconv.ParseUint(fields[1], 10, 16)
 		if err != nil || port == 0 {
 			return Header{}, bad
 		}
-		return Header{Kind: KindTCP, Port: int(port), Wait: fields[2] == "wait"}, nil
+		h.Port = int(port)
+		return h, nil
 	case KindCut:
 		if len(fields) != 2 {
 			return Header{}, bad
@@ -109,12 +119,13 @@ func WriteAnswer(w io.Writer, refusal error) error {
 	return err
 }
 
-// refusedError is what the guest said instead of "ok".
-type refusedError struct{ text string }
+// RefusedError is what the guest said instead of "ok", quoted.
+type RefusedError struct{ text string }
 
-func (e *refusedError) Error() string { return e.text }
+func (e *RefusedError) Error() string { return e.text }
 
-func readAnswer(r io.Reader) error {
+// ReadAnswer reads the answer to a header, and nothing that follows it. A refusal is a *RefusedError.
+func ReadAnswer(r io.Reader) error {
 	line, err := readLine(r, maxAnswer)
 	if err != nil {
 		return err
@@ -123,7 +134,7 @@ func readAnswer(r io.Reader) error {
 		return nil
 	}
 	if text, ok := strings.CutPrefix(line, "err "); ok {
-		return &refusedError{text: strconv.Quote(text)}
+		return &RefusedError{text: strconv.Quote(text)}
 	}
 	return fmt.Errorf("%q is not an answer", line)
 }

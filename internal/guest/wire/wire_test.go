@@ -1,4 +1,4 @@
-package agent
+package wire
 
 import (
 	"bytes"
@@ -38,11 +38,11 @@ func TestAnswer(t *testing.T) {
 	if err := errors.Join(WriteAnswer(&b, nil), WriteAnswer(&b, long)); err != nil {
 		t.Fatal(err)
 	}
-	if err := readAnswer(&b); err != nil {
+	if err := ReadAnswer(&b); err != nil {
 		t.Error(err)
 	}
-	var refused *refusedError
-	if err := readAnswer(&b); !errors.As(err, &refused) || b.Len() != 0 {
+	var refused *RefusedError
+	if err := ReadAnswer(&b); !errors.As(err, &refused) || b.Len() != 0 {
 		t.Errorf("got %v with %d bytes left", err, b.Len())
 	}
 }
@@ -95,7 +95,7 @@ func TestHandshakeTellsWhoWasWaitedFor(t *testing.T) {
 	defer guest.Close()
 	got := make(chan Opened, 1)
 	go func() { o, _ := GuestHandshake(guest, true, testSecret); got <- o }()
-	if err := hostHandshake(&lateConn{Conn: host, pause: pause}, true, testSecret, time.Now().Add(time.Minute)); err != nil {
+	if err := HostHandshake(&lateConn{Conn: host, pause: pause}, true, testSecret, time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	if o := <-got; o.Waited < pause || o.At.IsZero() {
@@ -122,9 +122,9 @@ func TestHandshakeSecrets(t *testing.T) {
 			host, guest := net.Pipe()
 			guestErr := make(chan error, 1)
 			go func() { _, err := GuestHandshake(guest, mux, secrets[1]); guestErr <- err }()
-			err := hostHandshake(host, mux, secrets[0], time.Now().Add(5*time.Second))
+			err := HostHandshake(host, mux, secrets[0], time.Now().Add(5*time.Second))
 			same := secrets[0] == secrets[1]
-			if same && err != nil || !same && !errors.Is(err, errSecret) {
+			if same && err != nil || !same && !errors.Is(err, ErrSecret) {
 				t.Errorf("mux %v, secrets %v: host says %v", mux, secrets, err)
 			}
 			if !same {
@@ -238,7 +238,7 @@ func FuzzHostHandshake(f *testing.F) {
 	seedFrames(f)
 	f.Fuzz(func(t *testing.T, wire []byte) {
 		for _, mux := range []bool{false, true} {
-			if hostHandshake(feed{r: bytes.NewReader(wire)}, mux, testSecret, time.Now().Add(time.Second)) == nil {
+			if HostHandshake(feed{r: bytes.NewReader(wire)}, mux, testSecret, time.Now().Add(time.Second)) == nil {
 				t.Error("a recorded or invented session was accepted")
 			}
 		}
@@ -257,7 +257,7 @@ func FuzzHeader(f *testing.F) {
 				t.Errorf("%+v became %+v, %v", h, again, err)
 			}
 		}
-		_ = readAnswer(bytes.NewReader(wire))
+		_ = ReadAnswer(bytes.NewReader(wire))
 		var g guardedConn
 		_ = g.inspect(wire)
 	})

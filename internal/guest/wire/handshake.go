@@ -1,4 +1,4 @@
-package agent
+package wire
 
 import (
 	"bytes"
@@ -47,8 +47,8 @@ const (
 )
 
 var (
-	// errSecret: the peer answered this very handshake and does not know the secret.
-	errSecret = errors.New("the guest did not prove that it knows this VM's secret")
+	// ErrSecret says that the peer answered this very handshake and does not know the secret.
+	ErrSecret = errors.New("the guest did not prove that it knows this VM's secret")
 	// errStray: something else than a handshake came on a fresh stream.
 	errStray = errors.New("the peer did not begin with a handshake")
 )
@@ -159,9 +159,9 @@ func indexMagic(b []byte) int {
 	return len(b)
 }
 
-// hostHandshake opens a session as the host until deadline. On a port it says hello again every
+// HostHandshake opens a session as the host until deadline. On a port it says hello again every
 // second, since the guest may have swallowed it with the end of an older session.
-func hostHandshake(conn net.Conn, mux bool, secret string, deadline time.Time) error {
+func HostHandshake(conn net.Conn, mux bool, secret string, deadline time.Time) error {
 	r := &frameReader{r: conn}
 	mine := newNonce()
 	hello := frame{kind: kindHello, host: mine}.encode()
@@ -194,7 +194,7 @@ func hostHandshake(conn net.Conn, mux bool, secret string, deadline time.Time) e
 			switch {
 			case f.kind == kindProve && f.host == mine && proved == nil:
 				if !f.signed(secret) {
-					return errSecret
+					return ErrSecret
 				}
 				proved = &f.guest
 				r.take()

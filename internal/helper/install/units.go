@@ -1,0 +1,92 @@
+package install
+
+import (
+	"fmt"
+	"net/netip"
+	"regexp"
+	"strings"
+
+	"git.thaloco.com/thaloco/banger/internal/helper/wire"
+)
+
+// socketUnit has systemd listen for one user, whose number is the instance's name.
+const socketUnit = `# Written by "banger system install" and removed by "banger system uninstall".
+[Unit]
+Description=Root helper of banger for user %i (socket)
+
+[Socket]
+ListenStream=` + wire.RunDir + `/helper-%i.sock
+SocketUser=%i
+SocketMode=0600
+DirectoryMode=0755
+RemoveOnStop=yes
+
+[Install]
+WantedBy=sockets.target
+`
+
+// serviceUnit lets the helper do what its verbs take, and see nothing else: one capability, two kinds of
+// sockets, one device, and of the files the kernel's settings of networks and its own records alone to write.
+func serviceUnit(ranges []netip.Prefix) string {
+	var words strings.Builder
+	for _, r := range ranges {
+		fmt.Fprintf(&words, " -range %s", r)
+	}
+	return `# Written by "banger system install" and removed by "banger system uninstall".
+[Unit]
+Description=Root helper of banger for user %i
+
+[Service]
+ExecStart=` + Program + ` -uid %i` + words.String() + `
+TimeoutStopSec=40
+RuntimeDirectory=banger
+RuntimeDirectoryMode=0755
+RuntimeDirectoryPreserve=yes
+UMask=0077
+CapabilityBoundingSet=CAP_NET_ADMIN
+NoNewPrivileges=yes
+RestrictAddressFamilies=AF_UNIX AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+DevicePolicy=closed
+DeviceAllow=/dev/net/tun rw
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+ProtectKernelTunables=yes
+ReadWritePaths=/proc/sys/net
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+ProtectProc=invisible
+IPAddressDeny=any
+KeyringMode=private
+MemoryMax=256M
+TasksMax=128
+`
+}
+
+var rangeFlag = regexp.MustCompile(`(?m)^ExecStart=.*$`)
+
+// rangesOf returns those that a service unit was written with.
+func rangesOf(unit string) []netip.Prefix {
+	var out []netip.Prefix
+	words := strings.Fields(rangeFlag.FindString(unit))
+	for i, w := range words {
+		if w == "-range" && i+1 < len(words) {
+			if p, err := netip.ParsePrefix(words[i+1]); err == nil {
+				out = append(out, p)
+			}
+		}
+	}
+	return out
+}
