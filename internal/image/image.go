@@ -55,7 +55,7 @@ const maxName = 63
 // first. fault.Invalid.
 func ValidateName(name string) error {
 	const allowed = "abcdefghijklmnopqrstuvwxyz0123456789"
-	bad := ""
+	var bad string
 	switch {
 	case name == "":
 		bad = "is empty"

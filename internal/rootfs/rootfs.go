@@ -68,7 +68,7 @@ func detect(f *os.File) (Info, error) {
 		return Info{}, fault.Wrap(ignoreEOF(err), fault.Invalid, path, "is too short to hold a filesystem: %d bytes", n)
 	}
 	le := binary.LittleEndian
-	info := Info{}
+	var info Info
 	switch {
 	case le.Uint16(head[1024+0x38:]) == 0xEF53:
 		sb, err := ext4.ReadSuperblock(f, path)

@@ -82,7 +82,7 @@ func (s *Service) BuildImage(ctx context.Context, r BuildRequest) (op operation.
 	if err != nil {
 		return op, "", err
 	}
-	if v, err = s.store.AdmitVM(ctx, v, op); err != nil {
+	if _, err = s.store.AdmitVM(ctx, v, op); err != nil {
 		return op, "", errors.Join(err, s.builds.end(op.ID))
 	}
 	s.run(op, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
