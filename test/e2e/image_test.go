@@ -3,8 +3,12 @@
 package e2e
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -25,6 +29,27 @@ func pluginRepository(t *testing.T, name string) string {
 	return dir
 }
 
+// buildTime bounds a build, in which an emulated guest is given some hundred MiB.
+const buildTime = 15 * time.Minute
+
+// tryFor is try for what takes longer than a boot.
+func (h *host) tryFor(bound time.Duration, args ...string) result {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), bound)
+	defer cancel()
+	cmd := h.command(ctx, args...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	start := time.Now()
+	err := cmd.Run()
+	r := result{"banger " + strings.Join(args, " "), stdout.String(), stderr.String(), cmd.ProcessState.ExitCode(), time.Since(start)}
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) || ctx.Err() != nil {
+		h.t.Fatalf("%s: %v", r, errors.Join(err, ctx.Err()))
+	}
+	return r
+}
+
 // TestImageBuild builds an image with Docker and a script, looks at what it leaves on the host, and at what is in a VM of it.
 // mise and opencode are the real ones, of the npm registry; the plugins of tmux are the test's.
 func TestImageBuild(t *testing.T) {
@@ -34,7 +59,7 @@ func TestImageBuild(t *testing.T) {
 	if err := os.WriteFile(script, []byte("set -e\necho hello from the script\nid -u > /opt/by-script\necho seeded > /root/seeded\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	built := h.try("image", "build", "--name", "docker-dev", "--docker", "--script", script)
+	built := h.tryFor(buildTime, "image", "build", "--name", "docker-dev", "--docker", "--script", script)
 	t.Logf("%s", built)
 	if built.code != 0 || built.stdout != "docker-dev: built\n" || !strings.Contains(built.stderr, "\nhello from the script\n") {
 		t.Fatalf("%s", built)
