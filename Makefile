@@ -44,17 +44,31 @@ runtime: dist/mkruntime ## build or repair the runtime bundle in ./runtime; FIRE
 	@exec $(MAKE_BUNDLE) all
 
 .PHONY: rootfs
-rootfs: dist/mkruntime ## build the default image afresh, from today's packages
+rootfs: dist/mkruntime ## build the default image and its work seed afresh, if packages.apt has changed or the image is missing
 	@exec $(MAKE_BUNDLE) rootfs
 
 .PHONY: runtime-package
-runtime-package: dist/mkruntime ## pack ./runtime into dist/banger-runtime.tar.gz and print its SHA256
-	@exec $(MKRUNTIME) pack
+runtime-package: dist/mkruntime ## pack ./runtime into dist/banger-runtime.tar.gz and print its SHA256; WITH_KEY=1: the private key as well
+	@exec $(MKRUNTIME) $(if $(WITH_KEY),-with-key) pack
 
 .PHONY: runtime-bundle
 runtime-bundle: dist/mkruntime ## unpack the archive that RUNTIME_MANIFEST names into ./runtime
 	@exec $(MKRUNTIME) -manifest '$(RUNTIME_MANIFEST)' fetch
 
+# ---- the experimental Void image (docs/void.md)
+
+VOID_VM_NAME ?= void-dev
+
+.PHONY: rootfs-void void-register void-vm verify-void
+rootfs-void: dist/mkruntime ## build the experimental Void image in ./runtime; ARGS='--mirror URL --size 2G'
+	@exec ./make-rootfs-void.sh $(ARGS)
+void-register: ## make it, or what it is now, the image void-exp
+	@exec ./banger image register --name void-exp --rootfs ./runtime/rootfs-void.ext4 \
+	  --work-seed ./runtime/rootfs-void.work-seed.ext4 --packages ./packages.void
+void-vm: void-register ## create a VM of it; VOID_VM_NAME=name
+	@exec ./banger vm create --image void-exp --name '$(VOID_VM_NAME)'
+verify-void: void-register ## make a VM of it, look at what must be there, delete it
+	@exec ./verify.sh --void
 
 # ---- install
 
@@ -64,12 +78,34 @@ sandbox-deps: ## install what building and running sandboxes takes
 test-deps: ## install that, and what the tests take
 	@scripts/deps.sh test
 
-.PHONY: install
+.PHONY: install uninstall
 install: build ## into $(PREFIX)/bin, the runtime bundle into $(PREFIX)/lib/banger
 	@mkdir -p '$(PREFIX)/bin'
 	@for p in banger bangerd banger-helper; do install -m 755 $$p '$(PREFIX)/bin/.new.'$$p; mv '$(PREFIX)/bin/.new.'$$p '$(PREFIX)/bin/'$$p; done
 	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' install
+	@$(MAKE) --no-print-directory shell-files SHARE='$(PREFIX)/share'
 	@echo "installed in $(PREFIX)/bin"
+
+uninstall: dist/mkruntime ## remove what install put there; settings, VMs and the key to them stay
+	@if [ -x '$(PREFIX)/bin/banger' ]; then '$(PREFIX)/bin/banger' daemon stop || true; fi
+	@rm -f '$(PREFIX)/bin/banger' '$(PREFIX)/bin/bangerd' '$(PREFIX)/bin/banger-helper'
+	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' uninstall
+	@rm -f '$(PREFIX)/share/bash-completion/completions/banger' '$(PREFIX)/share/zsh/site-functions/_banger' '$(PREFIX)/share/fish/vendor_completions.d/banger.fish' '$(PREFIX)'/share/man/man1/banger*.1
+	@echo "removed from $(PREFIX)"
+
+.PHONY: deb
+deb: build ## Debian packages of the programs and of ./runtime, in dist
+	@scripts/deb.sh '$(VERSION)'
+
+# Of the program that was built: packages run it, too, with SHARE below their own root.
+SHARE ?= dist/share
+.PHONY: shell-files
+shell-files: ## manual pages and what shells complete with, into SHARE (dist/share)
+	@mkdir -p '$(SHARE)/bash-completion/completions' '$(SHARE)/zsh/site-functions' '$(SHARE)/fish/vendor_completions.d'
+	@./banger completion bash >'$(SHARE)/bash-completion/completions/banger'
+	@./banger completion zsh >'$(SHARE)/zsh/site-functions/_banger'
+	@./banger completion fish >'$(SHARE)/fish/vendor_completions.d/banger.fish'
+	@./banger internal man '$(SHARE)/man/man1'
 
 # ---- sandbox, tests, benchmarks
 
@@ -102,6 +138,10 @@ bench: build runtime ## measure what a VM costs its host (docs/benchmarks.md); B
 	$(GO_BUILD) -o dist/bangerd-fake ./test/bangerd-fake
 	$(GO_BUILD) -o dist/bench ./tools/bench
 	@dist/bench $(ARGS)
+
+.PHONY: bench-create
+bench-create: build runtime ## time a create and the first SSH on this host, as JSON; ARGS="--runs 3 --image docker-dev"
+	@exec ./banger bench create $(ARGS)
 
 .PHONY: bench-floor
 bench-floor: build runtime lab ## hold a create on Firecracker against Firecracker alone, in the lab; BENCH_QUICK=1: fewer samples

@@ -149,7 +149,7 @@ func FromConnect(err error) error {
 		return fault.Wrap(err, fault.Timeout, "", "the daemon did not answer in time").WithHint("banger daemon status")
 	case ce.Code() == connect.CodeUnimplemented:
 		return fault.Wrap(err, fault.VersionSkew, "", "the running daemon does not know this call").
-			WithHint("restart the daemon: banger daemon stop (VMs keep running)")
+			WithHint("banger daemon restart (VMs keep running)")
 	case connect.IsWireError(err):
 		return fault.Wrap(err, fault.Internal, "", "the daemon refused the call: %s", ce.Message())
 	}
@@ -269,4 +269,14 @@ func (c *Client) Shutdown(ctx context.Context) (bool, error) {
 			WithHint("its log says what: %s", status.GetLog())
 	}
 	return true, nil
+}
+
+// Restart ends the daemon, if one answers, and starts the one of Options. VMs run on, and operations go on in the
+// new daemon; connections to guests that the old one copied (docs/ssh.md) end. It works with a daemon of any API
+// revision. The status is the new daemon's.
+func (c *Client) Restart(ctx context.Context) (*bangerv1.GetStatusResponse, error) {
+	if _, err := c.Shutdown(ctx); err != nil {
+		return nil, err
+	}
+	return c.Daemon.GetStatus(ctx, &bangerv1.GetStatusRequest{})
 }

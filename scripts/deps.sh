@@ -41,6 +41,9 @@ tests() {
     need procps ps "looks at processes in tests"
     need strace strace "counts the programs that a create executes (make bench)"
     need shellcheck shellcheck "checks the shell scripts"
+    need bash-completion /usr/share/bash-completion/bash_completion "lets bash complete, in the tests of completion"
+    need zsh zsh "completes, in the tests of completion"
+    need fish fish "completes, in the tests of completion"
 }
 
 # Programs of administration may be missing from an ordinary user's PATH.

@@ -180,7 +180,7 @@ generated() {
     rm -rf "$fresh"
     return "$status"
 }
-shell_checked() { shellcheck -x scripts/*.sh test/lab/*.sh .ci/run; }
+shell_checked() { shellcheck -x ./*.sh scripts/*.sh test/lab/*.sh .ci/run; }
 
 # The crash test must fail when the engine is wrong: each mutation is one way to be wrong.
 mutations() {

@@ -1,6 +1,6 @@
 // Command banger-vsock-agent is the program banger puts into a guest. One static binary leads all
 // its lives, told apart by what it was started as: init of the initrd (process 1), systemd's
-// shutdown program (process 1, argv[0] /shutdown), the agent's supervisor, and the agent.
+// shutdown program (process 1, argv[0] /shutdown), runit's last script (argv[0] /etc/runit/3), the agent's supervisor, and the agent.
 package main
 
 import (
@@ -28,6 +28,8 @@ func main() {
 			verb = os.Args[1]
 		}
 		pid1.Shutdown(verb)
+	case os.Args[0] == pid1.RunitEnd:
+		pid1.EndRunit()
 	case os.Getpid() == 1:
 		pid1.Boot(os.Args[1:])
 	case name == pid1.SupervisorName:

@@ -517,7 +517,7 @@ func TestWhyNotTheBridge(t *testing.T) {
 		t.Errorf("status warns %q, %v", st.Warnings, err)
 	}
 	found := false
-	for _, f := range in.s.Doctor(in.ctx()) {
+	for _, f := range in.s.Doctor(in.ctx(), false) {
 		found = found || f.Code == "network" && f.Severity == doctor.Warn && strings.Contains(f.Fix, "cidr = ")
 	}
 	if !found {

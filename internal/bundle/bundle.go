@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
@@ -42,7 +43,7 @@ const (
 	BaseRootFS Role = "base_rootfs" // rootfs.ext4, optional: what image builds begin with
 	Agent      Role = "agent"       // banger-vsock-agent: the guest program
 	Packages   Role = "packages"    // packages.apt: what the default image was made of
-	SSHKey     Role = "ssh_key"     // id_ed25519, with .pub beside: one an installation, no checksum
+	SSHKey     Role = "ssh_key"     // id_ed25519, with .pub beside: one an installation, no checksum; none in a bundle for all users (KeyFor)
 
 	Firecracker Role = "firecracker" // firecracker, optional: the VMM where there is KVM; static
 	Jailer      Role = "jailer"      // jailer, optional: of the same version as firecracker; static
@@ -58,7 +59,8 @@ var fileNames = map[Role]string{
 	Firecracker: "firecracker", Jailer: "jailer",
 }
 
-// Required are the roles without which a bundle is damaged, in the order in which they are checked.
+// Required are the roles without which a bundle is damaged, in the order in which they are checked; the SSH key only where the bundle
+// lists it.
 func Required() []Role {
 	return []Role{Kernel, Initrd, Modules, RootFS, WorkSeed, Agent, Packages, SSHKey}
 }
@@ -152,7 +154,7 @@ func Load(dir string) (*Bundle, error) {
 		return nil, fault.New(fault.Unsupported, file, "is a bundle for %s, and this machine is %s", b.Arch, runtime.GOARCH).WithHint("%s", Repair(dir))
 	}
 	for _, r := range Required() {
-		if _, ok := b.Artifacts[r]; !ok {
+		if _, ok := b.Artifacts[r]; !ok && r != SSHKey {
 			return nil, fault.New(fault.Corrupt, file, "lists no %s", r).WithHint("%s", Repair(dir))
 		}
 	}
@@ -215,6 +217,9 @@ func (b *Bundle) oneFault(errs []error) error {
 // roles gives the artifacts that the bundle has, the required ones first.
 func (b *Bundle) roles() []Role {
 	roles := Required()
+	if !b.hasKey() {
+		roles = slices.DeleteFunc(roles, func(r Role) bool { return r == SSHKey })
+	}
 	for _, r := range Optional() {
 		if _, ok := b.Artifacts[r]; ok {
 			roles = append(roles, r)

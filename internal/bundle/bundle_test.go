@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -302,5 +303,69 @@ func TestKeyThatOthersCanReadIsReported(t *testing.T) {
 	}
 	if err := b.Check(); !fault.Is(err, fault.Corrupt) || !strings.Contains(fault.HintOf(err), "chmod 600 ") {
 		t.Errorf("Check() = %v", err)
+	}
+}
+
+// A bundle that lists no key is the system's: every user has a key of their own, made once.
+func TestBundleOfTheSystemHasNoKey(t *testing.T) {
+	_, b := checkout(t)
+	own := t.TempDir()
+	if got, err := b.KeyFor(own); err != nil || got != b.Path(SSHKey) {
+		t.Errorf("KeyFor = %q, %v", got, err)
+	}
+	// One that is missing is a fault, and no reason for another.
+	if err := os.Remove(b.Path(SSHKey)); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Check(); !fault.Is(err, fault.NotFound) {
+		t.Errorf("Check() = %v", err)
+	}
+	if got, err := b.KeyFor(own); err != nil || got != b.Path(SSHKey) {
+		t.Errorf("KeyFor = %q, %v", got, err)
+	}
+
+	delete(b.Artifacts, SSHKey)
+	if err := b.Write(b.Dir()); err != nil {
+		t.Fatal(err)
+	}
+	b, err := Load(b.Dir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Verify(t.Context()); err != nil {
+		t.Error(err)
+	}
+	var all sync.WaitGroup
+	keys := make([]string, 8)
+	for i := range keys {
+		all.Go(func() {
+			file, err := b.KeyFor(own)
+			raw, err2 := os.ReadFile(file)
+			if err != nil || err2 != nil || file != filepath.Join(own, "id_ed25519") {
+				t.Errorf("KeyFor = %q, %v, %v", file, err, err2)
+			}
+			keys[i] = string(raw)
+		})
+	}
+	all.Wait()
+	for _, k := range keys {
+		if k != keys[0] || k == "" {
+			t.Fatal("several keys were made")
+		}
+	}
+}
+
+// What root installed for everybody has a key that its users cannot read: they have their own.
+func TestBundleOfAnotherUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a bundle to another user")
+	}
+	_, b := checkout(t)
+	own := t.TempDir()
+	if err := os.Chown(b.Dir(), 12345, 12345); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := b.KeyFor(own); err != nil || got != b.Path(SSHKey) {
+		t.Errorf("root: KeyFor = %q, %v", got, err)
 	}
 }

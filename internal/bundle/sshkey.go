@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
+	"syscall"
 
 	"golang.org/x/crypto/ssh"
 
@@ -46,6 +48,38 @@ func EnsureSSHKey(dir string) error {
 		return nil
 	}
 	return replaceFile(file+".pub", pub, 0o644)
+}
+
+// making keeps two callers of KeyFor from making a key each.
+var making sync.Mutex
+
+// KeyFor gives the file of the private key by which this user enters sandboxes: the bundle's, or one in dir where the bundle is the
+// system's, because it lists none (a package's) or belongs to another user (installed by root for everybody). That one is made
+// when it is first asked for and kept for good. Safe for concurrent use by one process.
+func (b *Bundle) KeyFor(dir string) (string, error) {
+	if b.hasKey() {
+		return b.Path(SSHKey), nil
+	}
+	making.Lock()
+	defer making.Unlock()
+	if err := EnsureSSHKey(dir); err != nil {
+		return "", err
+	}
+	return filepath.Join(dir, FileName(SSHKey)), nil
+}
+
+// hasKey says whether the bundle's key is for this user. A key that is missing or damaged counts: that is to be told, not to be worked around
+// by another key, which VMs that run do not know.
+func (b *Bundle) hasKey() bool {
+	if _, ok := b.Artifacts[SSHKey]; !ok {
+		return false
+	}
+	info, err := os.Stat(b.dir)
+	if err != nil {
+		return true
+	}
+	sys, ok := info.Sys().(*syscall.Stat_t)
+	return !ok || os.Geteuid() == 0 || int(sys.Uid) == os.Geteuid() // root reads every key
 }
 
 func newKey() ([]byte, error) {

@@ -141,6 +141,17 @@ func (h *Host) Missing() (reason string) {
 	return ""
 }
 
+// Lingering tells whether this user's programs outlive the user's last session, as far as systemd has a say in it, and who
+// the user is. Root's and those of a host without systemd do.
+func (h *Host) Lingering() (user string, ok bool) {
+	u, err := h.user()
+	if err != nil || u.Uid == "0" || !h.systemd() {
+		return "", true
+	}
+	_, err = os.Stat(filepath.Join(h.linger, u.Username))
+	return u.Username, err == nil
+}
+
 // line renders an error as one line for people.
 func line(err error) string { return strings.Join(strings.Fields(err.Error()), " ") }
 

@@ -118,6 +118,9 @@ func TestMissing(t *testing.T) {
 			if (got == "") != (c.want == "") || !strings.Contains(got, c.want) || strings.Contains(got, "\n") {
 				t.Errorf("%q, want %q", got, c.want)
 			}
+			if who, lingers := h.Lingering(); lingers == strings.Contains(c.want, "enable-linger") || !lingers && who != "you" {
+				t.Errorf("lingering: %q, %v", who, lingers)
+			}
 		})
 	}
 }

@@ -33,14 +33,25 @@ type result struct {
 // from running. done is what happened in one word ("stopped"), printed unless the operation says that
 // it was so already.
 func (a *app) batch(cmd *cobra.Command, refs []string, done string, do task) error {
+	views, err := a.batchResults(cmd, refs, done, do)
+	if a.json && views != nil {
+		if err := a.printJSON(views); err != nil {
+			return err
+		}
+	}
+	return err
+}
+
+// batchResults is batch, which leaves what is printed as JSON to its caller; nil if nothing was begun.
+func (a *app) batchResults(cmd *cobra.Command, refs []string, done string, do task) ([]resultView, error) {
 	ctx := cmd.Context()
 	c, err := a.connect()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	resolved, err := c.VMs.ResolveVMs(ctx, &bangerv1.ResolveVMsRequest{Refs: refs})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var results []*result
 	seen := map[string]bool{}
@@ -90,11 +101,13 @@ func (a *app) batch(cmd *cobra.Command, refs []string, done string, do task) err
 			p.mu.Lock()
 			p.clear()
 		}
-		if a.json {
-			views = append(views, viewResult(r))
-		} else {
+		switch {
+		case !a.json:
 			a.printResult(r, done, said)
+		case a.output == outputName && r.err != nil: // names have no room for it
+			a.printError(r.err)
 		}
+		views = append(views, viewResult(r))
 		if p != nil {
 			p.mu.Unlock()
 		}
@@ -109,16 +122,11 @@ func (a *app) batch(cmd *cobra.Command, refs []string, done string, do task) err
 	if p != nil {
 		p.end()
 	}
-	if a.json {
-		if err := a.printJSON(views); err != nil {
-			return err
-		}
-	}
 	for _, op := range left {
 		a.goesOn(op)
 	}
 	if len(failed) == 0 {
-		return nil
+		return views, nil
 	}
 	code := exitCode(failed[0])
 	for _, err := range failed {
@@ -129,7 +137,7 @@ func (a *app) batch(cmd *cobra.Command, refs []string, done string, do task) err
 	if ctx.Err() != nil {
 		code = exitInterrupted
 	}
-	return reported{code}
+	return views, reported{code}
 }
 
 func (a *app) runTask(ctx context.Context, c *client.Client, r *result, quiet bool, do task) {

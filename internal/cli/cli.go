@@ -30,11 +30,13 @@ type app struct {
 	stdout, stderr io.Writer
 	now            func() time.Time
 
-	json     bool // --output json
-	color    bool // on stdout
-	errColor bool // on stderr
-	outTTY   bool // stdout is a terminal
-	errTTY   bool // stderr is a terminal: progress may redraw
+	args     []string
+	output   string // --output
+	json     bool   // a value is printed, and not text for people
+	color    bool   // on stdout
+	errColor bool   // on stderr
+	outTTY   bool   // stdout is a terminal
+	errTTY   bool   // stderr is a terminal: progress may redraw
 
 	place  func() (place, error)
 	client *client.Client // made by connect
@@ -60,13 +62,11 @@ func (a *app) run(args []string) int {
 	defer context.AfterFunc(ctx, stop)()
 
 	// Errors of parsing must be JSON, too, and come before the flag is parsed.
-	a.json = wantsJSON(args)
-	root := a.root()
-	root.SetArgs(args)
-	root.SetOut(a.stdout)
-	root.SetErr(a.stderr)
-	root.SetIn(a.stdin)
-	err := root.ExecuteContext(ctx)
+	a.json, a.args = wantsJSON(args), args
+	err := a.execute(ctx, args)
+	if a.restartsFor(ctx, err) { // nothing was done yet: such a daemon refuses every call
+		err = a.execute(ctx, args)
+	}
 	if a.client != nil {
 		a.client.Close()
 	}
@@ -80,14 +80,24 @@ func (a *app) run(args []string) int {
 	return exitCode(err)
 }
 
+// execute runs the command line once.
+func (a *app) execute(ctx context.Context, args []string) error {
+	root := a.root()
+	root.SetArgs(args)
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+	root.SetIn(a.stdin)
+	return root.ExecuteContext(ctx)
+}
+
 func wantsJSON(args []string) bool {
 	for i, arg := range args {
 		switch {
 		case arg == "--":
 			return false
-		case arg == "--output=json", arg == "-ojson", arg == "-o=json":
+		case arg == "--output=json", arg == "-ojson", arg == "-o=json", arg == "--output=yaml", arg == "-oyaml", arg == "-o=yaml":
 			return true
-		case (arg == "--output" || arg == "-o") && i+1 < len(args) && args[i+1] == "json":
+		case (arg == "--output" || arg == "-o") && i+1 < len(args) && (args[i+1] == outputJSON || args[i+1] == outputYAML):
 			return true
 		}
 	}
@@ -128,31 +138,34 @@ an SSH session and files that stay. The daemon starts by itself when it is neede
   banger vm list`,
 		SilenceUsage:      true,
 		SilenceErrors:     true,
-		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
-	output := newChoice("table", "table", "json")
-	root.PersistentFlags().VarP(output, "output", "o", "what to print: table or json")
-	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
-		a.json = output.value == "json"
-		return nil
-	}
+	output := newOutput()
+	root.PersistentFlags().VarP(output, "output", "o", "what to print")
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return a.setOutput(cmd, output.value) }
 	root.SetFlagErrorFunc(flagError)
 	root.AddGroup(&cobra.Group{ID: "main", Title: "Commands:"})
 	root.SetHelpCommandGroupID("main")
 	for _, cmd := range []*cobra.Command{
-		a.vmCommand(), a.imageCommand(), a.operationCommand(), a.daemonCommand(), a.doctorCommand(), a.sshConfigCommand(), a.systemCommand(), a.versionCommand(),
+		a.vmCommand(), a.imageCommand(), a.operationCommand(), a.tuiCommand(), a.daemonCommand(), a.doctorCommand(), a.sshConfigCommand(), a.systemCommand(), a.benchCommand(), a.schemaCommand(), a.completionCommand(), a.versionCommand(),
 	} {
 		cmd.GroupID = "main"
 		root.AddCommand(cmd)
 	}
 	root.AddCommand(a.internalCommand())
 	group(root)
+	a.complete(root)
+	_ = root.RegisterFlagCompletionFunc("output", a.outputCompletion) // cannot fail: it is there, once
 	return root
 }
+
+// groupAnnotation marks commands that only have subcommands.
+const groupAnnotation = "group"
 
 // group makes a command that only has subcommands: alone it prints its help, and a word it does
 // not know is a usage error with the nearest ones it does.
 func group(cmd *cobra.Command) *cobra.Command {
+	cmd.Annotations = map[string]string{groupAnnotation: "yes"}
 	cmd.Args = cobra.ArbitraryArgs
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if len(args) == 0 {

@@ -1,14 +1,18 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
+	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/version"
 )
@@ -37,19 +41,13 @@ func (a *app) daemonCommand() *cobra.Command {
 					return err
 				}
 				if a.json {
-					return a.printJSON(map[string]string{"socket": p.socket})
+					return a.printJSON(socketView{p.socket})
 				}
 				fmt.Fprintln(a.stdout, p.socket)
 				return nil
 			},
 		},
-		&cobra.Command{
-			Use: "stop", Short: "Stop the daemon; VMs run on",
-			Long:    "Stop the daemon. VMs run on, and the next command starts the daemon again, which finds them.",
-			Example: `  banger daemon stop`,
-			Args:    noArgs,
-			RunE:    func(cmd *cobra.Command, _ []string) error { return a.daemonStop(cmd.Context()) },
-		},
+		a.daemonStopCommand(), a.daemonRestartCommand(), a.daemonLogsCommand(),
 	)
 	return cmd
 }
@@ -80,19 +78,32 @@ func (a *app) daemonStatus(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	view = daemonView{
+	view = a.viewDaemon(s)
+	if a.json {
+		return a.printJSON(view)
+	}
+	return a.printDaemon(view)
+}
+
+func (a *app) viewDaemon(s *bangerv1.GetStatusResponse) daemonView {
+	view := daemonView{
 		Running: true, PID: s.GetPid(), Version: s.GetVersion(), APIRevision: s.GetApiRevision(), Socket: s.GetSocket(),
 		Log: s.GetLog(), StateDir: s.GetStateDir(), RuntimeDir: s.GetRuntimeDir(), DNSAddress: s.GetDnsAddress(),
 		VMM: s.GetVmm(), Accel: s.GetAccel(), VMMNotice: s.GetVmmNotice(), StartedAt: timeOf(s.GetStartedAt()),
 		VMsTotal: s.GetVmsTotal(), VMsRunning: s.GetVmsRunning(), OperationsRunning: s.GetOperationsRunning(),
 		Warnings: append([]string{}, s.GetWarnings()...), InstallationID: s.GetInstallationId(),
+		VMMVersion: s.GetVmmVersion(), Network: s.GetNetwork(), Images: s.GetImages(), VMsByState: s.GetVmsByState(),
+		UptimeMS: max(0, a.now().Sub(s.GetStartedAt().AsTime()).Milliseconds()),
 	}
 	if view.APIRevision != bangerv1.Revision {
-		view.Warnings = append(view.Warnings, fmt.Sprintf("this banger speaks API revision %d, the daemon %d: banger daemon stop, then any command starts the daemon that fits", bangerv1.Revision, view.APIRevision))
+		view.Warnings = append(view.Warnings, fmt.Sprintf("this banger speaks API revision %d, the daemon %d: banger daemon restart starts the daemon that fits (VMs keep running)", bangerv1.Revision, view.APIRevision))
+	} else if view.Version != version.String() {
+		view.Warnings = append(view.Warnings, fmt.Sprintf("this banger is %s, the daemon %s: banger daemon restart starts the daemon that fits (VMs keep running)", version.String(), view.Version))
 	}
-	if a.json {
-		return a.printJSON(view)
-	}
+	return view
+}
+
+func (a *app) printDaemon(view daemonView) error {
 	var rows [][]cell
 	add := func(key, value string) {
 		if value != "" {
@@ -102,10 +113,16 @@ func (a *app) daemonStatus(ctx context.Context) error {
 	add("status", "running")
 	add("pid", fmt.Sprint(view.PID))
 	add("version", view.Version)
-	add("started", formatAge(a.now(), s.GetStartedAt()))
-	add("vmm", strings.TrimSpace(view.VMM+" "+view.Accel))
+	add("uptime", formatSpan(time.Duration(view.UptimeMS)*time.Millisecond))
+	add("vmm", strings.Join(strings.Fields(view.VMM+" "+view.VMMVersion+" "+view.Accel), " "))
 	add("notice", view.VMMNotice)
-	add("vms", fmt.Sprintf("%d, %d running", view.VMsTotal, view.VMsRunning))
+	network := view.Network
+	if network == "" {
+		network = "none"
+	}
+	add("network", network)
+	add("vms", statesText(view))
+	add("images", fmt.Sprint(view.Images))
 	if view.OperationsRunning > 0 {
 		add("operations", fmt.Sprintf("%d running", view.OperationsRunning))
 	}
@@ -124,91 +141,13 @@ func (a *app) daemonStatus(ctx context.Context) error {
 	return table(a.stdout, a.color, nil, rows)
 }
 
-// stopTimeout is longer than the daemon's own bounds for its calls and operations.
-const stopTimeout = 40 * time.Second
-
-func (a *app) daemonStop(ctx context.Context) error {
-	c, err := a.connectWith(false)
-	if err != nil {
-		return err
+// statesText is how many VMs there are, and in which states: "3, 2 running, 1 stopped".
+func statesText(view daemonView) string {
+	text := fmt.Sprint(view.VMsTotal)
+	for _, state := range slices.Sorted(maps.Keys(view.VMsByState)) {
+		text += fmt.Sprintf(", %d %s", view.VMsByState[state], state)
 	}
-	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
-	defer cancel()
-	p := a.progress("daemon", false)
-	p.wait("ending")
-	was, err := c.Shutdown(ctx)
-	p.end()
-	if err != nil {
-		return err
-	}
-	if a.json {
-		return a.printJSON(map[string]bool{"was_running": was})
-	}
-	if was {
-		fmt.Fprintln(a.stdout, "stopped; VMs run on, and the next command starts the daemon again")
-	} else {
-		fmt.Fprintln(a.stdout, "was not running")
-	}
-	return nil
-}
-
-func (a *app) doctorCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "doctor", Short: "Check this machine: what works, what does not, and what to type about it",
-		Example: `  banger doctor
-  banger doctor --output json | jq '.[] | select(.severity == "fail")'`,
-		Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.doctor(cmd.Context()) },
-	}
-}
-
-func (a *app) doctor(ctx context.Context) error {
-	var findings []*bangerv1.Finding
-	c, err := a.connect()
-	if err == nil {
-		var resp *bangerv1.RunDoctorResponse
-		resp, err = c.Daemon.RunDoctor(ctx, &bangerv1.RunDoctorRequest{})
-		findings = resp.GetFindings()
-	}
-	if err != nil {
-		if ctx.Err() != nil {
-			return err
-		}
-		// A daemon that cannot start is a finding: doctor is where people go then.
-		v := viewError(err)
-		title := v.Message
-		if v.Subject != "" {
-			title = v.Subject + ": " + title
-		}
-		findings = []*bangerv1.Finding{{Code: "daemon", Severity: "fail", Title: title, Fix: v.Hint}}
-	}
-	failed := 0
-	views := []findingView{}
-	var rows strings.Builder
-	for _, f := range findings {
-		if f.GetSeverity() == "fail" {
-			failed++
-		}
-		views = append(views, findingView{f.GetCode(), f.GetSeverity(), f.GetTitle(), f.GetDetail(), f.GetFix()})
-		fmt.Fprintf(&rows, "%s  %s\n", a.paint(stateColor(f.GetSeverity()), f.GetSeverity()), f.GetTitle())
-		if f.GetDetail() != "" {
-			fmt.Fprintf(&rows, "      %s\n", f.GetDetail())
-		}
-		if f.GetFix() != "" && f.GetSeverity() != "pass" {
-			fmt.Fprintf(&rows, "      fix: %s\n", strings.ReplaceAll(f.GetFix(), "\n", "\n           "))
-		}
-	}
-	if a.json {
-		if err := a.printJSON(views); err != nil {
-			return err
-		}
-	} else {
-		fmt.Fprint(a.stdout, rows.String())
-	}
-	if failed > 0 {
-		return reported{exitFailed}
-	}
-	return nil
+	return text
 }
 
 func (a *app) operationCommand() *cobra.Command {
@@ -223,12 +162,7 @@ func (a *app) operationCommand() *cobra.Command {
 		return nil
 	}
 	cmd.AddCommand(
-		&cobra.Command{
-			Use: "list", Aliases: []string{"ls"}, Short: "List running operations and the latest ended ones",
-			Example: `  banger operation list`,
-			Args:    noArgs,
-			RunE:    func(cmd *cobra.Command, _ []string) error { return a.operationList(cmd.Context()) },
-		},
+		a.operationListCommand(),
 		&cobra.Command{
 			Use: "watch OPERATION", Short: "Follow an operation until it ends",
 			Example: `  banger operation watch 0b9f2c4d`,
@@ -283,39 +217,53 @@ func (a *app) operationCommand() *cobra.Command {
 	return cmd
 }
 
-func (a *app) operationList(ctx context.Context) error {
-	c, err := a.connect()
-	if err != nil {
-		return err
-	}
-	resp, err := c.Operations.ListOperations(ctx, &bangerv1.ListOperationsRequest{})
-	if err != nil {
-		return err
-	}
-	if a.json {
-		views := []operationView{}
-		for _, op := range resp.GetOperations() {
-			views = append(views, viewOperation(op))
-		}
-		return a.printJSON(views)
-	}
-	if len(resp.GetOperations()) == 0 {
-		fmt.Fprintln(a.stderr, "No operations")
-		return nil
-	}
-	var rows [][]cell
-	for _, op := range resp.GetOperations() {
-		end := a.now()
-		if op.GetFinishedAt() != nil {
-			end = op.GetFinishedAt().AsTime()
-		}
-		rows = append(rows, []cell{
-			{text: op.GetId()}, {text: op.GetKind()}, {text: subject(op)},
-			{text: op.GetState(), color: stateColor(op.GetState())},
-			{text: formatAge(a.now(), op.GetCreatedAt())}, {text: formatTook(end.Sub(op.GetCreatedAt().AsTime()))},
-		})
-	}
-	return table(a.stdout, a.color, []string{"ID", "KIND", "VM", "STATE", "STARTED", "TOOK"}, rows)
+func (a *app) operationListCommand() *cobra.Command {
+	return listing(a, &cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List running operations and the latest ended ones",
+		Example: `  banger operation list
+  banger operation list --filter state=running --watch
+  banger operation list --filter state=failed -o json | jq -r '.[].error.message'`,
+	}, list[operationView]{
+		fetch: func(ctx context.Context, c *client.Client) ([]operationView, error) {
+			resp, err := c.Operations.ListOperations(ctx, &bangerv1.ListOperationsRequest{})
+			var views []operationView
+			for _, op := range resp.GetOperations() {
+				views = append(views, viewOperation(op))
+			}
+			return views, err
+		},
+		columns: []column[operationView]{
+			{title: "ID", of: func(v operationView) cell { return cell{text: v.ID} }},
+			{title: "KIND", of: func(v operationView) cell { return cell{text: v.Kind} }},
+			{title: "VM", of: func(v operationView) cell { return cell{text: cmp.Or(v.Image, v.VMName)} }}, // or image
+			{title: "STATE", of: func(v operationView) cell { return cell{text: v.State, color: stateColor(v.State)} }},
+			{title: "STARTED", of: func(v operationView) cell { return cell{text: ageOf(a.now(), v.CreatedAt)} }},
+			{title: "TOOK", of: func(v operationView) cell {
+				end := a.now()
+				if v.FinishedAt != nil {
+					end = *v.FinishedAt
+				}
+				if v.CreatedAt == nil {
+					return cell{text: "-"}
+				}
+				return cell{text: formatTook(end.Sub(*v.CreatedAt))}
+			}},
+			{title: "STAGE", wide: true, of: func(v operationView) cell {
+				if len(v.Stages) == 0 {
+					return cell{text: "-"}
+				}
+				return cell{text: v.Stages[len(v.Stages)-1].Name}
+			}},
+			{title: "ERROR", wide: true, rare: true, of: func(v operationView) cell {
+				if v.Error == nil {
+					return cell{}
+				}
+				text, _, _ := strings.Cut(v.Error.Message, "\n")
+				return cell{text: text}
+			}},
+		},
+		empty: "No operations",
+	})
 }
 
 func (a *app) versionCommand() *cobra.Command {
@@ -324,11 +272,7 @@ func (a *app) versionCommand() *cobra.Command {
 		Example: `  banger version`,
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			view := struct {
-				Version     string `json:"version"`
-				APIRevision int    `json:"api_revision"`
-				Daemon      string `json:"daemon_version,omitempty"`
-			}{version.String(), bangerv1.Revision, ""}
+			view := versionView{Version: version.String(), APIRevision: bangerv1.Revision}
 			// The daemon is a bonus: the version is printed even where no daemon can be found.
 			if c, err := a.connectWith(false); err == nil {
 				if running, err := c.Running(cmd.Context()); err == nil && running {

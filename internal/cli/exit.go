@@ -27,6 +27,19 @@ const (
 	exitInterrupted = 130 // 128 + SIGINT, as shells have it
 )
 
+// exitMeanings is what the exit codes say.
+var exitMeanings = map[int]string{
+	exitOK:          "done",
+	exitFailed:      "failed",
+	exitInvalid:     "wrong command line or input; trying again cannot help",
+	exitNotFound:    "there is no such thing",
+	exitState:       "it exists already, is in the wrong state, or is busy",
+	exitExhausted:   "disk, memory or addresses are used up",
+	exitTimeout:     "a bounded wait ran out",
+	exitUnavailable: "the daemon, the guest or a tool cannot be reached, or versions do not fit",
+	exitInterrupted: "Ctrl-C; what the daemon was doing goes on, and stderr says how to watch or cancel it",
+}
+
 // exitCodes is the one mapping of fault codes to exit codes.
 var exitCodes = map[fault.Code]int{
 	fault.Invalid:      exitInvalid,
@@ -112,7 +125,7 @@ func (a *app) printError(err error) {
 		return
 	}
 	v := viewError(err)
-	if a.json {
+	if a.json && a.output != outputName {
 		enc := json.NewEncoder(a.stderr)
 		enc.SetEscapeHTML(false)
 		_ = enc.Encode(struct {

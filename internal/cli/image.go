@@ -66,48 +66,40 @@ func viewImage(m *bangerv1.Image) *imageView {
 }
 
 func (a *app) imageListCommand() *cobra.Command {
-	return &cobra.Command{
+	return listing(a, &cobra.Command{
 		Use: "list", Aliases: []string{"ls"}, Short: "List all images",
-		Example: `  banger image list`,
-		Args:    noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.connect()
-			if err != nil {
-				return err
-			}
-			resp, err := c.Images.ListImages(cmd.Context(), &bangerv1.ListImagesRequest{})
-			if err != nil {
-				return err
-			}
-			if a.json {
-				views := []*imageView{}
-				for _, im := range resp.GetImages() {
-					views = append(views, viewImage(im))
-				}
-				return a.printJSON(views)
-			}
-			if len(resp.GetImages()) == 0 {
-				fmt.Fprintln(a.stderr, "No images. banger doctor says why")
-				return nil
-			}
-			var rows [][]cell
+		Example: `  banger image list
+  banger image list --sort -size_bytes --output wide
+  banger image list --filter managed=false --quiet`,
+	}, list[*imageView]{
+		fetch: func(ctx context.Context, c *client.Client) ([]*imageView, error) {
+			resp, err := c.Images.ListImages(ctx, &bangerv1.ListImagesRequest{})
+			var views []*imageView
 			for _, im := range resp.GetImages() {
-				rows = append(rows, []cell{
-					{text: im.GetName()}, {text: shortID(im.GetId())}, {text: sortOf(im)}, {text: formatBytes(im.GetSizeBytes())},
-					{text: fmt.Sprint(len(im.GetVms()))}, {text: formatAge(a.now(), im.GetCreatedAt())},
-				})
+				views = append(views, viewImage(im))
 			}
-			return table(a.stdout, a.color, []string{"NAME", "ID", "SORT", "SIZE", "VMS", "CREATED"}, rows)
+			return views, err
 		},
-	}
+		columns: []column[*imageView]{
+			{title: "NAME", of: func(v *imageView) cell { return cell{text: v.Name} }},
+			{title: "ID", of: func(v *imageView) cell { return cell{text: shortID(v.ID)} }},
+			{title: "SORT", of: func(v *imageView) cell { return cell{text: sortOf(v.IsDefault, v.Managed)} }},
+			{title: "SIZE", of: func(v *imageView) cell { return cell{text: formatBytes(v.SizeBytes)} }},
+			{title: "VMS", of: func(v *imageView) cell { return cell{text: fmt.Sprint(len(v.VMs))} }},
+			{title: "KERNEL", wide: true, of: func(v *imageView) cell { return cell{text: orDash(v.Kernel)} }},
+			{title: "SOURCE", wide: true, of: func(v *imageView) cell { return cell{text: orDash(v.Source)} }},
+			{title: "CREATED", of: func(v *imageView) cell { return cell{text: ageOf(a.now(), v.CreatedAt)} }},
+		},
+		empty: "No images. banger doctor says why",
+	})
 }
 
 // sortOf says in a word where an image comes from.
-func sortOf(im *bangerv1.Image) string {
+func sortOf(isDefault, managed bool) string {
 	switch {
-	case im.GetIsDefault():
+	case isDefault:
 		return "default"
-	case im.GetManaged():
+	case managed:
 		return "managed"
 	}
 	return "registered"
@@ -256,7 +248,7 @@ func (a *app) printImage(im *bangerv1.Image) error {
 	}
 	add("name", im.GetName())
 	add("id", im.GetId())
-	add("sort", sortOf(im))
+	add("sort", sortOf(im.GetIsDefault(), im.GetManaged()))
 	add("source", im.GetSource())
 	add("packages", im.GetPackages())
 	add("filesystem", im.GetFilesystem())
@@ -486,6 +478,13 @@ func (a *app) imageImportCommand() *cobra.Command {
 	return cmd
 }
 
+type pruneView struct {
+	DryRun bool     `json:"dry_run"`
+	Images []string `json:"images"`
+	Files  int32    `json:"files"`
+	Bytes  int64    `json:"bytes"`
+}
+
 func (a *app) imagePruneCommand() *cobra.Command {
 	r := &bangerv1.PruneImagesRequest{}
 	cmd := &cobra.Command{
@@ -505,12 +504,7 @@ the default one.`,
 				return err
 			}
 			if a.json {
-				view := struct {
-					DryRun bool     `json:"dry_run"`
-					Images []string `json:"images"`
-					Files  int32    `json:"files"`
-					Bytes  int64    `json:"bytes"`
-				}{r.GetDryRun(), []string{}, resp.GetFiles(), resp.GetBytes()}
+				view := pruneView{r.GetDryRun(), []string{}, resp.GetFiles(), resp.GetBytes()}
 				for _, im := range resp.GetImages() {
 					view.Images = append(view.Images, im.GetName())
 				}

@@ -56,9 +56,7 @@ until Ctrl-C or until the VM is deleted.`,
 			case err != nil:
 				return client.FromConnect(err)
 			case a.json:
-				return a.printJSON(struct {
-					Log string `json:"log"`
-				}{all.String()})
+				return a.printJSON(logView{all.String()})
 			}
 			return nil
 		},

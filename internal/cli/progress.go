@@ -84,49 +84,9 @@ func (p *progress) label() string {
 		return "waiting"
 	}
 	if d := p.running.GetDetail(); d != "" {
-		return stageText(p.running.GetName()) + ": " + d
+		return client.StageText(p.running.GetName()) + ": " + d
 	}
-	return stageText(p.running.GetName())
-}
-
-// stageTexts says for people what a stage does; programs get its name. A stage that is not here is
-// shown by its name: a newer daemon may have others.
-var stageTexts = map[string]string{
-	"kernel":               "taking in the kernel",
-	"root filesystem":      "taking in the root filesystem",
-	"work seed":            "taking in the work seed",
-	"publish":              "publishing the image",
-	"fetch":                "fetching what it installs",
-	"prepare":              "preparing the system",
-	"packages":             "installing packages",
-	"tools":                "installing mise, opencode and tmux plugins",
-	"finish":               "cleaning up",
-	"undo":                 "removing what was made",
-	"capture":              "capturing the image",
-	"write":                "writing the file",
-	"unpack":               "unpacking the file",
-	"image":                "preparing the image",
-	"system disk":          "making the system disk",
-	"work disk":            "making the work disk",
-	"guest config":         "writing the guest's configuration",
-	"vmm":                  "starting the machine",
-	"agent":                "booting",
-	"enlarge disks":        "enlarging its disks",
-	"apply settings":       "applying the settings",
-	"trim":                 "giving back what is free on its disks",
-	"shutdown":             "shutting down",
-	"vmm end":              "ending the machine",
-	"guest config removal": "removing the guest's configuration",
-	"work disk removal":    "removing the work disk",
-	"system disk removal":  "removing the system disk",
-	"image removal":        "letting go of the image",
-}
-
-func stageText(name string) string {
-	if text, ok := stageTexts[name]; ok {
-		return text
-	}
-	return name
+	return client.StageText(p.running.GetName())
 }
 
 func (p *progress) beat() {
@@ -180,7 +140,7 @@ func (p *progress) finished(s *bangerv1.OperationStage, took time.Duration) {
 	if p.a.errTTY {
 		mark = p.a.paintErr(green, "✓") + " "
 	}
-	fmt.Fprintf(p.a.stderr, "%s%s: %s %s\n", mark, p.title, stageText(s.GetName()), p.a.paintErr(dim, formatTook(took)))
+	fmt.Fprintf(p.a.stderr, "%s%s: %s %s\n", mark, p.title, client.StageText(s.GetName()), p.a.paintErr(dim, formatTook(took)))
 	p.said = p.a.now()
 }
 

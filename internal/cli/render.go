@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
@@ -40,14 +39,6 @@ func stateColor(state string) string {
 		return yellow
 	}
 	return dim
-}
-
-// printJSON prints a view, indented, on stdout.
-func (a *app) printJSON(v any) error {
-	enc := json.NewEncoder(a.stdout)
-	enc.SetEscapeHTML(false)
-	enc.SetIndent("", "  ")
-	return enc.Encode(v)
 }
 
 // cell is a table's cell; its colour, and the link that a terminal may open, take no width.
@@ -105,6 +96,14 @@ func formatBytes(n int64) string {
 	}
 	s := fmt.Sprintf("%.1f", v)
 	return strings.TrimSuffix(s, ".0") + " " + units[i]
+}
+
+// ageOf is formatAge of a view's time.
+func ageOf(now time.Time, at *time.Time) string {
+	if at == nil {
+		return "-"
+	}
+	return formatAge(now, timestamppb.New(*at))
 }
 
 // formatAge is how long ago something was: "12s ago", "3m ago", "5h ago", "9d ago".

@@ -45,11 +45,12 @@ not read; the exit code is the remote command's.`,
 			}
 			return oneRef(cmd, args)
 		},
-		RunE: func(cmd *cobra.Command, args []string) error { return a.ssh(cmd.Context(), args[0], args[1:]) },
+		RunE: func(cmd *cobra.Command, args []string) error { return a.ssh(cmd.Context(), args[0], args[1:], true) },
 	}
 }
 
-func (a *app) ssh(ctx context.Context, ref string, command []string) error {
+// ssh enters a VM, or runs a command in it. reminds: say after a session that the VM still runs.
+func (a *app) ssh(ctx context.Context, ref string, command []string, reminds bool) error {
 	program, err := exec.LookPath("ssh")
 	if err != nil {
 		return fault.Wrap(err, fault.Unavailable, "ssh", "the system's SSH client is not installed").
@@ -74,14 +75,15 @@ func (a *app) ssh(ctx context.Context, ref string, command []string) error {
 	if err := a.waitForSSH(ctx, c, v); err != nil {
 		return err
 	}
+	reminds = reminds && len(command) == 0
 	if err := a.runSSH(program, v, target, command); err != nil {
 		var code passed
-		if len(command) == 0 && errors.As(err, &code) && code != sshFailed {
+		if reminds && errors.As(err, &code) && code != sshFailed {
 			a.remind(ctx, c, v, target) // a shell ends with the code of its last command
 		}
 		return err
 	}
-	if len(command) == 0 {
+	if reminds {
 		a.remind(ctx, c, v, target)
 	}
 	return nil
@@ -270,7 +272,7 @@ func (a *app) internalCommand() *cobra.Command {
 			defer stream.Close()
 			return passDescriptor(os.Stdout, stream)
 		},
-	})
+	}, a.manCommand())
 	return cmd
 }
 

@@ -46,7 +46,7 @@ who may use it already. Over another version it takes its place; networks and VM
 				return err
 			}
 			if a.json {
-				return a.printJSON(struct{}{})
+				return a.printJSON(systemUninstallView{Removed: install.Program})
 			}
 			fmt.Fprintln(a.stdout, "the root helper is removed")
 			return nil
@@ -60,6 +60,17 @@ who may use it already. Over another version it takes its place; networks and VM
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.systemStatus(cmd.Context()) },
 	}, uninstallCmd)
 	return cmd
+}
+
+// systemInstallView is what was installed, under --output json.
+type systemInstallView struct {
+	Program string   `json:"program"`
+	ByHand  []string `json:"by_hand"` // what root has to run where systemd does not
+}
+
+// systemUninstallView is what was removed, under --output json.
+type systemUninstallView struct {
+	Removed string `json:"removed"`
 }
 
 // systemView is the root helper under --output json.
@@ -106,10 +117,7 @@ func (a *app) systemInstall(cmd *cobra.Command, users, ranges []string) error {
 		return err
 	}
 	if a.json {
-		return a.printJSON(struct {
-			Program string   `json:"program"`
-			ByHand  []string `json:"by_hand"`
-		}{install.Program, append([]string{}, byHand...)})
+		return a.printJSON(systemInstallView{install.Program, append([]string{}, byHand...)})
 	}
 	fmt.Fprintf(a.stdout, "%s is installed\n", install.Program)
 	if len(byHand) > 0 {

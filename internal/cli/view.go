@@ -170,6 +170,12 @@ type daemonView struct {
 	OperationsRunning int32      `json:"operations_running"`
 	Warnings          []string   `json:"warnings"`
 	InstallationID    string     `json:"installation_id,omitempty"`
+
+	UptimeMS   int64            `json:"uptime_ms,omitempty"`
+	VMMVersion string           `json:"vmm_version,omitempty"`
+	Network    string           `json:"network,omitempty"`
+	Images     int32            `json:"images"`
+	VMsByState map[string]int32 `json:"vms_by_state,omitempty"`
 }
 
 type findingView struct {
@@ -178,4 +184,25 @@ type findingView struct {
 	Title    string `json:"title"`
 	Detail   string `json:"detail,omitempty"`
 	Fix      string `json:"fix,omitempty"`
+	Fixable  bool   `json:"fixable"` // by --fix
+	Fixed    bool   `json:"fixed"`   // it was
+}
+
+type socketView struct {
+	Socket string `json:"socket"`
+}
+
+type stoppedView struct {
+	WasRunning bool         `json:"was_running"`
+	VMs        []resultView `json:"vms,omitempty"` // with --all
+}
+
+type versionView struct {
+	Version     string `json:"version"`
+	APIRevision int    `json:"api_revision"`
+	Daemon      string `json:"daemon_version,omitempty"`
+}
+
+type logView struct {
+	Log string `json:"log"`
 }

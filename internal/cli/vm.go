@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
+	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
@@ -22,7 +23,7 @@ func (a *app) vmCommand() *cobra.Command {
   banger vm ssh calm-otter`,
 	})
 	cmd.AddCommand(
-		a.createCommand(), a.listCommand(), a.showCommand(), a.sshCommand(), a.execCommand(), a.cpCommand(),
+		a.createCommand(), a.runCommand(), a.listCommand(), a.showCommand(), a.sshCommand(), a.execCommand(), a.cpCommand(),
 		a.forwardCommand(), a.logsCommand(), a.waitCommand(),
 		a.startCommand(), a.stopCommand(), a.restartCommand(), a.setCommand(), a.statsCommand(), a.portsCommand(), a.trimCommand(), a.killCommand(), a.deleteCommand(),
 	)
@@ -31,17 +32,9 @@ func (a *app) vmCommand() *cobra.Command {
 
 func (a *app) createCommand() *cobra.Command {
 	var (
-		name, image    string
-		vcpu           = &count{what: "virtual CPUs"}
-		memory         = &size{what: "--memory", parse: vm.ParseMemory}
-		disk           = &size{what: "--disk-size", parse: vm.ParseDiskSize}
-		system         = &size{what: "--system-size", parse: vm.ParseDiskSize}
-		labelled       = labels{}
-		nat            tristate
-		group          groupFlag
+		flags          *createFlags
 		noStart, quiet bool
 	)
-	d := createDefaults()
 	cmd := &cobra.Command{
 		Use:   "create [flags]",
 		Short: "Make a VM and start it",
@@ -57,26 +50,16 @@ the SSH server if it needs to. Sizes are written 4G, 4GiB or 512M.`,
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if cmd.Flags().Changed("name") && name == "" {
-				return usage(cmd, "--name is empty: leave it out to get a name")
+			r, err := flags.request(cmd)
+			if err != nil {
+				return err
 			}
-			return a.create(cmd.Context(), &bangerv1.CreateVMRequest{
-				Name: name, Image: image, Vcpu: vcpu.value, MemoryMib: memory.value,
-				DiskBytes: disk.value, SystemBytes: system.value, Labels: labelled, NoStart: noStart, Nat: nat.value, NetworkGroup: group.value,
-			}, quiet)
+			r.NoStart = noStart
+			return a.create(cmd.Context(), r, quiet)
 		},
 	}
+	flags = addCreateFlags(cmd)
 	f := cmd.Flags()
-	f.SortFlags = false
-	f.Var((*text)(&name), "name", "a-z, 0-9 and hyphens (default a generated one, adjective-animal)")
-	f.Var((*text)(&image), "image", "image to make it from, as banger image list shows them"+d.image)
-	f.Var(vcpu, "vcpu", "virtual CPUs"+d.vcpu)
-	f.Var(memory, "memory", "memory; a number alone is MiB"+d.memory)
-	f.Var(disk, "disk-size", "work disk, mounted at /root"+d.disk)
-	f.Var(system, "system-size", "system disk: everything written elsewhere"+d.system)
-	f.Var(labelled, "label", "label, can be repeated")
-	nat.add(f, "nat", "let it reach what the host reaches"+d.nat, "keep it from everything outside of the host")
-	group.add(f, "let it talk to the VMs of this group"+d.group, "let it talk to no other VM")
 	f.BoolVar(&noStart, "no-start", false, "make it, do not start it")
 	f.BoolVarP(&quiet, "quiet", "q", false, "print nothing but the VM's name")
 	return cmd
@@ -120,55 +103,61 @@ func (a *app) create(ctx context.Context, r *bangerv1.CreateVMRequest, quiet boo
 }
 
 func (a *app) listCommand() *cobra.Command {
-	return &cobra.Command{
+	return listing(a, &cobra.Command{
 		Use:     "list",
 		Aliases: []string{"ls", "ps"},
 		Short:   "List all VMs",
 		Example: `  banger vm list
+  banger vm list --filter state=running --sort -memory_mib
+  banger vm list --filter labels.team=web --quiet | xargs banger vm stop
   banger vm list --output json | jq -r '.[] | select(.state == "running") | .name'`,
-		Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.connect()
-			if err != nil {
-				return err
+	}, list[*vmView]{
+		fetch: func(ctx context.Context, c *client.Client) ([]*vmView, error) {
+			resp, err := c.VMs.ListVMs(ctx, &bangerv1.ListVMsRequest{})
+			views := make([]*vmView, len(resp.GetVms()))
+			for i, v := range resp.GetVms() {
+				views[i] = viewVM(v)
 			}
-			resp, err := c.VMs.ListVMs(cmd.Context(), &bangerv1.ListVMsRequest{})
-			if err != nil {
-				return err
-			}
-			if a.json {
-				views := make([]*vmView, len(resp.GetVms()))
-				for i, v := range resp.GetVms() {
-					views[i] = viewVM(v)
-				}
-				return a.printJSON(views)
-			}
-			if len(resp.GetVms()) == 0 {
-				fmt.Fprintln(a.stderr, "No VMs yet. Make one: banger vm create")
-				return nil
-			}
-			now := a.now()
-			header := []string{"NAME", "ID", "STATE", "IMAGE", "VCPU", "MEMORY", "DISK", "CREATED"}
-			// Most have nothing to say; one that waits for something to be typed must be seen here.
-			notes := slices.ContainsFunc(resp.GetVms(), func(v *bangerv1.VM) bool { return v.GetNote() != "" })
-			if notes {
-				header = append(header, "NOTE")
-			}
-			var rows [][]cell
-			for _, v := range resp.GetVms() {
-				row := []cell{
-					{text: v.GetName()}, {text: shortID(v.GetId())}, {text: v.GetState(), color: stateColor(v.GetState())},
-					{text: v.GetImage()}, {text: fmt.Sprint(v.GetVcpu())}, {text: formatBytes(v.GetMemoryMib() * vm.MiB)},
-					{text: formatBytes(v.GetDiskBytes())}, {text: formatAge(now, v.GetCreatedAt())},
-				}
-				if v.GetNote() != "" {
-					row = append(row, cell{text: v.GetNote()})
-				}
-				rows = append(rows, row)
-			}
-			return table(a.stdout, a.color, header, rows)
+			return views, err
 		},
+		columns: []column[*vmView]{
+			{title: "NAME", of: func(v *vmView) cell { return cell{text: v.Name} }},
+			{title: "ID", of: func(v *vmView) cell { return cell{text: shortID(v.ID)} }},
+			{title: "STATE", of: func(v *vmView) cell { return cell{text: v.State, color: stateColor(v.State)} }},
+			{title: "IMAGE", of: func(v *vmView) cell { return cell{text: v.Image} }},
+			{title: "VCPU", of: func(v *vmView) cell { return cell{text: fmt.Sprint(v.VCPU)} }},
+			{title: "MEMORY", of: func(v *vmView) cell { return cell{text: formatBytes(v.MemoryMiB * vm.MiB)} }},
+			{title: "DISK", of: func(v *vmView) cell { return cell{text: formatBytes(v.DiskBytes)} }},
+			{title: "SYSTEM", wide: true, of: func(v *vmView) cell { return cell{text: formatBytes(v.SystemBytes)} }},
+			{title: "VMM", wide: true, of: func(v *vmView) cell { return cell{text: orDash(strings.TrimSpace(v.VMM + " " + v.Accel))} }},
+			{title: "PID", wide: true, of: func(v *vmView) cell { return cell{text: orDash(strings.TrimPrefix(fmt.Sprint(v.PID), "0"))} }},
+			{title: "NETWORK", wide: true, of: func(v *vmView) cell { return cell{text: orDash(v.Network)} }},
+			{title: "ADDRESS", wide: true, of: func(v *vmView) cell { return cell{text: orDash(v.Address)} }},
+			{title: "LABELS", wide: true, of: func(v *vmView) cell { return cell{text: orDash(labelText(v.Labels))} }},
+			{title: "STARTED", wide: true, of: func(v *vmView) cell { return cell{text: ageOf(a.now(), v.StartedAt)} }},
+			{title: "CREATED", of: func(v *vmView) cell { return cell{text: ageOf(a.now(), v.CreatedAt)} }},
+			// Most have nothing to say; one that waits for something to be typed must be seen here.
+			{title: "NOTE", rare: true, of: func(v *vmView) cell { return cell{text: v.Note} }},
+		},
+		empty: "No VMs yet. Make one: banger vm create",
+	})
+}
+
+// orDash is a table's cell of which nothing is known.
+func orDash(s string) string {
+	if s == "" {
+		return "-"
 	}
+	return s
+}
+
+func labelText(all map[string]string) string {
+	var pairs []string
+	for key, value := range all {
+		pairs = append(pairs, key+"="+value)
+	}
+	slices.Sort(pairs)
+	return strings.Join(pairs, " ")
 }
 
 // shortID is as much of an id as people are shown; it is a reference, too.
@@ -230,12 +219,7 @@ func (a *app) printVM(v *bangerv1.VM) error {
 	add("memory", formatBytes(v.GetMemoryMib()*vm.MiB))
 	add("work disk", diskText(v.GetDiskBytes(), v.GetDiskAllocatedBytes()))
 	add("system disk", diskText(v.GetSystemBytes(), v.GetSystemAllocatedBytes()))
-	var pairs []string
-	for key, value := range v.GetLabels() {
-		pairs = append(pairs, key+"="+value)
-	}
-	slices.Sort(pairs)
-	add("labels", strings.Join(pairs, " "))
+	add("labels", labelText(v.GetLabels()))
 	if v.GetAutostart() {
 		add("autostart", "after a reboot of the host")
 	}

@@ -3,7 +3,6 @@ package cli
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"io"
 	"time"
 )
@@ -43,7 +42,7 @@ func (a *app) watch(ctx context.Context, take func(context.Context) (look, error
 
 func (a *app) draw(l look, first bool) error {
 	if a.json {
-		return json.NewEncoder(a.stdout).Encode(l.json)
+		return a.printValue(l.json, false)
 	}
 	var text bytes.Buffer
 	if err := l.text(&text); err != nil {

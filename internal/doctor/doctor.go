@@ -2,7 +2,11 @@
 // belongs to each capability: doctor runs the same checks as the commands do, so it cannot drift.
 package doctor
 
-import "git.thaloco.com/thaloco/banger/internal/fault"
+import (
+	"context"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+)
 
 // Severity of a finding.
 type Severity string
@@ -21,6 +25,44 @@ type Finding struct {
 	Title    string
 	Detail   string
 	Fix      string
+	// Repair does what Fix says. It is there only where that loses nothing and asks nobody, and may be called again.
+	Repair func(context.Context) error
+	Fixed  bool // it was repaired, and passes now
+}
+
+// Check looks at something, and changes nothing.
+type Check func(context.Context) []Finding
+
+// Run runs checks in order. With fix it repairs what can be, then looks again: a finding is what was seen last.
+func Run(ctx context.Context, checks []Check, fix bool) []Finding {
+	var out []Finding
+	for _, check := range checks {
+		found := check(ctx)
+		if !fix {
+			out = append(out, found...)
+			continue
+		}
+		failed, tried := map[string]error{}, map[string]bool{}
+		for _, f := range found {
+			if f.Severity != Pass && f.Repair != nil {
+				tried[f.Code] = true
+				if err := f.Repair(ctx); err != nil {
+					failed[f.Code] = err
+				}
+			}
+		}
+		if len(tried) > 0 {
+			found = check(ctx)
+		}
+		for _, f := range found {
+			f.Fixed = tried[f.Code] && f.Severity == Pass
+			if err := failed[f.Code]; err != nil && !f.Fixed {
+				f.Detail += "; it could not be repaired: " + err.Error()
+			}
+			out = append(out, f)
+		}
+	}
+	return out
 }
 
 // FromError makes a failing finding of a fault: its text and its hint.

@@ -70,13 +70,14 @@ func (im *images) bundle() (*bundle.Bundle, error) {
 	return bundle.Load(where.Dir)
 }
 
-// identity is the path of the installation's private SSH key.
+// identity is the path of the private SSH key by which this user enters VMs: the bundle's, or the user's own where the bundle is the
+// system's.
 func (im *images) identity() (string, error) {
 	b, err := im.bundle()
 	if err != nil {
 		return "", err
 	}
-	return b.Path(bundle.SSHKey), nil
+	return b.KeyFor(im.paths.State)
 }
 
 // agentPath is the guest program that VMs boot with.
@@ -772,7 +773,14 @@ func (c *imageCapability) Check(ctx context.Context) []doctor.Finding {
 		err = c.images.refresh(ctx)
 	}
 	if err != nil {
-		return []doctor.Finding{doctor.FromError("bundle", "Runtime bundle", err)}
+		f := doctor.FromError("bundle", "Runtime bundle", err)
+		// The one fault of a bundle that is mended without building anything: a key that others may read, which ssh refuses.
+		if key, keyErr := c.images.identity(); keyErr == nil {
+			if st, statErr := os.Stat(key); statErr == nil && st.Mode().Perm()&0o077 != 0 {
+				f.Repair = func(context.Context) error { return os.Chmod(key, 0o600) }
+			}
+		}
+		return []doctor.Finding{f}
 	}
 	return []doctor.Finding{{Code: "bundle", Severity: doctor.Pass, Title: "Runtime bundle", Detail: b.Dir()}}
 }

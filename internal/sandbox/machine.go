@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -166,6 +167,16 @@ func (ms *machines) health(ctx context.Context, id vm.ID) string {
 		return "does not answer: " + guestText(err.Error())
 	}
 	return "answers, userspace " + guestText(h.Userspace)
+}
+
+// agentVersion is that of the daemon which started a VM that runs.
+func (s *Service) agentVersion(ctx context.Context, id vm.ID) (string, error) {
+	sess, err := s.machines.session(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	h, err := sess.Client().Health(ctx, &agentv1.HealthRequest{})
+	return h.GetAgentVersion(), err
 }
 
 func (ms *machines) state(ctx context.Context, id vm.ID) (vmm.State, error) {
@@ -463,6 +474,25 @@ func (c *machineCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.H
 	return nil
 }
 
+// kvmFix is what to do about a host whose KVM cannot be used, by the reason that vmm.KVMUsable gave.
+func kvmFix(reason string) string {
+	switch {
+	case strings.Contains(reason, "may not open"):
+		return "sudo usermod -aG kvm $USER, then log in again"
+	case strings.Contains(reason, "no /dev/kvm"):
+		return "sudo modprobe -a kvm_intel kvm_amd, or switch on virtualization (VT-x, SVM) in the firmware"
+	}
+	return "let the provider of this machine switch on nested virtualization; VMs run without it"
+}
+
+// vmmVersion is that of the VMM that starts VMs, "" if it is not known.
+func (s *Service) vmmVersion() string {
+	if v, ok := s.driver.(vmm.Versioned); ok {
+		return v.Version()
+	}
+	return ""
+}
+
 // Check asks the driver.
 func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 	s := c.machines.service
@@ -470,7 +500,7 @@ func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 	if err := s.driver.Check(ctx); err != nil {
 		out = append(out, doctor.FromError("vmm", "Virtual machine monitor", err))
 	} else {
-		out = append(out, doctor.Finding{Code: "vmm", Severity: doctor.Pass, Title: "Virtual machine monitor", Detail: s.driver.Name()})
+		out = append(out, doctor.Finding{Code: "vmm", Severity: doctor.Pass, Title: "Virtual machine monitor", Detail: strings.TrimSpace(s.driver.Name() + " " + s.vmmVersion())})
 	}
 	out = append(out, s.checkCgroups())
 	accel := s.driver.Features().Accel
@@ -481,7 +511,7 @@ func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 			Fix: "make runtime brings Firecracker, or set firecracker_bin in config.toml"})
 	default:
 		return append(out, doctor.Finding{Code: "kvm", Severity: doctor.Warn, Title: "Hardware virtualization", Detail: s.notice,
-			Fix: "enable virtualization in the firmware, or join the group that may open /dev/kvm: sudo usermod -aG kvm $USER"})
+			Fix: kvmFix(s.notice)})
 	}
 	return append(out, doctor.Finding{Code: "kvm", Severity: doctor.Pass, Title: "Hardware virtualization", Detail: accel})
 }

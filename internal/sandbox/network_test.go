@@ -79,7 +79,7 @@ func TestDNSPortTaken(t *testing.T) {
 	}
 	find := func() doctor.Finding {
 		t.Helper()
-		for _, f := range r.s.Doctor(r.ctx()) {
+		for _, f := range r.s.Doctor(r.ctx(), false) {
 			if f.Code == "dns" {
 				return f
 			}

@@ -72,13 +72,15 @@ func (s *Service) Ports(ctx context.Context, refs []string) []Ports {
 	s.each(ctx, refs, func(n int) { out = make([]Ports, n) }, func(i int, ref string, v vm.VM, err error) {
 		out[i] = Ports{Ref: ref, VM: v, Err: err}
 		if err == nil {
-			s.listPorts(ctx, &out[i])
+			s.listPorts(ctx, &out[i], nil)
 		}
 	})
 	return out
 }
 
-func (s *Service) listPorts(ctx context.Context, p *Ports) {
+// listPorts lists what listens in a guest. Listeners that known has an answer of are not asked again; known
+// may be nil.
+func (s *Service) listPorts(ctx context.Context, p *Ports, known *answers) {
 	var sess *agent.Session
 	var answer *agentv1.PortsResponse
 	p.Err = s.ask(ctx, &p.VM, "list of ports", func(ctx context.Context, opened *agent.Session) (err error) {
@@ -102,7 +104,7 @@ func (s *Service) listPorts(ctx context.Context, p *Ports) {
 	probes := 0
 	for i := range p.Ports {
 		port := &p.Ports[i]
-		if !port.reachedByLoopback() || probes == maxProbes {
+		if !port.reachedByLoopback() || probes == maxProbes || known.fill(port) {
 			continue
 		}
 		probes++
@@ -115,6 +117,7 @@ func (s *Service) listPorts(ctx context.Context, p *Ports) {
 		})
 	}
 	all.Wait()
+	known.keep(p.Ports)
 }
 
 // tamePorts makes what a guest said safe to show: what is no listener is left out, and one that listens on

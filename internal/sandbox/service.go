@@ -96,6 +96,7 @@ func New(st *store.Store, o Options) *Service {
 	s.store.Subscribe(
 		func(v vm.VM) { s.hub.publish(Event{VM: &v}); s.ssh.look() },
 		func(id vm.ID) { s.hub.publish(Event{Deleted: id}); s.ssh.look() })
+	s.store.SubscribeImages(func() { s.hub.publish(Event{imagesChanged: true}) })
 	s.images = &images{store: s.store, cfg: o.Config, paths: o.Paths, mu: newCtxLock()}
 	s.machines = &machines{service: s, byID: map[vm.ID]*machine{}}
 	s.cgroups = cgroup.New(s.store.InstallationID())
@@ -175,6 +176,7 @@ type CreateRequest struct {
 type Defaults struct {
 	Image string
 	Spec  vm.Spec
+	Host  vm.Host // what bounds a spec
 }
 
 // Detail is a VM with what costs system calls to find out.
@@ -197,6 +199,9 @@ type Event struct {
 	VM        *vm.VM
 	Deleted   vm.ID
 	Operation *operation.Operation
+	Images    *[]image.Image // all, after one was made, changed or deleted
+
+	imagesChanged bool // Watch fills Images in
 }
 
 // Snapshot is the whole state: the first event of every watch.
@@ -216,6 +221,10 @@ type Status struct {
 	Total, Running    int
 	OperationsRunning int
 	DNS               string // address of the server for .vm, "" if there is none
+	VMMVersion        string // "" if it is not known
+	Network           string // kind of the network that VMs are put on, "" if there is none
+	Images            int
+	ByState           map[vm.State]int
 	Warnings          []string
 }
 

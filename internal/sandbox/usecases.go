@@ -335,6 +335,29 @@ func downStages(progress lifecycle.Progress) lifecycle.Progress {
 	}
 }
 
+// PowerOff is Stop for a host that goes down: the VM stays wanted, so that it is started after the host's boot if it is set
+// to. Until then nothing starts it.
+func (s *Service) PowerOff(ctx context.Context, id vm.ID) (operation.Operation, error) {
+	v, err := s.known(id)
+	if err != nil {
+		return operation.Operation{}, err
+	}
+	return s.beginOver(ctx, endedByStop, operation.Stop, v, func(ctx context.Context, h *operation.Handle, v *vm.VM) error {
+		if v.State == vm.Stopped || v.State == vm.Defined {
+			h.Notice("already stopped")
+			return nil
+		}
+		v.Note = ""
+		if err := s.takeDown(ctx, h, v, lifecycle.Orderly); err != nil {
+			return err
+		}
+		if v.Note != "" {
+			h.Notice(v.Note)
+		}
+		return s.store.Save(context.WithoutCancel(ctx), *v)
+	})
+}
+
 // Restart stops and starts as one operation. A stopped VM is started.
 func (s *Service) Restart(ctx context.Context, id vm.ID) (operation.Operation, error) {
 	v, err := s.known(id)
@@ -532,7 +555,9 @@ func (s *Service) Images(ctx context.Context) ([]image.Image, string, error) {
 
 // Defaults tells what Create chooses.
 func (s *Service) Defaults(context.Context) (Defaults, error) {
-	return Defaults{Image: defaultImage, Spec: s.defaultSpec()}, nil
+	spec := s.defaultSpec()
+	spec.NAT = s.cfg.DefaultNAT
+	return Defaults{Image: defaultImage, Spec: spec, Host: s.host}, nil
 }
 
 // Operation returns one operation by id. fault.NotFound.
@@ -667,10 +692,19 @@ func (s *Service) SSHTarget(_ context.Context, id vm.ID) (SSHTarget, error) {
 }
 
 // Status tells what the daemon knows of itself.
-func (s *Service) Status(context.Context) (Status, error) {
-	st := Status{InstallationID: s.store.InstallationID(), VMM: s.driver.Name(), Accel: s.driver.Features().Accel, VMMNotice: s.notice}
+func (s *Service) Status(ctx context.Context) (Status, error) {
+	images, err := s.store.Images(ctx)
+	if err != nil {
+		return Status{}, err
+	}
+	st := Status{InstallationID: s.store.InstallationID(), VMM: s.driver.Name(), Accel: s.driver.Features().Accel, VMMNotice: s.notice, VMMVersion: s.vmmVersion(),
+		Images: len(images), ByState: map[vm.State]int{}}
+	if len(s.networks) > 0 {
+		st.Network = s.networks[0].Kind()
+	}
 	for _, v := range s.store.VMs() {
 		st.Total++
+		st.ByState[v.State]++
 		if v.State == vm.Running {
 			st.Running++
 		}

@@ -85,6 +85,13 @@ func (s *Service) Watch(ctx context.Context, send func(Event) error) error {
 		}
 		select {
 		case e := <-w.events:
+			if e.imagesChanged {
+				list, err := s.store.Images(ctx)
+				if err != nil {
+					return err
+				}
+				e = Event{Images: &list}
+			}
 			if err := send(e); err != nil {
 				return err
 			}

@@ -112,7 +112,8 @@ func operationMessages(list []operation.Operation) []*bangerv1.Operation {
 func findingMessages(list []doctor.Finding) []*bangerv1.Finding {
 	out := make([]*bangerv1.Finding, len(list))
 	for i, f := range list {
-		out[i] = &bangerv1.Finding{Code: f.Code, Severity: string(f.Severity), Title: f.Title, Detail: f.Detail, Fix: f.Fix}
+		out[i] = &bangerv1.Finding{Code: f.Code, Severity: string(f.Severity), Title: f.Title, Detail: f.Detail, Fix: f.Fix,
+			Fixable: f.Repair != nil, Fixed: f.Fixed}
 	}
 	return out
 }
@@ -127,6 +128,8 @@ func eventMessage(e sandbox.Event, byDefault string) *bangerv1.WatchResponse {
 		}}}
 	case e.VM != nil:
 		return &bangerv1.WatchResponse{Event: &bangerv1.WatchResponse_Vm{Vm: vmMessage(*e.VM)}}
+	case e.Images != nil:
+		return &bangerv1.WatchResponse{Event: &bangerv1.WatchResponse_Images{Images: &bangerv1.ImageList{Images: imageMessages(*e.Images, byDefault)}}}
 	case e.Operation != nil:
 		return &bangerv1.WatchResponse{Event: &bangerv1.WatchResponse_Operation{Operation: operationMessage(*e.Operation)}}
 	}

@@ -40,7 +40,16 @@ func (h *vmHandler) StartVM(ctx context.Context, r *bangerv1.StartVMRequest) (*b
 }
 
 func (h *vmHandler) StopVM(ctx context.Context, r *bangerv1.StopVMRequest) (*bangerv1.StopVMResponse, error) {
-	op, err := h.svc.Stop(ctx, vm.ID(r.GetId()), r.GetForce())
+	var op operation.Operation
+	var err error
+	switch {
+	case r.GetHostShutdown() && r.GetForce():
+		err = fault.New(fault.Invalid, "", "force and host_shutdown exclude each other")
+	case r.GetHostShutdown():
+		op, err = h.svc.PowerOff(ctx, vm.ID(r.GetId()))
+	default:
+		op, err = h.svc.Stop(ctx, vm.ID(r.GetId()), r.GetForce())
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -130,7 +139,8 @@ func (h *vmHandler) GetDefaults(ctx context.Context, _ *bangerv1.GetDefaultsRequ
 	}
 	return &bangerv1.GetDefaultsResponse{
 		Image: d.Image, Vcpu: int32(d.Spec.VCPU), MemoryMib: d.Spec.MemoryMiB,
-		DiskBytes: d.Spec.DiskSize, SystemBytes: d.Spec.SystemSize,
+		DiskBytes: d.Spec.DiskSize, SystemBytes: d.Spec.SystemSize, Nat: d.Spec.NAT,
+		HostCpus: int32(d.Host.CPUs), HostMemoryMib: d.Host.MemoryMiB,
 	}, nil
 }
 
@@ -287,7 +297,16 @@ func (h *daemonHandler) GetStatus(ctx context.Context, _ *bangerv1.GetStatusRequ
 		VmsTotal: int32(s.Total), VmsRunning: int32(s.Running), OperationsRunning: int32(s.OperationsRunning),
 		Warnings:       append(append([]string(nil), h.info.Warnings...), s.Warnings...),
 		InstallationId: s.InstallationID,
+		VmmVersion:     s.VMMVersion, Network: s.Network, Images: int32(s.Images), VmsByState: byState(s.ByState),
 	}, nil
+}
+
+func byState(counts map[vm.State]int) map[string]int32 {
+	out := map[string]int32{}
+	for state, n := range counts {
+		out[string(state)] = int32(n)
+	}
+	return out
 }
 
 func (h *daemonHandler) Shutdown(context.Context, *bangerv1.ShutdownRequest) (*bangerv1.ShutdownResponse, error) {
@@ -295,8 +314,8 @@ func (h *daemonHandler) Shutdown(context.Context, *bangerv1.ShutdownRequest) (*b
 	return &bangerv1.ShutdownResponse{}, nil
 }
 
-func (h *daemonHandler) RunDoctor(ctx context.Context, _ *bangerv1.RunDoctorRequest) (*bangerv1.RunDoctorResponse, error) {
-	return &bangerv1.RunDoctorResponse{Findings: findingMessages(h.svc.Doctor(ctx))}, nil
+func (h *daemonHandler) RunDoctor(ctx context.Context, r *bangerv1.RunDoctorRequest) (*bangerv1.RunDoctorResponse, error) {
+	return &bangerv1.RunDoctorResponse{Findings: findingMessages(h.svc.Doctor(ctx, r.GetFix()))}, nil
 }
 
 func (h *daemonHandler) Watch(ctx context.Context, _ *bangerv1.WatchRequest, stream *connect.ServerStream[bangerv1.WatchResponse]) error {

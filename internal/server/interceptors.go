@@ -98,7 +98,7 @@ func (r revision) check(procedure, header string) error {
 			WithHint("upgrade banger, or run the banger that lies beside the daemon's bangerd")
 	case client > r.own:
 		return fault.New(fault.VersionSkew, "", "the running daemon is older than this banger (API revision %d, banger %d)", r.own, client).
-			WithHint("restart the daemon: banger daemon stop (VMs keep running; the next command starts the new daemon)")
+			WithHint("banger daemon restart (VMs keep running)")
 	}
 	return nil
 }

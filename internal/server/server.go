@@ -28,6 +28,7 @@ type Machines interface {
 	Create(ctx context.Context, r sandbox.CreateRequest) (operation.Operation, error)
 	Start(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Stop(ctx context.Context, id vm.ID, force bool) (operation.Operation, error)
+	PowerOff(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Restart(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Delete(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Set(ctx context.Context, id vm.ID, r sandbox.SetRequest) (operation.Operation, error)
@@ -41,6 +42,7 @@ type Machines interface {
 	Trim(ctx context.Context, id vm.ID) (operation.Operation, error)
 	Stats(ctx context.Context, refs []string) []sandbox.Stats
 	Ports(ctx context.Context, refs []string) []sandbox.Ports
+	WatchUsage(ctx context.Context, r sandbox.UsageRequest, send func(sandbox.Usage) error) error
 	ReadLog(ctx context.Context, id vm.ID, r sandbox.LogRequest, send func([]byte) error) error
 	RunningOperation(id vm.ID) string
 	KernelVersion(ctx context.Context, id string) string
@@ -71,7 +73,7 @@ type Operations interface {
 // Host is what the daemon calls need.
 type Host interface {
 	Watch(ctx context.Context, send func(sandbox.Event) error) error
-	Doctor(ctx context.Context) []doctor.Finding
+	Doctor(ctx context.Context, fix bool) []doctor.Finding
 	Status(ctx context.Context) (sandbox.Status, error)
 	SSHConfig(ctx context.Context, program string) (sandbox.SSHConfig, error)
 	InstallSSHConfig(ctx context.Context, program string, include bool) (sandbox.SSHConfig, error)

@@ -59,7 +59,7 @@ func (f *fake) DialAgent(ctx context.Context, id vm.ID, service wire.Kind) (net.
 func (f *fake) Status(context.Context) (sandbox.Status, error) {
 	return sandbox.Status{VMM: "fake", Total: 3, Running: 2}, nil
 }
-func (f *fake) Doctor(context.Context) []doctor.Finding {
+func (f *fake) Doctor(context.Context, bool) []doctor.Finding {
 	return []doctor.Finding{{Code: "kvm", Severity: doctor.Warn, Title: "no KVM", Fix: "banger doctor"}}
 }
 

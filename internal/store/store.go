@@ -39,7 +39,9 @@ type Store struct {
 
 	// changed is told every committed change of a VM record; deleted ones by id.
 	changed func(v vm.VM)
-	deleted func(id vm.ID)
+	// imagesChanged is told that there was a change of the images' records.
+	imagesChanged func()
+	deleted       func(id vm.ID)
 
 	// atCommit is called before and after every commit; the crash test ends the process in it.
 	atCommit func()
@@ -71,7 +73,7 @@ func Open(ctx context.Context, path string) (*Store, error) {
 	}
 	// One connection: writers are serialised anyway, and reads come from memory.
 	db.SetMaxOpenConns(1)
-	s := &Store{db: db, changed: func(vm.VM) {}, deleted: func(vm.ID) {}, atCommit: nothing, reserve: openReserve(path)}
+	s := &Store{db: db, changed: func(vm.VM) {}, deleted: func(vm.ID) {}, imagesChanged: nothing, atCommit: nothing, reserve: openReserve(path)}
 	if err := s.load(ctx, path); err != nil {
 		_ = db.Close()
 		return nil, err
@@ -146,6 +148,10 @@ func (s *Store) InstallationID() string { return s.installation }
 func (s *Store) Subscribe(changed func(vm.VM), deleted func(vm.ID)) {
 	s.changed, s.deleted = changed, deleted
 }
+
+// SubscribeImages sets who is told, after its commit, of each change of the images' records. Call it before the
+// store is used by several goroutines.
+func (s *Store) SubscribeImages(changed func()) { s.imagesChanged = changed }
 
 // AtCommit sets what is called before and after every commit. For tests that end the process there.
 func (s *Store) AtCommit(f func()) { s.atCommit = f }
@@ -476,7 +482,7 @@ func (s *Store) PutImage(ctx context.Context, img image.Image) error {
 		}
 		_, err := tx.ExecContext(ctx, "INSERT INTO images(id, name, doc) VALUES(?, ?, ?)", img.ID, img.Name, mustJSON(img))
 		return err
-	}, nothing, nothing)
+	}, nothing, s.imagesChanged)
 }
 
 // Images returns all images by name.
@@ -493,7 +499,7 @@ func (s *Store) DeleteImage(ctx context.Context, name string) error {
 	return s.tx(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, "DELETE FROM images WHERE name = ?", name)
 		return err
-	}, nothing, nothing)
+	}, nothing, s.imagesChanged)
 }
 
 // PutKernel records a kernel.

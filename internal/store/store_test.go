@@ -283,6 +283,11 @@ func TestWatchersSeeCommitsInOrder(t *testing.T) {
 	var mu sync.Mutex
 	var seen []string
 	s.Subscribe(func(v vm.VM) { mu.Lock(); seen = append(seen, v.Note); mu.Unlock() }, func(vm.ID) { mu.Lock(); seen = append(seen, "deleted"); mu.Unlock() })
+	images := 0
+	s.SubscribeImages(func() { images++ })
+	if err := errors.Join(s.PutImage(t.Context(), image.Image{ID: "1", Name: "a"}), s.DeleteImage(t.Context(), "a")); err != nil || images != 2 {
+		t.Errorf("%v; %d changes of images were told, want 2", err, images)
+	}
 	v := admit(t, s, "calm-otter")
 	var wg sync.WaitGroup
 	for i := range 20 {

@@ -145,6 +145,12 @@ type Features struct {
 	OverheadMiB int64
 }
 
+// Versioned is a Driver that knows which version of its VMM it uses.
+type Versioned interface {
+	// Version is the one that the latest Check found, e.g. "1.12.1"; "" before one.
+	Version() string
+}
+
 // Reasons of a Change to Paused that users of the port tell apart.
 const (
 	IOError = "io-error" // the host could not take a guest's write; the guest waits with it

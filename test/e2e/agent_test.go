@@ -222,12 +222,15 @@ func write(t *testing.T, path, content string) {
 
 // TestCopyAgainstScp holds vm cp against scp in the same VM: random data, and many small files, both
 // ways. BANGER_E2E_COPY=full takes 1 GiB and 10,000 files (a quarter of an hour by emulation, nearly all
-// of it scp's), else it is a quarter and a tenth of that. docs/benchmarks.md has the figures.
+// of it scp's), else it is a quarter and a tenth of that, and less in the lab. docs/benchmarks.md has the figures.
 func TestCopyAgainstScp(t *testing.T) {
 	slow(t)
 	size, files := 256<<20, 1000
-	if os.Getenv("BANGER_E2E_COPY") == "full" {
+	switch {
+	case os.Getenv("BANGER_E2E_COPY") == "full":
 		size, files = 1<<30, 10_000
+	case os.Getenv("BANGER_E2E_VMM") == "firecracker": // in the lab, whose guests are emulated twice
+		size, files = 64<<20, 250
 	}
 	h := newHost(t)
 	home := t.TempDir()

@@ -3,6 +3,8 @@ package main
 import (
 	"archive/tar"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"io"
 	"io/fs"
@@ -237,39 +239,59 @@ func buildImage(ctx context.Context, p *progress, mode, dir string, packages []s
 		return nil, fault.Wrap(err, fault.Exhausted, dir, "building the image takes %s, and there are %s", gib(cacheNeed), gib(free)).
 			WithHint("free some space, or set XDG_CACHE_HOME to a directory with more")
 	}
+	repl, err := replacements()
+	if err != nil {
+		return nil, err
+	}
 	p.begin("building the root filesystem from %d packages", len(packages))
-	imageTar, seedTar := filepath.Join(dir, "rootfs.tar"), filepath.Join(dir, "seed.tar")
-	var imgSize, seedSize imageSize
-	err := debootstrap(ctx, p, debootstrapArgs(mode, "minbase", suite, packages), func(r io.Reader) (err error) {
-		image, err := os.Create(imageTar)
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, image.Close()) }()
-		seed, err := os.Create(seedTar)
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, seed.Close()) }()
-		imgSize, seedSize, err = rewriteTar(r, image, seed, time.Now())
+	var sizes [2]imageSize
+	err = debootstrap(ctx, p, debootstrapArgs(mode, "minbase", suite, packages), func(r io.Reader) (err error) {
+		sizes, err = splitTree(r, dir, dropped, repl)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
 	p.begin("writing the root filesystem image")
-	if err := makeImage(ctx, tools, ext4.Base, "rootfs", imageTar, filepath.Join(dir, fileImage), imgSize, 0); err != nil {
-		return nil, err
+	return []string{fileImage, fileSeed}, makeImages(ctx, tools, dir, sizes, 0)
+}
+
+// Names of the tars that splitTree writes.
+const (
+	imageTar = "rootfs.tar"
+	seedTar  = "seed.tar"
+)
+
+// splitTree rewrites the tar of a tree into two files in dir, the image's and the work seed's, and says what they need.
+func splitTree(r io.Reader, dir string, drop []string, repl []replacement) (sizes [2]imageSize, err error) {
+	image, err := os.Create(filepath.Join(dir, imageTar))
+	if err != nil {
+		return sizes, err
 	}
-	seed := filepath.Join(dir, fileSeed)
-	if err := makeImage(ctx, tools, ext4.Growing, "work", seedTar, seed, seedSize, seedBlocks); err != nil {
-		return nil, err
+	defer func() { err = errors.Join(err, image.Close()) }()
+	seed, err := os.Create(filepath.Join(dir, seedTar))
+	if err != nil {
+		return sizes, err
+	}
+	defer func() { err = errors.Join(err, seed.Close()) }()
+	sizes[0], sizes[1], err = rewriteTar(r, image, seed, drop, repl, time.Now())
+	return sizes, err
+}
+
+// makeImages makes the image, of so many blocks or as many as it needs if that is 0, and the work seed of what splitTree left in dir.
+func makeImages(ctx context.Context, tools toolchain, dir string, sizes [2]imageSize, blocks int64) error {
+	image, seed := filepath.Join(dir, imageTar), filepath.Join(dir, seedTar)
+	if err := makeImage(ctx, tools, ext4.Base, "rootfs", image, filepath.Join(dir, fileImage), sizes[0], blocks); err != nil {
+		return err
+	}
+	if err := makeImage(ctx, tools, ext4.Growing, "work", seed, filepath.Join(dir, fileSeed), sizes[1], seedBlocks); err != nil {
+		return err
 	}
 	// The seed's root is somebody's home directory; e2fsck makes lost+found when it needs one.
-	if err := tools.run(ctx, "debugfs", "-w", "-R", "rmdir lost+found", seed); err != nil {
-		return nil, err
+	if err := tools.run(ctx, "debugfs", "-w", "-R", "rmdir lost+found", filepath.Join(dir, fileSeed)); err != nil {
+		return err
 	}
-	return []string{fileImage, fileSeed}, errors.Join(os.Remove(imageTar), os.Remove(seedTar))
+	return errors.Join(os.Remove(image), os.Remove(seed))
 }
 
 // makeImage makes an ext4 image of a tar. blocks 0 means as many as the content needs.
@@ -287,7 +309,8 @@ func makeImage(ctx context.Context, tools toolchain, kind ext4.Kind, label, tarF
 			// the content is of small files. An inode table block holds 16.
 			inodes = max(inodes, blocks/4)
 			args = append(args, "-N", strconv.FormatInt(inodes, 10))
-			blocks += inodes/16 + ext4.FixedBlocks
+			// A journal needs a filesystem of some size around it, however small the content.
+			blocks = max(blocks+inodes/16+ext4.FixedBlocks, seedBlocks)
 		}
 	}
 	args = append(args, "-d", tarFile, file, strconv.FormatInt(blocks, 10))
@@ -325,8 +348,8 @@ func buildAgent(ctx context.Context, o options, file string) error {
 	return nil
 }
 
-// makeRuntime builds or repairs the bundle. The artifacts are made beside the bundle, synced, and
-// renamed into it; bundle.json is the last, so a bundle is never described before it is there.
+// makeRuntime builds or repairs the bundle, which changes as a whole or not at all. The image is built afresh, from
+// today's packages, if fresh says so.
 func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error {
 	packages, err := readPackages(o.packages)
 	if err != nil {
@@ -368,10 +391,7 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 		return err
 	}
 
-	if err := os.MkdirAll(o.runtime, 0o755); err != nil {
-		return fault.Wrap(err, fault.Permission, o.runtime, "cannot be made")
-	}
-	s, err := newStaging(o.runtime)
+	s, err := newStaging(ctx, p, o.runtime)
 	if err != nil {
 		return err
 	}
@@ -414,11 +434,34 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 			return err
 		}
 	}
+	if err := s.stamp(); err != nil {
+		return err
+	}
 	b.KernelVersion = string(version)
 	if err := s.commit(b); err != nil {
 		return err
 	}
 	return errors.Join(c.prune("kernel"), c.prune("image"), c.prune(cacheKind))
+}
+
+// makeRootfs builds the image afresh, with its work seed, if it is missing, or if it was made of another list of packages than
+// today's, as the stamp beside it says.
+func makeRootfs(ctx context.Context, p *progress, o options) error {
+	raw, err := os.ReadFile(o.packages)
+	if err != nil {
+		return fault.Wrap(err, fault.NotFound, o.packages, "cannot be read").WithHint("it lists the packages of the default image, one a line")
+	}
+	sum := sha256.Sum256(raw)
+	image := filepath.Join(o.runtime, bundle.FileName(bundle.RootFS))
+	stamp, err := os.ReadFile(image + stampSuffix)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fault.Wrap(err, fault.Permission, image+stampSuffix, "cannot be read")
+	}
+	if !fileExists(image) || strings.TrimSpace(string(stamp)) != hex.EncodeToString(sum[:]) {
+		return makeRuntime(ctx, p, o, true)
+	}
+	p.say("%s is of today's %s; to build it afresh all the same: rm %s", image, filepath.Base(o.packages), image+stampSuffix)
+	return nil
 }
 
 // refreshAgent builds the guest program into a bundle that is there, and the initrd with it.
@@ -428,7 +471,7 @@ func refreshAgent(ctx context.Context, p *progress, o options) error {
 		return err
 	}
 	p.begin("building the guest program")
-	s, err := newStaging(o.runtime)
+	s, err := newStaging(ctx, p, o.runtime)
 	if err != nil {
 		return err
 	}

@@ -49,21 +49,31 @@ func openCache(ctx context.Context, p *progress) (*cache, error) {
 		return nil, fault.Wrap(err, fault.Permission, c.dir, "cannot be locked")
 	}
 	c.lock = lock
-	if unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
-		p.begin("waiting for another build to finish")
-		got := make(chan error, 1)
-		go func() { got <- unix.Flock(int(lock.Fd()), unix.LOCK_EX) }()
-		select {
-		case err := <-got:
-			if err != nil {
-				return nil, fault.Wrap(err, fault.Internal, c.dir, "cannot be locked")
-			}
-		case <-ctx.Done():
-			return nil, ctx.Err() // the process ends, and the goroutine with it
-		}
+	if err := waitForLock(ctx, p, lock, "waiting for another build to finish"); err != nil {
+		return nil, err
 	}
 	// What a killed build left behind is nobody's now that we have the lock.
 	return c, c.removeAll(".tmp-")
+}
+
+// waitForLock locks an open file against other processes. It says title, and waits for as long as ctx lasts, if
+// another one has it.
+func waitForLock(ctx context.Context, p *progress, f *os.File, title string) error {
+	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+		return nil
+	}
+	p.begin("%s", title)
+	got := make(chan error, 1)
+	go func() { got <- unix.Flock(int(f.Fd()), unix.LOCK_EX) }()
+	select {
+	case err := <-got:
+		if err != nil {
+			return fault.Wrap(err, fault.Internal, f.Name(), "cannot be locked")
+		}
+		return nil
+	case <-ctx.Done():
+		return ctx.Err() // the process ends, and the goroutine with it
+	}
 }
 
 func (c *cache) close() error { return c.lock.Close() }

@@ -10,9 +10,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
+	"strings"
 
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/fault"
@@ -46,8 +47,9 @@ func readRuntimeManifest(file string) (manifest, error) {
 	return m, nil
 }
 
-// fetch puts the bundle of an archive into place of the one that is there, but for its SSH key. Nothing is
-// changed before the whole archive has the manifest's checksum, and every artifact that of its bundle.json.
+// fetch puts the bundle of an archive into place of the one that is there. Nothing is changed before the whole archive
+// has the manifest's checksum, and every artifact that of its bundle.json. An SSH key that is there stays; one that
+// the archive brings is taken where there is none.
 func fetch(ctx context.Context, p *progress, o options) error {
 	m, err := readRuntimeManifest(o.manifest)
 	if err != nil {
@@ -57,43 +59,53 @@ func fetch(ctx context.Context, p *progress, o options) error {
 		return fault.New(fault.Invalid, o.manifest, "has no url or no sha256").
 			WithHint("fill them in (make runtime-package prints the checksum), or run 'make runtime' to build the bundle here")
 	}
-	if err := os.MkdirAll(o.runtime, 0o755); err != nil {
-		return fault.Wrap(err, fault.Permission, o.runtime, "cannot be made")
+	want := strings.ToLower(m.SHA256)
+	if raw, err := hex.DecodeString(want); err != nil || len(raw) != sha256.Size {
+		return fault.New(fault.Invalid, o.manifest, "has an sha256 that is none: %q", m.SHA256).WithHint("it has 64 hexadecimal digits; make runtime-package prints it")
 	}
-	s, err := newStaging(o.runtime)
+	s, err := newStaging(ctx, p, o.runtime)
 	if err != nil {
 		return err
 	}
 	defer s.discard()
+	root, err := os.OpenRoot(s.dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
 	p.begin("fetching %s", m.URL)
 	src, err := openURL(ctx, o.patience, m.URL, filepath.Dir(o.manifest))
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	archive, err := os.Create(filepath.Join(s.dir, "archive"))
+	archive, err := root.OpenFile(archiveName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return fault.Wrap(err, fault.Permission, o.runtime, "cannot be written")
+		return fault.Wrap(err, fault.Permission, s.dir, "cannot be written")
 	}
 	defer archive.Close()
 	h := sha256.New()
-	if _, err := io.Copy(io.MultiWriter(archive, h), &counted{ctx: ctx, r: src, p: p}); err != nil {
+	in := &bounded{r: &counted{ctx: ctx, r: src, p: p}, left: maxBundle, what: m.URL}
+	if _, err := io.Copy(io.MultiWriter(archive, h), in); err != nil {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return fault.Wrap(err, fault.Unavailable, m.URL, "cannot be fetched")
+		return wrapWrite(err, fault.Unavailable, m.URL, "cannot be fetched")
 	}
-	if got := hex.EncodeToString(h.Sum(nil)); got != m.SHA256 {
-		return fault.New(fault.Corrupt, m.URL, "has SHA256 %s, and %s says %s", got, o.manifest, m.SHA256).WithHint("get the archive again, or correct the manifest")
+	if got := hex.EncodeToString(h.Sum(nil)); got != want {
+		return fault.New(fault.Corrupt, m.URL, "has SHA256 %s, and %s says %s", got, o.manifest, want).WithHint("get the archive again, or correct the manifest")
 	}
 	p.begin("unpacking the runtime bundle into %s", o.runtime)
 	if _, err := archive.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	if err := unpack(ctx, archive, s.dir); err != nil {
-		return fault.Wrap(err, fault.Corrupt, m.URL, "is no archive of a runtime bundle")
+	if err := unpack(ctx, archive, root); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return wrapWrite(err, fault.Corrupt, m.URL, "is no archive of a runtime bundle")
 	}
-	if err := os.Remove(archive.Name()); err != nil {
+	if err := root.Remove(archiveName); err != nil {
 		return err
 	}
 	b, err := bundle.Load(s.dir)
@@ -115,20 +127,97 @@ func fetch(ctx context.Context, p *progress, o options) error {
 		}
 		s.staged = append(s.staged, r)
 	}
+	if err := s.settleKey(p, m.URL); err != nil {
+		return err
+	}
+	if err := s.stamp(); err != nil {
+		return err
+	}
 	return s.commit(b)
 }
 
-// unpack extracts the files of a bundle, and only those, into dir; zeros become holes.
-func unpack(ctx context.Context, r io.Reader, dir string) error {
+// settleKey decides about a key that came with an archive: the installation's own stays.
+func (s *staging) settleKey(p *progress, from string) error {
+	name := bundle.FileName(bundle.SSHKey)
+	came := filepath.Join(s.dir, name)
+	switch {
+	case !fileExists(came):
+		return nil
+	case fileExists(filepath.Join(s.target, name)):
+		return os.Remove(came)
+	}
+	p.say("The SSH key is the one in %s: whoever has that archive can enter the sandboxes of this bundle if they reach them.", from)
+	return nil
+}
+
+// archiveName is where an archive lies while it is unpacked. No artifact is named like that.
+const archiveName = ".archive"
+
+// Bounds on what an archive may be and hold, in bytes: well over what a bundle has, and little enough to notice a bomb
+// before it has cost hours. Zeros cost no space, but they do cost time.
+const (
+	maxBundle   = 32 << 30
+	maxImage    = 64 << 30
+	maxArtifact = 1 << 30
+	maxText     = 1 << 20
+)
+
+// maxSize is the bound on one file of an archive, 0 for what does not belong there.
+func maxSize(name string) int64 {
+	if name == bundle.ManifestName {
+		return maxText
+	}
+	for _, r := range append(bundle.Required(), bundle.Optional()...) {
+		if bundle.FileName(r) != name {
+			continue
+		}
+		switch r {
+		case bundle.RootFS, bundle.BaseRootFS, bundle.WorkSeed, bundle.Modules:
+			return maxImage
+		case bundle.Packages, bundle.SSHKey:
+			return maxText
+		}
+		return maxArtifact
+	}
+	return 0
+}
+
+// bounded fails when more comes than may.
+type bounded struct {
+	r    io.Reader
+	left int64
+	what string
+}
+
+func (b *bounded) Read(p []byte) (int, error) {
+	if b.left < 0 {
+		return 0, fault.New(fault.Exhausted, b.what, "is larger than a runtime bundle can be")
+	}
+	n, err := b.r.Read(p[:min(int64(len(p)), b.left+1)])
+	if b.left -= int64(n); b.left < 0 {
+		return n, fault.New(fault.Exhausted, b.what, "is larger than a runtime bundle can be")
+	}
+	return n, err
+}
+
+// wrapWrite tells a full disk from what else went wrong while something was written.
+func wrapWrite(err error, code fault.Code, subject, text string) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fault.Wrap(err, fault.Exhausted, subject, "does not fit on the disk").WithHint("free some space: a bundle takes about 1.5 GiB, and its archive as much as it is long")
+	}
+	if fault.Is(err, fault.Exhausted) {
+		return err
+	}
+	return fault.Wrap(err, code, subject, "%s", text)
+}
+
+// unpack extracts the files of a bundle, and only those, into a directory; zeros become holes. Names are those of
+// regular files right in it: no link is made, and none is followed out of it. "./" before a name is fine, as tar makes it
+// of a directory.
+func unpack(ctx context.Context, r io.Reader, dir *os.Root) error {
 	gz, err := gzip.NewReader(r)
 	if err != nil {
 		return err
-	}
-	known := []string{bundle.ManifestName}
-	for _, role := range append(bundle.Required(), bundle.Optional()...) {
-		if role != bundle.SSHKey {
-			known = append(known, bundle.FileName(role))
-		}
 	}
 	for tr := tar.NewReader(gz); ; {
 		h, err := tr.Next()
@@ -138,10 +227,18 @@ func unpack(ctx context.Context, r io.Reader, dir string) error {
 		if err != nil {
 			return err
 		}
-		if h.Typeflag != tar.TypeReg || !slices.Contains(known, h.Name) {
+		name := strings.TrimPrefix(h.Name, "./")
+		if h.Typeflag == tar.TypeDir && name == "" {
+			continue
+		}
+		limit := maxSize(name)
+		if h.Typeflag != tar.TypeReg || limit == 0 {
 			return fault.New(fault.Corrupt, h.Name, "does not belong into a runtime bundle")
 		}
-		f, err := os.OpenFile(filepath.Join(dir, h.Name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644|os.FileMode(h.Mode&0o111))
+		if h.Size > limit {
+			return fault.New(fault.Corrupt, h.Name, "has %d bytes, more than it can have", h.Size)
+		}
+		f, err := dir.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, modeOf(name))
 		if err != nil {
 			return err
 		}

@@ -37,14 +37,10 @@ func (s *imageSize) add(h *tar.Header) {
 	}
 }
 
-// rewriteTar reads the root filesystem that the packages make and writes the one of the image, and a
-// second tar with the content of /root, whose entries begin at "./": the work seed. Owners, modes, devices,
+// rewriteTar reads the root filesystem that packages make and writes the one of the image: without what drop matches, and with repl in place
+// of what has the same names; and a second tar with the content of /root, whose entries begin at "./": the work seed. Owners, modes, devices,
 // hard links and extended attributes pass through untouched.
-func rewriteTar(in io.Reader, image, seed io.Writer, now time.Time) (imgSize, seedSize imageSize, err error) {
-	repl, err := replacements()
-	if err != nil {
-		return imgSize, seedSize, err
-	}
+func rewriteTar(in io.Reader, image, seed io.Writer, drop []string, repl []replacement, now time.Time) (imgSize, seedSize imageSize, err error) {
 	replaced := make(map[string]bool, len(repl))
 	for _, r := range repl {
 		replaced[r.name] = true
@@ -95,8 +91,8 @@ func rewriteTar(in io.Reader, image, seed io.Writer, now time.Time) (imgSize, se
 			return imgSize, seedSize, err
 		}
 		name := path.Clean(h.Name)
-		if isDropped(name) || replaced[name] {
-			continue
+		if isDropped(drop, name) || replaced[name] || h.Typeflag == tar.TypeDir && name != "." && have[name] {
+			continue // a directory comes twice where a filesystem is mounted on it
 		}
 		// The writer derives the format and the attributes from the header's own fields.
 		h.Format = tar.FormatPAX

@@ -221,7 +221,7 @@ func tryMake(t *testing.T, o options) (*bundle.Bundle, string, error) {
 	err := makeRuntime(t.Context(), p, o, false)
 	p.end()
 	left, _ := filepath.Glob(filepath.Join(os.Getenv("XDG_CACHE_HOME"), "banger/build/.tmp-*"))
-	staged, _ := filepath.Glob(filepath.Join(o.runtime, stagingPrefix+"*"))
+	staged, _ := filepath.Glob(filepath.Join(filepath.Dir(o.runtime), stagingPrefix(o.runtime)+"*"))
 	if left = append(left, staged...); len(left) > 0 {
 		t.Errorf("left behind: %q", left)
 	}

@@ -26,11 +26,15 @@ const usage = `Usage: mkruntime [flags] <command>
 
 Commands:
   all      build or repair the runtime bundle
-  rootfs   the same, with the default image built afresh from today's packages
+  rootfs   the same, with the default image built afresh from today's packages if it is missing or of another list
   agent    build the guest program into an existing bundle
   pack     write the bundle to dist/banger-runtime.tar.gz and print its SHA256
   fetch    unpack the archive that -manifest names into the bundle's directory
   install  copy the bundle to -to, with a key of its own
+  uninstall
+           remove what install put into -to; the key stays
+  adopt    take the image -to, and the work seed beside it, into the bundle as its default image
+  image    make -to, FILE.ext4, and FILE.work-seed.ext4 of a distribution's tree, a tar on standard input
   lab      build the emulated host that tests run on, and make -to a link to it
   stock    build the untrimmed guest that bench-floor compares with, and make -to a link to it
 
@@ -44,6 +48,9 @@ type options struct {
 	manifest string
 	to       string
 	version  string
+	size     string
+	withKey  bool
+	shared   bool
 
 	firecracker, jailer string // programs that the user names, "" for none
 	origin              origin
@@ -61,7 +68,10 @@ func main() {
 	flag.StringVar(&o.manifest, "manifest", "runtime-bundle.toml", "the `file` that says where fetch gets its archive, and where all gets Firecracker's")
 	flag.StringVar(&o.firecracker, "firecracker", "", "take this Firecracker, and the jailer beside it, into the bundle")
 	flag.StringVar(&o.jailer, "jailer", "", "with -firecracker: take this jailer")
-	flag.StringVar(&o.to, "to", "", "where pack, install, lab and stock put their result")
+	flag.StringVar(&o.to, "to", "", "where pack, install, image, lab and stock put their result, and uninstall finds it")
+	flag.BoolVar(&o.withKey, "with-key", false, "with pack: put the bundle's private SSH key into the archive as well")
+	flag.BoolVar(&o.shared, "shared", false, "with install: for all users of the system, without a key")
+	flag.StringVar(&o.size, "size", "", "with image: how large the filesystem is, 2G; by default as its content needs")
 	flag.StringVar(&o.version, "version", "devel", "the version to write into bundle.json")
 	flag.Usage = func() {
 		fmt.Fprint(os.Stderr, usage)
@@ -69,22 +79,30 @@ func main() {
 	}
 	flag.Parse()
 	commands := map[string]func(context.Context, *progress, options) error{
-		"all":     func(ctx context.Context, p *progress, o options) error { return makeRuntime(ctx, p, o, false) },
-		"rootfs":  func(ctx context.Context, p *progress, o options) error { return makeRuntime(ctx, p, o, true) },
-		"agent":   refreshAgent,
-		"pack":    pack,
-		"fetch":   fetch,
-		"install": install,
-		"lab":     makeLab,
-		"stock":   makeStock,
+		"all":       func(ctx context.Context, p *progress, o options) error { return makeRuntime(ctx, p, o, false) },
+		"rootfs":    makeRootfs,
+		"agent":     refreshAgent,
+		"pack":      pack,
+		"fetch":     fetch,
+		"install":   install,
+		"uninstall": uninstall,
+		"adopt":     adopt,
+		"image":     func(ctx context.Context, p *progress, o options) error { return makeTree(ctx, p, o, os.Stdin) },
+		"lab":       makeLab,
+		"stock":     makeStock,
 	}
 	run := commands[flag.Arg(0)]
 	if run == nil || flag.NArg() != 1 {
 		flag.Usage()
 		os.Exit(2)
 	}
-	if abs, err := filepath.Abs(o.runtime); err == nil {
-		o.runtime = abs
+	for _, dir := range []*string{&o.runtime, &o.to} {
+		if *dir == "" {
+			continue
+		}
+		if abs, err := filepath.Abs(*dir); err == nil {
+			*dir = abs
+		}
 	}
 	p := newProgress(os.Stderr)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)

@@ -4,6 +4,7 @@ import (
 	"embed"
 	"io/fs"
 	"path"
+	"slices"
 	"strings"
 )
 
@@ -89,9 +90,9 @@ var masked = []string{
 	"system-generators/systemd-tpm2-generator",
 }
 
-// dropped are entries of the packages' file system that the image must not hold, as patterns of
+// droppedAnywhere are entries of a tree that no image must hold, whatever its distribution, as patterns of
 // path.Match; a directory is dropped with what is in it.
-var dropped = []string{
+var droppedAnywhere = []string{
 	// Facts about the machine that built the image, or secrets made there.
 	"etc/hostname",
 	"etc/resolv.conf",
@@ -104,6 +105,10 @@ var dropped = []string{
 	"sys/*",
 	"run/*",
 	"tmp/*",
+}
+
+// dropped are those and what Debian's packages leave besides.
+var dropped = slices.Concat(droppedAnywhere, []string{
 	// The exclusions of the build are not those of the user's own apt.
 	"etc/dpkg/dpkg.cfg.d/99mmdebstrap",
 	// Logs and backups of the build.
@@ -130,7 +135,7 @@ var dropped = []string{
 	"etc/systemd/system/timers.target.wants/dpkg-db-backup.timer",
 	"etc/systemd/system/timers.target.wants/e2scrub_all.timer",
 	"etc/systemd/system/*.wants/sshd-keygen.service",
-}
+})
 
 // dpkgExcludes keep manuals and translations out; the licences stay.
 var dpkgExcludes = []string{
@@ -142,10 +147,10 @@ var dpkgExcludes = []string{
 	"path-include=/usr/share/locale/locale.alias",
 }
 
-// isDropped says whether the entry, a slash-separated path without a leading slash, is left out.
-func isDropped(name string) bool {
+// isDropped says whether the entry, a slash-separated path without a leading slash, is left out of the patterns' tree.
+func isDropped(patterns []string, name string) bool {
 	for p := name; p != "."; p = path.Dir(p) {
-		for _, pattern := range dropped {
+		for _, pattern := range patterns {
 			if ok, _ := path.Match(pattern, p); ok {
 				return true
 			}

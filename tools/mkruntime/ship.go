@@ -9,14 +9,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
+	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
-// pack writes a bundle's artifacts, without its SSH key, to one archive and prints its checksum.
+// pack writes a bundle's artifacts to one archive and prints its checksum. The same artifacts make the same archive,
+// bit by bit, whenever and wherever it is packed by a program built with the same Go. The SSH key is left out unless it is asked for.
 func pack(ctx context.Context, p *progress, o options) (err error) {
 	b, err := bundle.Load(o.runtime)
 	if err != nil {
@@ -34,7 +38,7 @@ func pack(ctx context.Context, p *progress, o options) (err error) {
 	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 		return fault.Wrap(err, fault.Permission, file, "cannot be written")
 	}
-	out, err := os.CreateTemp(filepath.Dir(file), stagingPrefix)
+	out, err := os.CreateTemp(filepath.Dir(file), stagingPrefix(file))
 	if err != nil {
 		return fault.Wrap(err, fault.Permission, file, "cannot be written")
 	}
@@ -51,7 +55,7 @@ func pack(ctx context.Context, p *progress, o options) (err error) {
 	tw := tar.NewWriter(gz)
 	names := []string{bundle.ManifestName}
 	for _, r := range append(bundle.Required(), bundle.Optional()...) {
-		if a, ok := b.Artifacts[r]; ok && r != bundle.SSHKey {
+		if a, ok := b.Artifacts[r]; ok && (r != bundle.SSHKey || o.withKey) {
 			names = append(names, a.Path)
 		}
 	}
@@ -72,6 +76,17 @@ func pack(ctx context.Context, p *progress, o options) (err error) {
 	return nil
 }
 
+// modeOf is the mode of a bundle's file, whatever it is on the disk.
+func modeOf(name string) fs.FileMode {
+	switch name {
+	case bundle.FileName(bundle.Agent), bundle.FileName(bundle.Firecracker), bundle.FileName(bundle.Jailer):
+		return 0o755
+	case bundle.FileName(bundle.SSHKey):
+		return 0o600
+	}
+	return 0o644
+}
+
 func packOne(ctx context.Context, tw *tar.Writer, dir, name string) error {
 	f, err := os.Open(filepath.Join(dir, name))
 	if err != nil {
@@ -82,7 +97,8 @@ func packOne(ctx context.Context, tw *tar.Writer, dir, name string) error {
 	if err != nil {
 		return err
 	}
-	h := &tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: int64(info.Mode().Perm()), Size: info.Size(), ModTime: info.ModTime()}
+	// Nothing of this machine but the content: no owner, no time, no umask.
+	h := &tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: int64(modeOf(name)), Size: info.Size(), ModTime: time.Unix(0, 0), Format: tar.FormatPAX}
 	if err := tw.WriteHeader(h); err != nil {
 		return err
 	}
@@ -102,7 +118,8 @@ func packOne(ctx context.Context, tw *tar.Writer, dir, name string) error {
 }
 
 // install copies a bundle to where the installed programs look for it. A key that is there stays;
-// where there is none the source's goes along, so that VMs made before can be entered.
+// where there is none the source's goes along, so that VMs made before can be entered. A shared one has no key:
+// each of its users makes their own.
 func install(ctx context.Context, p *progress, o options) error {
 	if o.to == "" {
 		return fault.New(fault.Invalid, "-to", "is missing")
@@ -115,17 +132,15 @@ func install(ctx context.Context, p *progress, o options) error {
 		return err
 	}
 	p.begin("installing the runtime bundle in %s", o.to)
-	if err := os.MkdirAll(o.to, 0o755); err != nil {
-		return fault.Wrap(err, fault.Permission, o.to, "cannot be made")
-	}
-	s, err := newStaging(o.to)
+	s, err := newStaging(ctx, p, o.to)
 	if err != nil {
 		return err
 	}
 	defer s.discard()
-	key := filepath.Join(o.to, bundle.FileName(bundle.SSHKey))
-	if !fileExists(key) {
-		if _, err := placeFile(ctx, b.Path(bundle.SSHKey), key, 0o600); err != nil {
+	key := bundle.FileName(bundle.SSHKey)
+	s.keyless = o.shared
+	if !o.shared && !fileExists(filepath.Join(o.to, key)) {
+		if _, err := placeFile(ctx, b.Path(bundle.SSHKey), filepath.Join(s.dir, key), 0o600); err != nil {
 			return err
 		}
 	}
@@ -135,16 +150,55 @@ func install(ctx context.Context, p *progress, o options) error {
 			continue
 		}
 		p.note(a.Path)
-		info, err := os.Stat(b.Path(r))
-		if err != nil {
-			return err
-		}
-		if err := s.add(ctx, r, b.Path(r), info.Mode().Perm()); err != nil {
+		if err := s.add(ctx, r, b.Path(r), modeOf(bundle.FileName(r))); err != nil {
 			return err
 		}
 		if s.done[r].SHA256 != a.SHA256 {
 			return fault.New(fault.Corrupt, b.Path(r), "is damaged: its checksum is not that of the bundle's %s", r).WithHint("%s", bundle.Repair(o.runtime))
 		}
 	}
+	if err := s.stamp(); err != nil {
+		return err
+	}
 	return s.commit(b)
+}
+
+// uninstall removes a bundle from where install put it, but for the SSH key, by which VMs that are left can still be entered, and
+// for what somebody else put there. Without a bundle there is nothing to do.
+func uninstall(ctx context.Context, p *progress, o options) error {
+	if o.to == "" {
+		return fault.New(fault.Invalid, "-to", "is missing")
+	}
+	if !fileExists(o.to) {
+		return nil
+	}
+	s, err := newStaging(ctx, p, o.to) // for its lock
+	if err != nil {
+		return err
+	}
+	defer s.discard()
+	names := []string{bundle.ManifestName, bundle.FileName(bundle.RootFS) + stampSuffix} // bundle.json first: what is left is no bundle
+	for _, r := range append(bundle.Required(), bundle.Optional()...) {
+		if r != bundle.SSHKey {
+			names = append(names, bundle.FileName(r))
+		}
+	}
+	for _, name := range names {
+		if err := os.Remove(filepath.Join(s.target, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fault.Wrap(err, fault.Permission, filepath.Join(s.target, name), "cannot be removed")
+		}
+	}
+	left, err := os.ReadDir(s.target)
+	if err != nil {
+		return err
+	}
+	if len(left) == 0 {
+		return os.Remove(s.target)
+	}
+	var keep []string
+	for _, e := range left {
+		keep = append(keep, e.Name())
+	}
+	p.say("%s stays, with %s; VMs that are left are entered by the key", s.target, strings.Join(keep, ", "))
+	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -18,33 +19,69 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/kernel"
 )
 
-// stagingPrefix begins the name of the directory, within the bundle's, in which artifacts are made.
-const stagingPrefix = ".new-"
+// stagingInfix is in the name of the directory in which a bundle is put together, beside the bundle's own, on
+// the same filesystem: .runtime.new-123 for runtime.
+const stagingInfix = ".new-"
 
-// staging collects the artifacts of a bundle until they can all be put in place.
+// staging is the next state of a bundle: a directory beside the bundle's own, which takes its place in one step. Until
+// then the bundle is what it was, afterwards it is the new one as a whole, also after a crash and for whoever reads it
+// meanwhile. One process at a time changes a bundle.
 type staging struct {
-	target string
+	target string // the bundle's directory; it may not exist yet
 	dir    string
+	lock   *os.File
 	done   map[bundle.Role]bundle.Artifact
 	staged []bundle.Role
+
+	keyless bool // for all users of the system, who have a key each (bundle.KeyFor)
 }
 
-func newStaging(target string) (*staging, error) {
-	old, err := filepath.Glob(filepath.Join(target, stagingPrefix+"*"))
-	for _, d := range old { // of a build that was killed
+// newStaging begins a change of the bundle in target, and waits while another process changes it. A link to a
+// bundle that lies elsewhere stays a link.
+func newStaging(ctx context.Context, p *progress, target string) (_ *staging, err error) {
+	if info, err := os.Lstat(target); err == nil && info.Mode()&fs.ModeSymlink != 0 {
+		if target, err = filepath.EvalSymlinks(target); err != nil {
+			return nil, fault.Wrap(err, fault.NotFound, target, "is a link to a place that does not exist").WithHint("make that directory, or remove the link")
+		}
+	}
+	parent := filepath.Dir(target)
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return nil, fault.Wrap(err, fault.Permission, parent, "cannot be made")
+	}
+	// The directory above is locked and not a file of ours: it stays the same one, and nothing is left behind.
+	lock, err := os.Open(parent)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Permission, parent, "cannot be read")
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, lock.Close())
+		}
+	}()
+	if err := waitForLock(ctx, p, lock, "waiting for another change of "+target); err != nil {
+		return nil, err
+	}
+	old, err := filepath.Glob(filepath.Join(parent, stagingPrefix(target)+"*"))
+	for _, d := range old { // of a process that was killed
 		err = errors.Join(err, os.RemoveAll(d))
 	}
 	if err != nil {
-		return nil, fault.Wrap(err, fault.Permission, target, "cannot be cleaned up")
+		return nil, fault.Wrap(err, fault.Permission, parent, "cannot be cleaned up")
 	}
-	dir, err := os.MkdirTemp(target, stagingPrefix)
+	dir, err := os.MkdirTemp(parent, stagingPrefix(target))
 	if err != nil {
-		return nil, fault.Wrap(err, fault.Permission, target, "cannot be written")
+		return nil, fault.Wrap(err, fault.Permission, parent, "cannot be written")
 	}
-	return &staging{target: target, dir: dir, done: map[bundle.Role]bundle.Artifact{}}, nil
+	return &staging{target: target, dir: dir, lock: lock, done: map[bundle.Role]bundle.Artifact{}}, nil
 }
 
-func (s *staging) discard() { _ = os.RemoveAll(s.dir) } // the next build removes what stays
+func stagingPrefix(target string) string { return "." + filepath.Base(target) + stagingInfix }
+
+// discard ends the change. After commit there is nothing left to throw away.
+func (s *staging) discard() {
+	_ = os.RemoveAll(s.dir) // the next change removes what stays
+	_ = s.lock.Close()
+}
 
 // addCached stages an artifact of the cache, unless the bundle holds it already. One whose content is
 // not what it was when it was made is fault.Corrupt, and its cache entry is removed.
@@ -85,6 +122,18 @@ func (s *staging) keep(ctx context.Context, r bundle.Role) error {
 	return err
 }
 
+// stampSuffix ends the name of the file beside the default image that says of which packages.apt it was made: its SHA256.
+const stampSuffix = ".packages.sha256"
+
+// stamp stages that file, for the list that is staged.
+func (s *staging) stamp() error {
+	file := filepath.Join(s.dir, bundle.FileName(bundle.RootFS)+stampSuffix)
+	if err := os.WriteFile(file, []byte(s.done[bundle.Packages].SHA256+"\n"), 0o644); err != nil {
+		return fault.Wrap(err, fault.Exhausted, file, "cannot be written")
+	}
+	return nil
+}
+
 // addAgent stages the guest program and the initrd that carries it, made from an older initrd of ours.
 func (s *staging) addAgent(ctx context.Context, o options, initrd string) error {
 	agent := filepath.Join(s.dir, bundle.FileName(bundle.Agent))
@@ -117,8 +166,8 @@ func (s *staging) addAgent(ctx context.Context, o options, initrd string) error 
 	return nil
 }
 
-// commit makes the staged files durable, renames them into the bundle, sees to the SSH key, and
-// writes bundle.json.
+// commit completes the directory (what the bundle has and the change does not concern, the SSH key, bundle.json),
+// makes it durable, and puts it in place of the bundle's.
 func (s *staging) commit(b *bundle.Bundle) error {
 	for _, r := range s.staged {
 		f, err := os.Open(filepath.Join(s.dir, bundle.FileName(r)))
@@ -129,20 +178,101 @@ func (s *staging) commit(b *bundle.Bundle) error {
 			return fault.Wrap(err, fault.Exhausted, bundle.FileName(r), "cannot be written")
 		}
 	}
-	for _, r := range s.staged {
-		if err := os.Rename(filepath.Join(s.dir, bundle.FileName(r)), filepath.Join(s.target, bundle.FileName(r))); err != nil {
-			return fault.Wrap(err, fault.Permission, s.target, "%s cannot be put in place", bundle.FileName(r))
+	if err := s.carry(s.target, s.dir); err != nil {
+		return err
+	}
+	if !s.keyless {
+		if err := bundle.EnsureSSHKey(s.dir); err != nil {
+			return err
+		}
+		s.done[bundle.SSHKey] = bundle.Artifact{Path: bundle.FileName(bundle.SSHKey)}
+	}
+	b.Artifacts = s.done
+	if err := b.Write(s.dir); err != nil {
+		return err
+	}
+	return s.swap()
+}
+
+// swap exchanges the two directories, so that there is no moment without a bundle.
+func (s *staging) swap() error {
+	mode, parent := fs.FileMode(0o755), filepath.Dir(s.target)
+	old, err := os.Stat(s.target)
+	exists := err == nil
+	if exists {
+		mode = old.Mode().Perm()
+		if sys, ok := old.Sys().(*syscall.Stat_t); ok && os.Geteuid() == 0 {
+			if err := os.Chown(s.dir, int(sys.Uid), int(sys.Gid)); err != nil {
+				return fault.Wrap(err, fault.Permission, s.dir, "cannot be given to the owner of %s", s.target)
+			}
 		}
 	}
-	if err := bundle.SyncDir(s.target); err != nil {
+	if err := os.Chmod(s.dir, mode); err != nil {
 		return err
 	}
-	if err := bundle.EnsureSSHKey(s.target); err != nil {
+	if !exists {
+		if err := os.Rename(s.dir, s.target); err != nil {
+			return fault.Wrap(err, fault.Permission, s.target, "cannot be put in place")
+		}
+		return bundle.SyncDir(parent)
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, s.dir, unix.AT_FDCWD, s.target, unix.RENAME_EXCHANGE); err != nil {
+		return fault.Wrap(err, fault.Unsupported, s.target, "cannot be replaced as a whole").
+			WithHint("it must not be a mount point, and its filesystem must exchange directories (ext4, xfs, btrfs, tmpfs and overlayfs do): choose a directory below it")
+	}
+	if err := bundle.SyncDir(parent); err != nil {
 		return err
 	}
-	s.done[bundle.SSHKey] = bundle.Artifact{Path: bundle.FileName(bundle.SSHKey)}
-	b.Artifacts = s.done
-	return b.Write(s.target)
+	// What somebody put there between the first look and the exchange.
+	return s.carry(s.dir, s.target)
+}
+
+// carry brings what lies in one directory and not in the other there, as links to the same files.
+func (s *staging) carry(from, to string) error {
+	err := filepath.WalkDir(from, func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			if p == from && errors.Is(err, fs.ErrNotExist) {
+				return nil // the first bundle here
+			}
+			return err
+		}
+		rel, err := filepath.Rel(from, p)
+		if err != nil || rel == "." {
+			return err
+		}
+		dst := filepath.Join(to, rel)
+		if d.IsDir() {
+			info, err := d.Info()
+			if err != nil {
+				return err
+			}
+			err = os.Mkdir(dst, info.Mode().Perm())
+			if errors.Is(err, fs.ErrExist) {
+				if there, err := os.Lstat(dst); err == nil && !there.IsDir() {
+					return fs.SkipDir // an artifact where a directory was
+				}
+				return nil
+			}
+			return err
+		}
+		err = os.Link(p, dst)
+		if errors.Is(err, fs.ErrExist) {
+			return nil
+		}
+		if errors.Is(err, fs.ErrPermission) && d.Type().IsRegular() { // somebody else's file, which no link may name (proc(5), protected_hardlinks)
+			info, err := d.Info()
+			if err != nil {
+				return err
+			}
+			_, err = placeFile(context.Background(), p, dst, info.Mode().Perm())
+			return err
+		}
+		return err
+	})
+	if err != nil {
+		return fault.Wrap(err, fault.Permission, s.target, "holds what cannot be taken over into the new bundle")
+	}
+	return nil
 }
 
 // placeFile copies src to dst, sharing its blocks where the filesystem can, else leaving holes

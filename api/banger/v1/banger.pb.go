@@ -1284,9 +1284,11 @@ func (x *StartVMResponse) GetOperation() *Operation {
 }
 
 type StopVMRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Force bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"` // do not ask the guest
+	// The host is going down: the VM stays wanted, and is started again after the host's boot if it is set to.
+	HostShutdown  bool `protobuf:"varint,3,opt,name=host_shutdown,json=hostShutdown,proto3" json:"host_shutdown,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1331,6 +1333,13 @@ func (x *StopVMRequest) GetId() string {
 func (x *StopVMRequest) GetForce() bool {
 	if x != nil {
 		return x.Force
+	}
+	return false
+}
+
+func (x *StopVMRequest) GetHostShutdown() bool {
+	if x != nil {
+		return x.HostShutdown
 	}
 	return false
 }
@@ -3061,12 +3070,16 @@ func (*GetDefaultsRequest) Descriptor() ([]byte, []int) {
 }
 
 type GetDefaultsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
-	Vcpu          int32                  `protobuf:"varint,2,opt,name=vcpu,proto3" json:"vcpu,omitempty"`
-	MemoryMib     int64                  `protobuf:"varint,3,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
-	DiskBytes     int64                  `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
-	SystemBytes   int64                  `protobuf:"varint,5,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Image       string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Vcpu        int32                  `protobuf:"varint,2,opt,name=vcpu,proto3" json:"vcpu,omitempty"`
+	MemoryMib   int64                  `protobuf:"varint,3,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
+	DiskBytes   int64                  `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	SystemBytes int64                  `protobuf:"varint,5,opt,name=system_bytes,json=systemBytes,proto3" json:"system_bytes,omitempty"`
+	Nat         bool                   `protobuf:"varint,6,opt,name=nat,proto3" json:"nat,omitempty"`
+	// What bounds a VM's settings on this host. Zero: unknown.
+	HostCpus      int32 `protobuf:"varint,7,opt,name=host_cpus,json=hostCpus,proto3" json:"host_cpus,omitempty"`
+	HostMemoryMib int64 `protobuf:"varint,8,opt,name=host_memory_mib,json=hostMemoryMib,proto3" json:"host_memory_mib,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3132,6 +3145,27 @@ func (x *GetDefaultsResponse) GetDiskBytes() int64 {
 func (x *GetDefaultsResponse) GetSystemBytes() int64 {
 	if x != nil {
 		return x.SystemBytes
+	}
+	return 0
+}
+
+func (x *GetDefaultsResponse) GetNat() bool {
+	if x != nil {
+		return x.Nat
+	}
+	return false
+}
+
+func (x *GetDefaultsResponse) GetHostCpus() int32 {
+	if x != nil {
+		return x.HostCpus
+	}
+	return 0
+}
+
+func (x *GetDefaultsResponse) GetHostMemoryMib() int64 {
+	if x != nil {
+		return x.HostMemoryMib
 	}
 	return 0
 }
@@ -3855,6 +3889,10 @@ type GetStatusResponse struct {
 	OperationsRunning int32                  `protobuf:"varint,15,opt,name=operations_running,json=operationsRunning,proto3" json:"operations_running,omitempty"`
 	Warnings          []string               `protobuf:"bytes,16,rep,name=warnings,proto3" json:"warnings,omitempty"` // e.g. disks without a record, retired config keys
 	InstallationId    string                 `protobuf:"bytes,17,opt,name=installation_id,json=installationId,proto3" json:"installation_id,omitempty"`
+	VmmVersion        string                 `protobuf:"bytes,30,opt,name=vmm_version,json=vmmVersion,proto3" json:"vmm_version,omitempty"` // empty: not known
+	Network           string                 `protobuf:"bytes,31,opt,name=network,proto3" json:"network,omitempty"`                         // that VMs are put on: bridge, user; empty: none
+	Images            int32                  `protobuf:"varint,32,opt,name=images,proto3" json:"images,omitempty"`
+	VmsByState        map[string]int32       `protobuf:"bytes,33,rep,name=vms_by_state,json=vmsByState,proto3" json:"vms_by_state,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -4008,6 +4046,34 @@ func (x *GetStatusResponse) GetInstallationId() string {
 	return ""
 }
 
+func (x *GetStatusResponse) GetVmmVersion() string {
+	if x != nil {
+		return x.VmmVersion
+	}
+	return ""
+}
+
+func (x *GetStatusResponse) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *GetStatusResponse) GetImages() int32 {
+	if x != nil {
+		return x.Images
+	}
+	return 0
+}
+
+func (x *GetStatusResponse) GetVmsByState() map[string]int32 {
+	if x != nil {
+		return x.VmsByState
+	}
+	return nil
+}
+
 type ShutdownRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4082,6 +4148,7 @@ func (*ShutdownResponse) Descriptor() ([]byte, []int) {
 
 type RunDoctorRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Fix           bool                   `protobuf:"varint,1,opt,name=fix,proto3" json:"fix,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4114,6 +4181,13 @@ func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use RunDoctorRequest.ProtoReflect.Descriptor instead.
 func (*RunDoctorRequest) Descriptor() ([]byte, []int) {
 	return file_banger_v1_banger_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *RunDoctorRequest) GetFix() bool {
+	if x != nil {
+		return x.Fix
+	}
+	return false
 }
 
 type RunDoctorResponse struct {
@@ -4166,7 +4240,9 @@ type Finding struct {
 	Severity      string                 `protobuf:"bytes,2,opt,name=severity,proto3" json:"severity,omitempty"` // pass warn fail
 	Title         string                 `protobuf:"bytes,3,opt,name=title,proto3" json:"title,omitempty"`
 	Detail        string                 `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
-	Fix           string                 `protobuf:"bytes,5,opt,name=fix,proto3" json:"fix,omitempty"` // what to type
+	Fix           string                 `protobuf:"bytes,5,opt,name=fix,proto3" json:"fix,omitempty"`           // what to type
+	Fixable       bool                   `protobuf:"varint,10,opt,name=fixable,proto3" json:"fixable,omitempty"` // RunDoctor repairs it if asked to
+	Fixed         bool                   `protobuf:"varint,11,opt,name=fixed,proto3" json:"fixed,omitempty"`     // it was, and passes now
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4236,6 +4312,20 @@ func (x *Finding) GetFix() string {
 	return ""
 }
 
+func (x *Finding) GetFixable() bool {
+	if x != nil {
+		return x.Fixable
+	}
+	return false
+}
+
+func (x *Finding) GetFixed() bool {
+	if x != nil {
+		return x.Fixed
+	}
+	return false
+}
+
 type WatchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4280,6 +4370,7 @@ type WatchResponse struct {
 	//	*WatchResponse_Vm
 	//	*WatchResponse_VmDeleted
 	//	*WatchResponse_Operation
+	//	*WatchResponse_Images
 	Event         isWatchResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4358,6 +4449,15 @@ func (x *WatchResponse) GetOperation() *Operation {
 	return nil
 }
 
+func (x *WatchResponse) GetImages() *ImageList {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_Images); ok {
+			return x.Images
+		}
+	}
+	return nil
+}
+
 type isWatchResponse_Event interface {
 	isWatchResponse_Event()
 }
@@ -4378,6 +4478,10 @@ type WatchResponse_Operation struct {
 	Operation *Operation `protobuf:"bytes,4,opt,name=operation,proto3,oneof"`
 }
 
+type WatchResponse_Images struct {
+	Images *ImageList `protobuf:"bytes,5,opt,name=images,proto3,oneof"` // all, after one was made, changed or deleted
+}
+
 func (*WatchResponse_Snapshot) isWatchResponse_Event() {}
 
 func (*WatchResponse_Vm) isWatchResponse_Event() {}
@@ -4385,6 +4489,8 @@ func (*WatchResponse_Vm) isWatchResponse_Event() {}
 func (*WatchResponse_VmDeleted) isWatchResponse_Event() {}
 
 func (*WatchResponse_Operation) isWatchResponse_Event() {}
+
+func (*WatchResponse_Images) isWatchResponse_Event() {}
 
 type Snapshot struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -5776,6 +5882,162 @@ func (x *ReadBuildLogResponse) GetData() []byte {
 	return nil
 }
 
+type WatchUsageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Refs          []string               `protobuf:"bytes,1,rep,name=refs,proto3" json:"refs,omitempty"`                       // 1 to 256
+	EveryMs       int64                  `protobuf:"varint,2,opt,name=every_ms,json=everyMs,proto3" json:"every_ms,omitempty"` // between two looks at a VM; 0: 2000. 500 is the least
+	Ports         bool                   `protobuf:"varint,3,opt,name=ports,proto3" json:"ports,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchUsageRequest) Reset() {
+	*x = WatchUsageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[94]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchUsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchUsageRequest) ProtoMessage() {}
+
+func (x *WatchUsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[94]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchUsageRequest.ProtoReflect.Descriptor instead.
+func (*WatchUsageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{94}
+}
+
+func (x *WatchUsageRequest) GetRefs() []string {
+	if x != nil {
+		return x.Refs
+	}
+	return nil
+}
+
+func (x *WatchUsageRequest) GetEveryMs() int64 {
+	if x != nil {
+		return x.EveryMs
+	}
+	return 0
+}
+
+func (x *WatchUsageRequest) GetPorts() bool {
+	if x != nil {
+		return x.Ports
+	}
+	return false
+}
+
+type WatchUsageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Stats         *VMStats               `protobuf:"bytes,1,opt,name=stats,proto3" json:"stats,omitempty"`
+	Ports         *VMPorts               `protobuf:"bytes,2,opt,name=ports,proto3" json:"ports,omitempty"` // not set: they were not looked at this time
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchUsageResponse) Reset() {
+	*x = WatchUsageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[95]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchUsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchUsageResponse) ProtoMessage() {}
+
+func (x *WatchUsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[95]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchUsageResponse.ProtoReflect.Descriptor instead.
+func (*WatchUsageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{95}
+}
+
+func (x *WatchUsageResponse) GetStats() *VMStats {
+	if x != nil {
+		return x.Stats
+	}
+	return nil
+}
+
+func (x *WatchUsageResponse) GetPorts() *VMPorts {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+type ImageList struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []*Image               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageList) Reset() {
+	*x = ImageList{}
+	mi := &file_banger_v1_banger_proto_msgTypes[96]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageList) ProtoMessage() {}
+
+func (x *ImageList) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[96]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageList.ProtoReflect.Descriptor instead.
+func (*ImageList) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{96}
+}
+
+func (x *ImageList) GetImages() []*Image {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
 var File_banger_v1_banger_proto protoreflect.FileDescriptor
 
 const file_banger_v1_banger_proto_rawDesc = "" +
@@ -5923,10 +6185,11 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x0eStartVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"E\n" +
 	"\x0fStartVMResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"5\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"Z\n" +
 	"\rStopVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"D\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\x12#\n" +
+	"\rhost_shutdown\x18\x03 \x01(\bR\fhostShutdown\"D\n" +
 	"\x0eStopVMResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\"\n" +
 	"\x10RestartVMRequest\x12\x0e\n" +
@@ -6063,7 +6326,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1d\n" +
 	"\x02vm\x18\x02 \x01(\v2\r.banger.v1.VMR\x02vm\x12&\n" +
 	"\x05fault\x18\x03 \x01(\v2\x10.banger.v1.FaultR\x05fault\"\x14\n" +
-	"\x12GetDefaultsRequest\"\xa0\x01\n" +
+	"\x12GetDefaultsRequest\"\xf7\x01\n" +
 	"\x13GetDefaultsResponse\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x12\n" +
 	"\x04vcpu\x18\x02 \x01(\x05R\x04vcpu\x12\x1d\n" +
@@ -6071,7 +6334,10 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"memory_mib\x18\x03 \x01(\x03R\tmemoryMib\x12\x1d\n" +
 	"\n" +
 	"disk_bytes\x18\x04 \x01(\x03R\tdiskBytes\x12!\n" +
-	"\fsystem_bytes\x18\x05 \x01(\x03R\vsystemBytes\"%\n" +
+	"\fsystem_bytes\x18\x05 \x01(\x03R\vsystemBytes\x12\x10\n" +
+	"\x03nat\x18\x06 \x01(\bR\x03nat\x12\x1b\n" +
+	"\thost_cpus\x18\a \x01(\x05R\bhostCpus\x12&\n" +
+	"\x0fhost_memory_mib\x18\b \x01(\x03R\rhostMemoryMib\"%\n" +
 	"\x13GetSSHTargetRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\xa8\x01\n" +
 	"\x14GetSSHTargetResponse\x12\x12\n" +
@@ -6109,7 +6375,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"M\n" +
 	"\x17CancelOperationResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"\x12\n" +
-	"\x10GetStatusRequest\"\x9f\x04\n" +
+	"\x10GetStatusRequest\"\x81\x06\n" +
 	"\x11GetStatusResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12!\n" +
@@ -6133,25 +6399,39 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"vmsRunning\x12-\n" +
 	"\x12operations_running\x18\x0f \x01(\x05R\x11operationsRunning\x12\x1a\n" +
 	"\bwarnings\x18\x10 \x03(\tR\bwarnings\x12'\n" +
-	"\x0finstallation_id\x18\x11 \x01(\tR\x0einstallationId\"\x11\n" +
+	"\x0finstallation_id\x18\x11 \x01(\tR\x0einstallationId\x12\x1f\n" +
+	"\vvmm_version\x18\x1e \x01(\tR\n" +
+	"vmmVersion\x12\x18\n" +
+	"\anetwork\x18\x1f \x01(\tR\anetwork\x12\x16\n" +
+	"\x06images\x18  \x01(\x05R\x06images\x12N\n" +
+	"\fvms_by_state\x18! \x03(\v2,.banger.v1.GetStatusResponse.VmsByStateEntryR\n" +
+	"vmsByState\x1a=\n" +
+	"\x0fVmsByStateEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse\"\x12\n" +
-	"\x10RunDoctorRequest\"C\n" +
+	"\x10ShutdownResponse\"$\n" +
+	"\x10RunDoctorRequest\x12\x10\n" +
+	"\x03fix\x18\x01 \x01(\bR\x03fix\"C\n" +
 	"\x11RunDoctorResponse\x12.\n" +
-	"\bfindings\x18\x01 \x03(\v2\x12.banger.v1.FindingR\bfindings\"y\n" +
+	"\bfindings\x18\x01 \x03(\v2\x12.banger.v1.FindingR\bfindings\"\xa9\x01\n" +
 	"\aFinding\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x1a\n" +
 	"\bseverity\x18\x02 \x01(\tR\bseverity\x12\x14\n" +
 	"\x05title\x18\x03 \x01(\tR\x05title\x12\x16\n" +
 	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x10\n" +
-	"\x03fix\x18\x05 \x01(\tR\x03fix\"\x0e\n" +
-	"\fWatchRequest\"\xc3\x01\n" +
+	"\x03fix\x18\x05 \x01(\tR\x03fix\x12\x18\n" +
+	"\afixable\x18\n" +
+	" \x01(\bR\afixable\x12\x14\n" +
+	"\x05fixed\x18\v \x01(\bR\x05fixed\"\x0e\n" +
+	"\fWatchRequest\"\xf3\x01\n" +
 	"\rWatchResponse\x121\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x13.banger.v1.SnapshotH\x00R\bsnapshot\x12\x1f\n" +
 	"\x02vm\x18\x02 \x01(\v2\r.banger.v1.VMH\x00R\x02vm\x12\x1f\n" +
 	"\n" +
 	"vm_deleted\x18\x03 \x01(\tH\x00R\tvmDeleted\x124\n" +
-	"\toperation\x18\x04 \x01(\v2\x14.banger.v1.OperationH\x00R\toperationB\a\n" +
+	"\toperation\x18\x04 \x01(\v2\x14.banger.v1.OperationH\x00R\toperation\x12.\n" +
+	"\x06images\x18\x05 \x01(\v2\x14.banger.v1.ImageListH\x00R\x06imagesB\a\n" +
 	"\x05event\"\x8b\x01\n" +
 	"\bSnapshot\x12\x1f\n" +
 	"\x03vms\x18\x01 \x03(\v2\r.banger.v1.VMR\x03vms\x124\n" +
@@ -6234,7 +6514,16 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x13ReadBuildLogRequest\x12!\n" +
 	"\foperation_id\x18\x01 \x01(\tR\voperationId\"*\n" +
 	"\x14ReadBuildLogResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data2\xce\b\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"X\n" +
+	"\x11WatchUsageRequest\x12\x12\n" +
+	"\x04refs\x18\x01 \x03(\tR\x04refs\x12\x19\n" +
+	"\bevery_ms\x18\x02 \x01(\x03R\aeveryMs\x12\x14\n" +
+	"\x05ports\x18\x03 \x01(\bR\x05ports\"h\n" +
+	"\x12WatchUsageResponse\x12(\n" +
+	"\x05stats\x18\x01 \x01(\v2\x12.banger.v1.VMStatsR\x05stats\x12(\n" +
+	"\x05ports\x18\x02 \x01(\v2\x12.banger.v1.VMPortsR\x05ports\"5\n" +
+	"\tImageList\x12(\n" +
+	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images2\x9b\t\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -6252,7 +6541,9 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\bGetPorts\x12\x1a.banger.v1.GetPortsRequest\x1a\x1b.banger.v1.GetPortsResponse\x12=\n" +
 	"\x06TrimVM\x12\x18.banger.v1.TrimVMRequest\x1a\x19.banger.v1.TrimVMResponse\x12O\n" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse\x12B\n" +
-	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x012\x99\x06\n" +
+	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x01\x12K\n" +
+	"\n" +
+	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x012\x99\x06\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
 	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse\x12C\n" +
@@ -6292,7 +6583,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 97)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 101)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -6388,41 +6679,45 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*BuildImageResponse)(nil),       // 91: banger.v1.BuildImageResponse
 	(*ReadBuildLogRequest)(nil),      // 92: banger.v1.ReadBuildLogRequest
 	(*ReadBuildLogResponse)(nil),     // 93: banger.v1.ReadBuildLogResponse
-	nil,                              // 94: banger.v1.VM.LabelsEntry
-	nil,                              // 95: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                              // 96: banger.v1.SetVMRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),    // 97: google.protobuf.Timestamp
+	(*WatchUsageRequest)(nil),        // 94: banger.v1.WatchUsageRequest
+	(*WatchUsageResponse)(nil),       // 95: banger.v1.WatchUsageResponse
+	(*ImageList)(nil),                // 96: banger.v1.ImageList
+	nil,                              // 97: banger.v1.VM.LabelsEntry
+	nil,                              // 98: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 99: banger.v1.SetVMRequest.LabelsEntry
+	nil,                              // 100: banger.v1.GetStatusResponse.VmsByStateEntry
+	(*timestamppb.Timestamp)(nil),    // 101: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	94,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	97,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	97,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	97,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	97,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	101, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	101, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	101, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,   // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,   // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,   // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,   // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	97,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	97,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	101, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	101, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,   // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	97,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	97,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	101, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	101, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,   // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,   // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
 	5,   // 15: banger.v1.Operation.made:type_name -> banger.v1.Image
-	97,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	97,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	95,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	101, // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	101, // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	98,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,   // 19: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 20: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 21: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 22: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 23: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	96,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	99,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	6,   // 25: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22,  // 26: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,   // 27: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	97,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	101, // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23,  // 29: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24,  // 30: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,   // 31: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -6445,104 +6740,111 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,   // 48: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	6,   // 49: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	6,   // 50: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	97,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	64,  // 52: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
-	67,  // 53: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
-	1,   // 54: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
-	6,   // 55: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
-	1,   // 56: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
-	6,   // 57: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
-	5,   // 58: banger.v1.Snapshot.images:type_name -> banger.v1.Image
-	68,  // 59: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	68,  // 60: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	5,   // 61: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
-	6,   // 62: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
-	5,   // 63: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
-	5,   // 64: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
-	6,   // 65: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
-	6,   // 66: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
-	5,   // 67: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
-	90,  // 68: banger.v1.BuildImageRequest.steps:type_name -> banger.v1.BuildStep
-	6,   // 69: banger.v1.BuildImageResponse.operation:type_name -> banger.v1.Operation
-	8,   // 70: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10,  // 71: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12,  // 72: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14,  // 73: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16,  // 74: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18,  // 75: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33,  // 76: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35,  // 77: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37,  // 78: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39,  // 79: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42,  // 80: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20,  // 81: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27,  // 82: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31,  // 83: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44,  // 84: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46,  // 85: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	48,  // 86: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	75,  // 87: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
-	77,  // 88: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
-	79,  // 89: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
-	81,  // 90: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
-	83,  // 91: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
-	85,  // 92: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
-	89,  // 93: banger.v1.ImageService.BuildImage:input_type -> banger.v1.BuildImageRequest
-	92,  // 94: banger.v1.ImageService.ReadBuildLog:input_type -> banger.v1.ReadBuildLogRequest
-	87,  // 95: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
-	50,  // 96: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52,  // 97: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54,  // 98: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56,  // 99: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58,  // 100: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60,  // 101: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62,  // 102: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65,  // 103: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	69,  // 104: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	71,  // 105: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	73,  // 106: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	9,   // 107: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11,  // 108: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13,  // 109: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15,  // 110: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17,  // 111: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19,  // 112: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34,  // 113: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36,  // 114: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38,  // 115: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40,  // 116: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43,  // 117: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21,  // 118: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28,  // 119: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32,  // 120: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45,  // 121: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47,  // 122: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	49,  // 123: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	76,  // 124: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
-	78,  // 125: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
-	80,  // 126: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
-	82,  // 127: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
-	84,  // 128: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
-	86,  // 129: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
-	91,  // 130: banger.v1.ImageService.BuildImage:output_type -> banger.v1.BuildImageResponse
-	93,  // 131: banger.v1.ImageService.ReadBuildLog:output_type -> banger.v1.ReadBuildLogResponse
-	88,  // 132: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
-	51,  // 133: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53,  // 134: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55,  // 135: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57,  // 136: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59,  // 137: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61,  // 138: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63,  // 139: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66,  // 140: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	70,  // 141: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	72,  // 142: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	74,  // 143: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	107, // [107:144] is the sub-list for method output_type
-	70,  // [70:107] is the sub-list for method input_type
-	70,  // [70:70] is the sub-list for extension type_name
-	70,  // [70:70] is the sub-list for extension extendee
-	0,   // [0:70] is the sub-list for field type_name
+	101, // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	100, // 52: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
+	64,  // 53: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
+	67,  // 54: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
+	1,   // 55: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
+	6,   // 56: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
+	96,  // 57: banger.v1.WatchResponse.images:type_name -> banger.v1.ImageList
+	1,   // 58: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
+	6,   // 59: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
+	5,   // 60: banger.v1.Snapshot.images:type_name -> banger.v1.Image
+	68,  // 61: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	68,  // 62: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	5,   // 63: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
+	6,   // 64: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 65: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
+	5,   // 66: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
+	6,   // 67: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
+	6,   // 68: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 69: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
+	90,  // 70: banger.v1.BuildImageRequest.steps:type_name -> banger.v1.BuildStep
+	6,   // 71: banger.v1.BuildImageResponse.operation:type_name -> banger.v1.Operation
+	22,  // 72: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
+	29,  // 73: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
+	5,   // 74: banger.v1.ImageList.images:type_name -> banger.v1.Image
+	8,   // 75: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10,  // 76: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12,  // 77: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14,  // 78: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16,  // 79: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18,  // 80: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33,  // 81: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35,  // 82: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37,  // 83: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39,  // 84: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42,  // 85: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20,  // 86: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27,  // 87: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31,  // 88: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44,  // 89: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46,  // 90: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	94,  // 91: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
+	48,  // 92: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	75,  // 93: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
+	77,  // 94: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
+	79,  // 95: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
+	81,  // 96: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
+	83,  // 97: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
+	85,  // 98: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
+	89,  // 99: banger.v1.ImageService.BuildImage:input_type -> banger.v1.BuildImageRequest
+	92,  // 100: banger.v1.ImageService.ReadBuildLog:input_type -> banger.v1.ReadBuildLogRequest
+	87,  // 101: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
+	50,  // 102: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52,  // 103: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54,  // 104: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56,  // 105: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58,  // 106: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60,  // 107: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62,  // 108: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65,  // 109: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	69,  // 110: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	71,  // 111: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	73,  // 112: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	9,   // 113: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11,  // 114: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13,  // 115: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15,  // 116: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17,  // 117: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19,  // 118: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34,  // 119: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36,  // 120: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38,  // 121: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40,  // 122: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43,  // 123: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21,  // 124: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28,  // 125: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32,  // 126: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45,  // 127: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47,  // 128: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	95,  // 129: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
+	49,  // 130: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	76,  // 131: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
+	78,  // 132: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
+	80,  // 133: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
+	82,  // 134: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
+	84,  // 135: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
+	86,  // 136: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
+	91,  // 137: banger.v1.ImageService.BuildImage:output_type -> banger.v1.BuildImageResponse
+	93,  // 138: banger.v1.ImageService.ReadBuildLog:output_type -> banger.v1.ReadBuildLogResponse
+	88,  // 139: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
+	51,  // 140: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53,  // 141: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55,  // 142: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57,  // 143: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59,  // 144: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61,  // 145: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63,  // 146: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66,  // 147: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	70,  // 148: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	72,  // 149: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	74,  // 150: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	113, // [113:151] is the sub-list for method output_type
+	75,  // [75:113] is the sub-list for method input_type
+	75,  // [75:75] is the sub-list for extension type_name
+	75,  // [75:75] is the sub-list for extension extendee
+	0,   // [0:75] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -6558,6 +6860,7 @@ func file_banger_v1_banger_proto_init() {
 		(*WatchResponse_Vm)(nil),
 		(*WatchResponse_VmDeleted)(nil),
 		(*WatchResponse_Operation)(nil),
+		(*WatchResponse_Images)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -6565,7 +6868,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   97,
+			NumMessages:   101,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -263,9 +263,12 @@ func (l *live) grow(context.Context) ([]Grown, error) {
 	return grown, nil
 }
 
-// shutdown asks systemd, which stops every service and comes to our shutdown program at the end.
+// shutdown asks systemd or runit, which stop every service and come to our shutdown program at the end.
 // Other inits would leave the overlay's filesystem mounted: there the agent stops the guest itself.
 func (l *live) shutdown(ctx context.Context, reboot bool) error {
+	if l.state.Runit != "" {
+		return stopRunit(ctx, l.state.Runit, reboot)
+	}
 	if !l.state.Systemd {
 		go stopWithoutSystemd(reboot)
 		return nil

@@ -1,8 +1,12 @@
 package agentd
 
 import (
+	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -15,6 +19,27 @@ const (
 	replyTime = 200 * time.Millisecond // for the answer to leave before everything ends
 	termTime  = 10 * time.Second       // for processes to end by themselves
 )
+
+// stopRunit tells runit to end: `init 0` or `init 6` (runit-init(8)).
+func stopRunit(ctx context.Context, init string, reboot bool) error {
+	level := "0"
+	if reboot {
+		level = "6"
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if out, err := exec.CommandContext(ctx, init, level).CombinedOutput(); err != nil {
+		return fmt.Errorf("%s %s: %w: %s", init, level, err, strings.TrimSpace(string(out)))
+	}
+	// runit forgets the signal that it gets while it boots (stage 1), though not what it stands for: it is given again
+	// until the services have gone, and this program with them.
+	go func() {
+		for range time.Tick(time.Second) {
+			_ = unix.Kill(1, unix.SIGCONT)
+		}
+	}()
+	return nil
+}
 
 // stopWithoutSystemd ends every process but init and this program's own, leaves clean disks and ends
 // the machine.

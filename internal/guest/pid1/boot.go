@@ -451,6 +451,11 @@ func (b *booter) files() error {
 // agent moves the kernel filesystems into the new root, leaves the shutdown program and the state
 // there, and starts the supervisor inside it: so the agent answers before the distribution starts.
 func (b *booter) agent() error {
+	if isRunit(b.initPath) {
+		if err := b.takeRunitEnd(); err != nil {
+			return err
+		}
+	}
 	for _, dir := range []string{"/run", "/dev", "/sys", "/proc"} {
 		at, err := b.rootFS.mkdirAll(dir)
 		if err != nil {

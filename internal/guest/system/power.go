@@ -108,6 +108,11 @@ func UnmountDisks() error {
 		}
 		switch {
 		case busy == nil:
+			// "Unmounting" the root of this process makes it read-only and succeeds (do_umount in fs/namespace.c). Where
+			// that is an overlay, the filesystem above which it lies is still mounted, and no mount shows it any more.
+			if left, err := Mounts(); err != nil || slices.ContainsFunc(left, isDisk) {
+				return errors.Join(err, remountReadOnly())
+			}
 			unix.Sync()
 			return nil
 		case !progress:

@@ -47,7 +47,8 @@ type State struct {
 	VMID    string    `json:"vm_id"`
 	Secret  string    `json:"secret"`
 	CID     uint32    `json:"cid"`
-	Systemd bool      `json:"systemd"` // the distribution's init is systemd
+	Systemd bool      `json:"systemd"`         // the distribution's init is systemd
+	Runit   string    `json:"runit,omitempty"` // path of the distribution's init, if it is runit with our program as its last script
 	Stages  []Stage   `json:"stages"`
 	Mounted []Mounted `json:"mounted"`
 	Tunnel  *Tunnel   `json:"tunnel,omitempty"` // nil: the network interface is a device of the machine's, or there is none

@@ -58,11 +58,12 @@ type Driver struct {
 
 // checked is what a look at the program found, for as long as the program stays the same.
 type checked struct {
-	path  string
-	size  int64
-	mtime time.Time
-	err   error
-	done  bool
+	path    string
+	size    int64
+	mtime   time.Time
+	version string
+	err     error
+	done    bool
 }
 
 // New returns a driver. find says where the program is now; its error is a fault whose hint says how
@@ -105,6 +106,9 @@ func (d *Driver) look(ctx context.Context) (string, error) {
 		if err != nil {
 			return "", err
 		}
+		if m := versionLine.FindStringSubmatch(out); m != nil {
+			c.version = m[1]
+		}
 		c.err = judge(path, out)
 		d.checked = c
 	}
@@ -118,6 +122,13 @@ func (d *Driver) look(ctx context.Context) (string, error) {
 	}
 	d.kvmFine = true
 	return path, nil
+}
+
+// Version is vmm.Versioned's.
+func (d *Driver) Version() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.checked.version
 }
 
 // askVersion runs the program with --version.

@@ -137,6 +137,16 @@ func (d *Driver) Check(ctx context.Context) error {
 
 type version struct{ major, minor int }
 
+// Version is vmm.Versioned's.
+func (d *Driver) Version() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if v := d.checked.version; v != (version{}) {
+		return fmt.Sprintf("%d.%d", v.major, v.minor)
+	}
+	return ""
+}
+
 func (v version) atLeast(w version) bool {
 	return v.major > w.major || v.major == w.major && v.minor >= w.minor
 }

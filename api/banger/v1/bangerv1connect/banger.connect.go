@@ -78,6 +78,8 @@ const (
 	VMServiceGetSSHTargetProcedure = "/banger.v1.VMService/GetSSHTarget"
 	// VMServiceReadLogProcedure is the fully-qualified name of the VMService's ReadLog RPC.
 	VMServiceReadLogProcedure = "/banger.v1.VMService/ReadLog"
+	// VMServiceWatchUsageProcedure is the fully-qualified name of the VMService's WatchUsage RPC.
+	VMServiceWatchUsageProcedure = "/banger.v1.VMService/WatchUsage"
 	// ImageServiceListImagesProcedure is the fully-qualified name of the ImageService's ListImages RPC.
 	ImageServiceListImagesProcedure = "/banger.v1.ImageService/ListImages"
 	// ImageServiceGetImageProcedure is the fully-qualified name of the ImageService's GetImage RPC.
@@ -169,6 +171,10 @@ type VMServiceClient interface {
 	// ReadLog sends a VM's log: its console, and what its VMM says. With follow it goes on with what is
 	// written, over stops and starts, until the VM is deleted or the caller goes.
 	ReadLog(context.Context, *v1.ReadLogRequest) (*connect.ServerStreamForClient[v1.ReadLogResponse], error)
+	// WatchUsage measures the VMs that are named again and again while the caller listens, and sends each look
+	// at each of those that run: its stats and, with ports, what listens in it. Listeners are asked
+	// whether they speak HTTP when they appear, not at each look.
+	WatchUsage(context.Context, *v1.WatchUsageRequest) (*connect.ServerStreamForClient[v1.WatchUsageResponse], error)
 }
 
 // NewVMServiceClient constructs a client for the banger.v1.VMService service. By default, it uses
@@ -278,6 +284,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("ReadLog")),
 			connect.WithClientOptions(opts...),
 		),
+		watchUsage: connect.NewClient[v1.WatchUsageRequest, v1.WatchUsageResponse](
+			httpClient,
+			baseURL+VMServiceWatchUsageProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("WatchUsage")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -299,6 +311,7 @@ type vMServiceClient struct {
 	trimVM       *connect.Client[v1.TrimVMRequest, v1.TrimVMResponse]
 	getSSHTarget *connect.Client[v1.GetSSHTargetRequest, v1.GetSSHTargetResponse]
 	readLog      *connect.Client[v1.ReadLogRequest, v1.ReadLogResponse]
+	watchUsage   *connect.Client[v1.WatchUsageRequest, v1.WatchUsageResponse]
 }
 
 // CreateVM calls banger.v1.VMService.CreateVM.
@@ -441,6 +454,11 @@ func (c *vMServiceClient) ReadLog(ctx context.Context, req *v1.ReadLogRequest) (
 	return c.readLog.CallServerStream(ctx, connect.NewRequest(req))
 }
 
+// WatchUsage calls banger.v1.VMService.WatchUsage.
+func (c *vMServiceClient) WatchUsage(ctx context.Context, req *v1.WatchUsageRequest) (*connect.ServerStreamForClient[v1.WatchUsageResponse], error) {
+	return c.watchUsage.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // VMServiceHandler is an implementation of the banger.v1.VMService service.
 type VMServiceHandler interface {
 	// CreateVM admits a VM (name, slot, record) and starts it.
@@ -474,6 +492,10 @@ type VMServiceHandler interface {
 	// ReadLog sends a VM's log: its console, and what its VMM says. With follow it goes on with what is
 	// written, over stops and starts, until the VM is deleted or the caller goes.
 	ReadLog(context.Context, *v1.ReadLogRequest, *connect.ServerStream[v1.ReadLogResponse]) error
+	// WatchUsage measures the VMs that are named again and again while the caller listens, and sends each look
+	// at each of those that run: its stats and, with ports, what listens in it. Listeners are asked
+	// whether they speak HTTP when they appear, not at each look.
+	WatchUsage(context.Context, *v1.WatchUsageRequest, *connect.ServerStream[v1.WatchUsageResponse]) error
 }
 
 // NewVMServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -579,6 +601,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("ReadLog")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceWatchUsageHandler := connect.NewServerStreamHandlerSimple(
+		VMServiceWatchUsageProcedure,
+		svc.WatchUsage,
+		connect.WithSchema(vMServiceMethods.ByName("WatchUsage")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/banger.v1.VMService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case VMServiceCreateVMProcedure:
@@ -613,6 +641,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceGetSSHTargetHandler.ServeHTTP(w, r)
 		case VMServiceReadLogProcedure:
 			vMServiceReadLogHandler.ServeHTTP(w, r)
+		case VMServiceWatchUsageProcedure:
+			vMServiceWatchUsageHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -684,6 +714,10 @@ func (UnimplementedVMServiceHandler) GetSSHTarget(context.Context, *v1.GetSSHTar
 
 func (UnimplementedVMServiceHandler) ReadLog(context.Context, *v1.ReadLogRequest, *connect.ServerStream[v1.ReadLogResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.ReadLog is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) WatchUsage(context.Context, *v1.WatchUsageRequest, *connect.ServerStream[v1.WatchUsageResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.WatchUsage is not implemented"))
 }
 
 // ImageServiceClient is a client for the banger.v1.ImageService service.

@@ -1,0 +1,114 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// helper runs one of the shell scripts at the checkout's top, in the environment of the host's installation.
+func (h *host) helper(name string, env []string, args ...string) result {
+	h.t.Helper()
+	cmd := command(h.t.Context(), filepath.Join(checkout, name), args...)
+	cmd.Env, cmd.Dir = append(append([]string{}, h.env...), env...), filepath.Dir(h.state)
+	out, err := cmd.CombinedOutput()
+	r := result{command: name, stdout: string(out)}
+	if err != nil {
+		r.code = cmd.ProcessState.ExitCode()
+	}
+	return r
+}
+
+// TestHelpersRefuse: what is typed wrong is said before anything begins, with a status of 1 and a hint.
+func TestHelpersRefuse(t *testing.T) {
+	h := newHost(t)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "base.ext4")
+	must(0, os.WriteFile(file, []byte("no filesystem"), 0o644))
+	bad := filepath.Join(dir, "packages")
+	must(0, os.WriteFile(bad, []byte("git\n--force-yes\n"), 0o644))
+	for _, c := range []struct {
+		word string
+		args []string
+	}{
+		{"are to be named", []string{"customize.sh"}},
+		{"are to be named", []string{"customize.sh", file}},
+		{"unknown argument", []string{"customize.sh", "--nonsense", file, file}},
+		{"needs a value", []string{"customize.sh", "--script"}},
+		{"does not exist", []string{"customize.sh", file + "-", filepath.Join(dir, "x.ext4")}},
+		{"does not end in .ext4", []string{"customize.sh", file, filepath.Join(dir, "x.img")}},
+		{"does not exist", []string{"customize.sh", file, filepath.Join(dir, "none", "x.ext4")}},
+		{"is no package name", []string{"customize.sh", "--packages", bad, file, filepath.Join(dir, "x.ext4")}},
+		{"cannot be read", []string{"customize.sh", "--script", filepath.Join(dir, "none"), file, filepath.Join(dir, "x.ext4")}},
+		{"there is no terminal", []string{"interactive.sh", file, filepath.Join(dir, "x.ext4")}},
+		{"too many", []string{"interactive.sh", "a", "b", "c"}},
+		{"unknown argument", []string{"interactive.sh", "--x"}},
+		{"unknown argument", []string{"make-rootfs.sh", "--base"}},
+		{"needs a value", []string{"make-rootfs.sh", "--base-rootfs"}},
+		{"unknown argument", []string{"verify.sh", "--all"}},
+	} {
+		if got := h.helper(c.args[0], nil, c.args[1:]...); got.code != 1 || !strings.Contains(got.stdout, c.word) {
+			t.Errorf("%q: status %d\n%s", c.args, got.code, got.stdout)
+		}
+	}
+	for _, name := range []string{"customize.sh", "interactive.sh", "make-rootfs.sh", "verify.sh"} {
+		if got := h.helper(name, nil, "--help"); got.code != 0 || !strings.Contains(got.stdout, "./"+name) || strings.Contains(got.stdout, "#") {
+			t.Errorf("%s --help: status %d\n%s", name, got.code, got.stdout)
+		}
+	}
+	if left := must(os.ReadDir(dir)); len(left) != 2 {
+		t.Errorf("they left %v", left)
+	}
+}
+
+// TestHelpers runs the helpers for what they are there for, and boots what they make.
+func TestHelpers(t *testing.T) {
+	slow(t)
+	h := newHost(t)
+	dir := filepath.Dir(h.state)
+	if got := h.helper("verify.sh", nil, "--nat"); got.code != 0 || !strings.Contains(got.stdout, "banger works here") {
+		t.Fatalf("verify.sh --nat: status %d\n%s", got.code, got.stdout)
+	}
+	if all := h.list(); len(all) != 0 {
+		t.Errorf("verify.sh left %v", all)
+	}
+
+	// A package, a script, a file of one's own in /root, one that is someone else's.
+	packages, script := filepath.Join(dir, "packages"), filepath.Join(dir, "script")
+	must(0, os.WriteFile(packages, []byte("hello # one\nhello\n"), 0o644))
+	must(0, os.WriteFile(script, []byte("#!/bin/sh\nset -e\necho mine >/root/note\ninstall -o nobody -m 4711 /bin/true /srv/odd\necho the script ran\n"), 0o644))
+	made := filepath.Join(dir, "made.ext4")
+	got := h.helper("customize.sh", nil, "--packages", packages, "--script", script, bundleFile("rootfs-docker.ext4"), made)
+	if got.code != 0 || !strings.Contains(got.stdout, "the script ran") {
+		t.Fatalf("customize.sh: status %d\n%s", got.code, got.stdout)
+	}
+	if left := must(filepath.Glob(filepath.Join(h.state, "customize-*"))); len(left) > 0 {
+		t.Errorf("customize.sh left %v", left)
+	}
+	boots := newHostIn(t, t.TempDir(), `default_rootfs = "`+made+`"`, `default_work_seed = "`+filepath.Join(dir, "made.work-seed.ext4")+`"`)
+	boots.create("made")
+	if got := boots.in("made", "hello; cat /root/note; stat -c '%U %a' /srv/odd; systemctl is-system-running --wait; hostname; stat -c %a /root"); got != "Hello, world!\nmine\nnobody 4711\nrunning\nmade\n700" {
+		t.Errorf("got %q", got)
+	}
+	boots.do("vm", "delete", "made")
+
+	// A script that fails leaves nothing but the log.
+	must(0, os.WriteFile(script, []byte("#!/bin/sh\necho it breaks here; exit 3\n"), 0o644))
+	broken := filepath.Join(dir, "broken.ext4")
+	got = h.helper("customize.sh", nil, "--script", script, made, broken)
+	if got.code != 1 || !strings.Contains(got.stdout, "it breaks here") || !strings.Contains(got.stdout, "its log: ") {
+		t.Errorf("a broken script: status %d\n%s", got.code, got.stdout)
+	}
+	if left := must(filepath.Glob(filepath.Join(h.state, "customize-*"))); len(left) > 0 {
+		t.Errorf("customize.sh left %v", left)
+	}
+	if _, err := os.Stat(broken); err == nil {
+		t.Error("a broken script made an image")
+	}
+	if logs := must(filepath.Glob(filepath.Join(h.state, "image-build", "customize-*.log"))); len(logs) != 1 {
+		t.Errorf("logs: %v", logs)
+	}
+}
