@@ -226,12 +226,17 @@ func (s *Service) builder(ctx context.Context, r BuildRequest) (v vm.VM, release
 // buildBase resolves what an image is to be built on. The content is kept until release.
 func (im *images) buildBase(ctx context.Context, ref string) (p vm.Pins, release func(), err error) {
 	path := im.cfg.DefaultBaseRootfs
+	if path == "" { // a base of the bundle's own
+		if b, err := im.bundle(); err == nil {
+			path = b.Path(bundle.BaseRootFS)
+		}
+	}
 	if ref != "" || path == "" {
 		return im.pins(ctx, ref)
 	}
 	if _, err := rootfs.Check(path); err != nil {
-		return p, nil, fault.Wrap(err, fault.CodeOf(err), "default_base_rootfs", "images cannot be built on the file that it names in config.toml").
-			WithHint("correct or remove default_base_rootfs in config.toml, then: banger daemon stop")
+		return p, nil, fault.Wrap(err, fault.CodeOf(err), "default_base_rootfs", "images cannot be built on this file, which the settings or the runtime bundle name").
+			WithHint("set default_base_rootfs in config.toml to another one, or use --from")
 	}
 	byDefault, free, err := im.pins(ctx, defaultImage) // whose kernel it boots with
 	if err != nil {

@@ -288,6 +288,31 @@ func TestWhoTakesTheBuilderAwayEndsTheBuild(t *testing.T) {
 	}
 }
 
+// default_base_rootfs is what builds begin with that name nothing else, and what is in it is captured.
+func TestBuildsBeginWithTheConfiguredBase(t *testing.T) {
+	t.Parallel()
+	r := newBuilder(t)
+	r.stop()
+	r.cfg.DefaultBaseRootfs = r.rootFile("mine.ext4", "a base of my own")
+	r.restart()
+	op, _ := r.build(BuildRequest{Name: "dev", Steps: []BuildStep{{Name: "waiting", Script: "fake: wait"}}})
+	r.untilStage(op.ID, "waiting")
+	v := r.vm(vm.ID(op.VMID))
+	if r.read(r.s.images.content(v.Pins.Base)) != r.read(r.cfg.DefaultBaseRootfs) || v.Pins.Seed != "" {
+		t.Errorf("the build begins with %+v", v.Pins)
+	}
+	if _, err := r.s.Cancel(r.ctx(), op.ID); err != nil {
+		t.Fatal(err)
+	}
+	r.wait(op, nil)
+	r.onlyImages("base", "default")
+	if err := os.WriteFile(r.cfg.DefaultBaseRootfs, make([]byte, 8192), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err := r.s.BuildImage(r.ctx(), BuildRequest{Name: "dev"})
+	wants(t, "build", err, fault.Invalid, "default_base_rootfs", "config.toml")
+}
+
 func TestBuildsThatAreRefused(t *testing.T) {
 	t.Parallel()
 	r := newBuilder(t)
