@@ -60,6 +60,7 @@ func (h *imageHandler) ListImages(ctx context.Context, _ *bangerv1.ListImagesReq
 			id = kernel
 		}
 		messages[i].Kernel, messages[i].Vms = h.vms.KernelVersion(ctx, id), users[list[i].ID]
+		messages[i].BaseAllocatedBytes, messages[i].WorkSeedAllocatedBytes = h.svc.ImageAllocated(list[i])
 	}
 	return &bangerv1.ListImagesResponse{Images: messages}, nil
 }

@@ -52,6 +52,7 @@ type Machines interface {
 type Images interface {
 	Image(ctx context.Context, ref string) (sandbox.ImageDetail, error)
 	ImageUsers() map[string][]string
+	ImageAllocated(img image.Image) (base, seed int64)
 	RegisterImage(ctx context.Context, r sandbox.RegisterRequest) (operation.Operation, error)
 	DeleteImage(ctx context.Context, ref string) (image.Image, error)
 	PromoteImage(ctx context.Context, ref string) (image.Image, bool, error)

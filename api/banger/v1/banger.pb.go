@@ -661,13 +661,14 @@ type Image struct {
 	Base        string                 `protobuf:"bytes,12,opt,name=base,proto3" json:"base,omitempty"`                             // content id (SHA-256) of the root filesystem
 	WorkSeed    string                 `protobuf:"bytes,13,opt,name=work_seed,json=workSeed,proto3" json:"work_seed,omitempty"`     // likewise; empty: none
 	Vms         []string               `protobuf:"bytes,14,rep,name=vms,proto3" json:"vms,omitempty"`                               // names of those that were made from it, as it is now
-	// Only in GetImage and as the result of an operation: they cost system calls.
-	BaseAllocatedBytes     int64  `protobuf:"varint,30,opt,name=base_allocated_bytes,json=baseAllocatedBytes,proto3" json:"base_allocated_bytes,omitempty"` // 0: not captured yet
-	WorkSeedAllocatedBytes int64  `protobuf:"varint,31,opt,name=work_seed_allocated_bytes,json=workSeedAllocatedBytes,proto3" json:"work_seed_allocated_bytes,omitempty"`
-	Filesystem             string `protobuf:"bytes,32,opt,name=filesystem,proto3" json:"filesystem,omitempty"`                               // ext4, erofs, squashfs; empty: not captured yet
-	WorkSeedBytes          int64  `protobuf:"varint,33,opt,name=work_seed_bytes,json=workSeedBytes,proto3" json:"work_seed_bytes,omitempty"` // the smallest work disk that a VM of it can have
-	unknownFields          protoimpl.UnknownFields
-	sizeCache              protoimpl.SizeCache
+	// Of the host's disk. 0: not captured yet, or not looked at, as in events.
+	BaseAllocatedBytes     int64 `protobuf:"varint,30,opt,name=base_allocated_bytes,json=baseAllocatedBytes,proto3" json:"base_allocated_bytes,omitempty"`
+	WorkSeedAllocatedBytes int64 `protobuf:"varint,31,opt,name=work_seed_allocated_bytes,json=workSeedAllocatedBytes,proto3" json:"work_seed_allocated_bytes,omitempty"`
+	// Only in GetImage and as the result of an operation.
+	Filesystem    string `protobuf:"bytes,32,opt,name=filesystem,proto3" json:"filesystem,omitempty"`                               // ext4, erofs, squashfs; empty: not captured yet
+	WorkSeedBytes int64  `protobuf:"varint,33,opt,name=work_seed_bytes,json=workSeedBytes,proto3" json:"work_seed_bytes,omitempty"` // the smallest work disk that a VM of it can have
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Image) Reset() {
