@@ -52,6 +52,8 @@ var printed = map[string]any{
 	"banger daemon stop":        stoppedView{},
 	"banger daemon restart":     daemonView{},
 	"banger daemon logs":        nil, // the log's own lines
+	"banger daemon install":     unitsView{},
+	"banger daemon uninstall":   unitsView{},
 	"banger tui":                nil,
 	"banger doctor":             []findingView{},
 	"banger ssh-config":         sshConfigView{},
@@ -63,6 +65,7 @@ var printed = map[string]any{
 	"banger version":            versionView{},
 	"banger bench create":       benchView{},
 	"banger completion":         nil,
+	"banger events":             eventView{}, // each line
 	"banger schema":             schemaView{},
 }
 

@@ -54,6 +54,7 @@ type Config struct {
 	OpencodeSource      string
 	TmuxResurrectSource string
 	TmuxContinuumSource string
+	MetricsListenAddr string // where metrics are, beside the API socket: IP address and port; "" for nowhere
 
 	DNSListenAddr string // where names under .vm are answered: IP address and port; "" for nowhere
 
@@ -138,6 +139,16 @@ var keys = []key{
 			return nil
 		},
 		func(c Config) string { return c.DNSListenAddr }},
+	{"metrics_listen_addr",
+		func(c *Config, _ loader, v any) error {
+			s, ok := v.(string)
+			if _, err := netip.ParseAddrPort(s); !ok || s != "" && err != nil {
+				return notA(v, `an IP address and a port, such as "127.0.0.1:9469", or "" for none`)
+			}
+			c.MetricsListenAddr = s
+			return nil
+		},
+		func(c Config) string { return c.MetricsListenAddr }},
 	{"vmm",
 		func(c *Config, _ loader, v any) error {
 			s, ok := v.(string)

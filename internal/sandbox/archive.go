@@ -244,7 +244,7 @@ func (s *Service) nameForImport(ctx context.Context, name string) error {
 }
 
 // openArchive reads the manifest of an archive and leaves the reader at the first file.
-func openArchive(f *os.File) (a archive, r *tar.Reader, end func(), err error) {
+func openArchive(f *os.File) (a archive, r *tar.Reader, done func(), err error) {
 	notOne := func(cause error) error {
 		return fault.Wrap(cause, fault.Invalid, f.Name(), "is no exported image").WithHint("banger image export writes them")
 	}

@@ -79,6 +79,7 @@ type Host interface {
 	SSHConfig(ctx context.Context, program string) (sandbox.SSHConfig, error)
 	InstallSSHConfig(ctx context.Context, program string, include bool) (sandbox.SSHConfig, error)
 	RemoveSSHConfig(ctx context.Context) error
+	OperationCounts() []sandbox.OperationCount
 }
 
 // Dialer opens streams to guests, for the dial socket.
@@ -131,5 +132,6 @@ func New(svc Service, info Info, log *slog.Logger) http.Handler {
 	mux.Handle(bangerv1connect.NewImageServiceHandler(&imageHandler{svc, svc, info.Ending}, opts))
 	mux.Handle(bangerv1connect.NewOperationServiceHandler(&operationHandler{svc, svc, svc, info.Ending}, opts))
 	mux.Handle(bangerv1connect.NewDaemonServiceHandler(&daemonHandler{svc, info}, opts))
+	mux.Handle(MetricsPath, Metrics(svc, info, log))
 	return mux
 }

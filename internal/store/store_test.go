@@ -229,11 +229,11 @@ func TestMigrationKeepsABackup(t *testing.T) {
 func TestVMsFromBeforeNetworks(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "db")
 	s := open(t, path)
-	up, down, new := admit(t, s, "up"), admit(t, s, "down"), admit(t, s, "new")
+	up, down, fresh := admit(t, s, "up"), admit(t, s, "down"), admit(t, s, "new")
 	for v, steps := range map[*vm.VM][]lifecycle.StepRecord{
-		&up:   {{Step: "image", State: lifecycle.Ready}, {Step: "guest config", State: lifecycle.Ready}, {Step: "vmm", State: lifecycle.Ready}},
-		&down: {{Step: "image", State: lifecycle.Ready}},
-		&new:  {{Step: "network", State: lifecycle.Cleaning}, {Step: "guest config", State: lifecycle.Cleaning}},
+		&up:    {{Step: "image", State: lifecycle.Ready}, {Step: "guest config", State: lifecycle.Ready}, {Step: "vmm", State: lifecycle.Ready}},
+		&down:  {{Step: "image", State: lifecycle.Ready}},
+		&fresh: {{Step: "network", State: lifecycle.Cleaning}, {Step: "guest config", State: lifecycle.Cleaning}},
 	} {
 		if err := s.Save(t.Context(), *v, steps...); err != nil {
 			t.Fatal(err)
@@ -244,7 +244,7 @@ func TestVMsFromBeforeNetworks(t *testing.T) {
 	}
 	_ = s.Close()
 	s = open(t, path)
-	for v, want := range map[*vm.VM]lifecycle.StepState{&up: lifecycle.Ready, &down: "", &new: lifecycle.Cleaning} {
+	for v, want := range map[*vm.VM]lifecycle.StepState{&up: lifecycle.Ready, &down: "", &fresh: lifecycle.Cleaning} {
 		if steps, err := s.Steps(t.Context(), v.ID); err != nil || steps["network"] != want {
 			t.Errorf("%s: %v, %v; want the network %q", v.Name, steps, err, want)
 		}

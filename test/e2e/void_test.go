@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -274,7 +275,7 @@ func TestVoidScriptAsAnOrdinaryUser(t *testing.T) {
 	must(0, os.Chown(tmp, uid, gid))
 	out := filepath.Join(u.HomeDir, "void.ext4")
 	cmd := command(t.Context(), filepath.Join(dir, "make-rootfs-void.sh"), "--mirror", m.url, "--tools-sha256", m.sum, "--output", out)
-	cmd.Env, cmd.Dir = append(h.env, "TMPDIR="+tmp), u.HomeDir
+	cmd.Env, cmd.Dir = append(slices.Clone(h.env), "TMPDIR="+tmp), u.HomeDir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: h.sys.Credential}
 	if text, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, text)

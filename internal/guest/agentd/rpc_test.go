@@ -104,6 +104,7 @@ func TestRequests(t *testing.T) {
 					t.Fatal(err)
 				}
 				body, err := io.ReadAll(resp.Body)
+				_ = resp.Body.Close()
 				if err != nil || resp.StatusCode != test.status {
 					t.Fatalf("%s, %q, %v; want %d", resp.Status, body, err, test.status)
 				}
@@ -159,8 +160,9 @@ func TestCallEndsWithItsCaller(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer resp.Body.Close()
 	body, _ := io.ReadAll(resp.Body)
-	if resp.StatusCode != 504 || !strings.Contains(string(body), `"deadline_exceeded"`) {
+	if resp.StatusCode != http.StatusGatewayTimeout || !strings.Contains(string(body), `"deadline_exceeded"`) {
 		t.Errorf("%s: %s", resp.Status, body)
 	}
 	wait(context.DeadlineExceeded)

@@ -56,7 +56,7 @@ func (s *sender) other(info fs.FileInfo) (number, first string) {
 	}
 	s.numbers++
 	first = strconv.FormatInt(s.numbers, 10)
-	s.links[key] = &linked{number: first, left: uint64(st.Nlink) - 1}
+	s.links[key] = &linked{number: first, left: st.Nlink - 1}
 	return "", first
 }
 

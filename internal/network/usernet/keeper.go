@@ -48,7 +48,7 @@ func (k *keeper) keep(v vm.VM) {
 	k.mu.Unlock()
 	go func() {
 		defer close(e.done)
-		k.watch(ctx, e)
+		k.watch(ctx, e, string(v.ID))
 	}()
 }
 
@@ -106,8 +106,7 @@ func (k *keeper) run(ctx context.Context, v vm.VM) error {
 }
 
 // watch starts the program whenever it has ended, until ctx ends.
-func (k *keeper) watch(ctx context.Context, e *kept) {
-	id := string(e.v.ID)
+func (k *keeper) watch(ctx context.Context, e *kept, id string) {
 	for pause := firstRevival; ctx.Err() == nil; {
 		began := time.Now()
 		p, err := k.host.find(ctx, id)
