@@ -54,7 +54,7 @@ type Config struct {
 	OpencodeSource      string
 	TmuxResurrectSource string
 	TmuxContinuumSource string
-	MetricsListenAddr string // where metrics are, beside the API socket: IP address and port; "" for nowhere
+	MetricsListenAddr   string // where metrics are, beside the API socket: IP address and port; "" for nowhere
 
 	DNSListenAddr string // where names under .vm are answered: IP address and port; "" for nowhere
 
