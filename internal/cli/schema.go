@@ -37,6 +37,7 @@ var printed = map[string]any{
 	"banger vm delete":          []resultView{},
 	"banger image list":         []*imageView{},
 	"banger image show":         either{imageView{}, []imageResult{}},
+	"banger image build":        imageView{},
 	"banger image register":     imageView{},
 	"banger image promote":      []imageResult{},
 	"banger image export":       imageView{},

@@ -62,6 +62,7 @@ type Service struct {
 	hub    hub
 
 	images   *images
+	builds   buildLogs
 	machines *machines
 	cgroups  *cgroup.Host
 	ssh      *sshFile
@@ -268,7 +269,7 @@ func (s *Service) beginOver(ctx context.Context, ends []operation.Kind, kind ope
 
 // What a stop ends, and what a forced one or a delete ends besides.
 var (
-	endedByStop  = []operation.Kind{operation.Create, operation.Start, operation.Restart, operation.Set, operation.Trim}
+	endedByStop  = []operation.Kind{operation.Create, operation.Start, operation.Restart, operation.Set, operation.Trim, operation.ImageBuild}
 	anyButDelete = append(slices.Clone(endedByStop), operation.Stop)
 )
 
