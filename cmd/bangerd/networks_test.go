@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -18,8 +19,11 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"git.thaloco.com/thaloco/banger/internal/config"
+	banger "git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/helper"
+	"git.thaloco.com/thaloco/banger/internal/hostnet"
 	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 	"git.thaloco.com/thaloco/banger/internal/network/usernet"
 	"git.thaloco.com/thaloco/banger/internal/operation"
@@ -45,11 +49,18 @@ type installation struct {
 	cfg    config.Config
 	paths  config.Paths
 	driver func() vmm.Driver
+	uid    int        // of the daemon, as it believes
+	root   rootHelper // what it has of it
 	s      *sandbox.Service
 	guests map[vm.ID]*networktest.Guest
 }
 
 func install(t *testing.T, change func(*config.Config)) *installation {
+	t.Helper()
+	return installFor(t, os.Geteuid(), rootHelper{}, change)
+}
+
+func installFor(t *testing.T, uid int, root rootHelper, change func(*config.Config)) *installation {
 	t.Helper()
 	dir := t.TempDir()
 	if err := fakebundle.Make(filepath.Join(dir, "bundle")); err != nil {
@@ -64,7 +75,7 @@ func install(t *testing.T, change func(*config.Config)) *installation {
 	if err != nil {
 		t.Fatal(err)
 	}
-	in := &installation{t: t, paths: paths, cfg: config.Defaults(vm.Host{CPUs: 4, MemoryMiB: 8192}), guests: map[vm.ID]*networktest.Guest{},
+	in := &installation{t: t, paths: paths, uid: uid, root: root, cfg: config.Defaults(vm.Host{CPUs: 4, MemoryMiB: 8192}), guests: map[vm.ID]*networktest.Guest{},
 		driver: func() vmm.Driver { return fakevmm.New(world, fakeguest.Agent(nil)) }}
 	in.cfg.RuntimeDir = filepath.Join(dir, "bundle")
 	in.cfg.DefaultDiskSize, in.cfg.DefaultSystemSize = vm.MinDiskBytes, vm.MinDiskBytes
@@ -88,7 +99,7 @@ func (in *installation) ctx() context.Context {
 func (in *installation) open() {
 	in.t.Helper()
 	d := in.driver()
-	s, err := sandbox.Open(in.ctx(), sandbox.Options{Driver: d, Networks: networks(in.paths, in.cfg, d, os.Geteuid(), rootHelper{}),
+	s, err := sandbox.Open(in.ctx(), sandbox.Options{Driver: d, Networks: networks(in.paths, in.cfg, d, in.uid, in.root),
 		Config: in.cfg, Paths: in.paths, Host: vm.Host{CPUs: 4, MemoryMiB: 8192}, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		in.t.Fatal(err)
@@ -229,13 +240,46 @@ func TestNetworks(t *testing.T) {
 	}
 	networktest.World(t, 1400)
 	for _, kind := range []string{vm.BridgeNetwork, vm.UserNetwork} {
-		t.Run(kind, func(t *testing.T) { conforms(t, kind) })
+		t.Run(kind, func(t *testing.T) { conforms(t, kind, os.Geteuid(), rootHelper{}) })
 	}
+	t.Run("bridge by the root helper", func(t *testing.T) { conforms(t, vm.BridgeNetwork, 1000, serving(t)) })
 }
 
-func conforms(t *testing.T, kind string) {
+// serving is a root helper in this process, which is root and stands for the user as well.
+func serving(t *testing.T) rootHelper {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "helper")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "s"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	s := helper.NewServer(helper.Options{
+		UID: os.Geteuid(), Ranges: []netip.Prefix{netip.MustParsePrefix("172.16.0.0/16")}, Records: filepath.Join(dir, "records"), Log: log,
+		Open:      func(s hostnet.Settings) (helper.Host, error) { return hostnet.Open(s) },
+		ListenDNS: banger.ListenForGuests,
+		KeepNames: func(ctx context.Context, link int, addr netip.AddrPort) error {
+			return banger.Keep(ctx, link, addr, log)
+		},
+	})
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		stop()
+		if err := errors.Join(<-ended, l.Close(), os.RemoveAll(dir)); err != nil {
+			t.Error(err)
+		}
+	})
+	return rootHelper{socket: l.Addr().String()}
+}
+
+func conforms(t *testing.T, kind string, uid int, root rootHelper) {
 	before := devices(t)
-	in := install(t, func(c *config.Config) { c.Network = kind })
+	in := installFor(t, uid, root, func(c *config.Config) { c.Network = kind })
 	yes, no := true, false
 	shop, shopGuest := in.create("shop", "", false)
 	spy, spyGuest := in.create("spy", "", true)
@@ -488,7 +532,7 @@ func TestChoiceOfNetwork(t *testing.T) {
 		{"a bridge whatever", config.NetworkBridge, 0, taken, "bridge user", "", ""},
 		{"root wants the user network", config.NetworkUser, 0, free, "user", "", ""},
 		{"a user", config.NetworkAuto, 1000, free, "user", "", ""},
-		{"a user who wants a bridge", config.NetworkBridge, 1000, free, "", "takes root", "system install"},
+		{"a user who wants a bridge", config.NetworkBridge, 1000, free, "", "takes root", `network = "user"`},
 		{"none", config.NetworkNone, 0, free, "", "", ""},
 	} {
 		cfg := config.Defaults(vm.Host{CPUs: 1, MemoryMiB: 1024})
@@ -497,7 +541,7 @@ func TestChoiceOfNetwork(t *testing.T) {
 		host := sandbox.NetworkHost{Installation: "a1b2c3d4e5f6", RunDir: func(vm.ID) string { return t.TempDir() }, FreeSlots: func(int) []int { return nil },
 			Log: slog.New(slog.DiscardHandler), Notice: func(w, f string) { why, fix = w, f }, LinkUp: func(sandbox.Link) {}, LinkDown: func() {}}
 		var kinds []string
-		for _, n := range networks(config.Paths{}, cfg, driver, c.uid, none)(host) {
+		for _, n := range networks(config.Paths{}, cfg, driver, c.uid, map[bool]rootHelper{true: {}, false: none}[c.uid == 0])(host) {
 			kinds = append(kinds, n.Kind())
 			if err := n.Close(t.Context()); err != nil {
 				t.Error(err)
