@@ -29,6 +29,7 @@ func (c *Client) Forward(ctx context.Context, l net.Listener, vmID string, port 
 			return fault.Wrap(errors.Join(err, l.Close()), fault.Internal, l.Addr().String(), "no more connections can be taken: %v", err)
 		}
 		open.Go(func() {
+			defer conn.Close() // after the reason is told: whoever sees the one may ask for the other
 			if err := c.forward(ctx, conn, vmID, port); err != nil && ctx.Err() == nil {
 				failed(err)
 			}
@@ -37,7 +38,6 @@ func (c *Client) Forward(ctx context.Context, l net.Listener, vmID string, port 
 }
 
 func (c *Client) forward(ctx context.Context, conn net.Conn, vmID string, port int) error {
-	defer conn.Close()
 	f, err := c.polled(c.dialStream(ctx, bangerv1.DialRequest{VMID: vmID, Service: bangerv1.DialForward, Port: port}))
 	if err != nil {
 		if tcp, ok := conn.(*net.TCPConn); ok {

@@ -8,6 +8,12 @@ func Visible(s string) string { return boot.Visible(s) }
 
 // stageTexts says for people what a stage does; programs get its name.
 var stageTexts = map[string]string{
+	"fetch":                "fetching what it installs",
+	"prepare":              "preparing the system",
+	"packages":             "installing packages",
+	"tools":                "installing mise, opencode and tmux plugins",
+	"finish":               "cleaning up",
+	"undo":                 "removing what was made",
 	"kernel":               "taking in the kernel",
 	"root filesystem":      "taking in the root filesystem",
 	"work seed":            "taking in the work seed",

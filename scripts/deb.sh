@@ -59,8 +59,14 @@ docs() {
     mkdir -p "$dir"
     {
         printf 'Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\nUpstream-Name: banger\n'
-        printf 'Source: https://git.thaloco.com/thaloco/banger\n\nFiles: *\nCopyright: 2026 the banger developers\nLicense: Expat\n'
-        sed '1,4d; s/^$/./; s/^/ /' LICENSE
+        printf 'Source: https://git.thaloco.com/thaloco/banger\n\nFiles: *\n%s\nLicense: Expat\n' "$(sed -n 's/^Copyright (c)/Copyright:/p' LICENSE)"
+        sed '1,/^Copyright/d; s/^$/./; s/^/ /' LICENSE | sed '1{/^ \.$/d}'
+        if [ "$1" = banger-runtime ]; then # what others have made of it
+            printf '\nFiles: usr/lib/banger/*.ext4 usr/lib/banger/vmlinux usr/lib/banger/initrd.img\nCopyright: the authors of the Debian packages in them\nLicense: various\n'
+            printf ' Each package in the image has its own in /usr/share/doc/PACKAGE/copyright there.\n'
+            printf '\nFiles: usr/lib/banger/firecracker usr/lib/banger/jailer\nCopyright: Amazon.com, Inc. or its affiliates\nLicense: Apache-2.0\n'
+            printf ' The text is in /usr/share/common-licenses/Apache-2.0.\n'
+        fi
     } >"$dir/copyright"
     gzip -9n <CHANGELOG.md >"$dir/changelog.gz"
     chmod 644 "$dir"/*
@@ -85,6 +91,8 @@ mkdir -p "$root/usr/share/zsh"
 mv "$stage/share/zsh/site-functions" "$root/usr/share/zsh/vendor-completions" # where Debian's zsh looks
 mv "$stage/share/bash-completion" "$stage/share/fish" "$stage/share/man" "$root/usr/share"
 gzip -9n "$root/usr/share/man/man1"/*
+# Nothing enables them: a user does, by `systemctl --user enable`, or `banger daemon install` writes that user's own.
+./banger internal units "$root/usr/lib/systemd/user" /usr/bin
 rm -r "$stage/share"
 docs banger
 control banger "e2fsprogs, openssh-client" "banger-runtime, qemu-system-x86" \

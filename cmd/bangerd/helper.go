@@ -46,6 +46,14 @@ func (h rootHelper) finding(ctx context.Context) doctor.Finding {
 	return doctor.Finding{Code: code, Severity: doctor.Pass, Title: title, Detail: a.Release}
 }
 
+// advise has the check of the network that VMs are put on tell of the helper, where one would be of use.
+func (h rootHelper) advise(n sandbox.Network) sandbox.Network {
+	if h.socket == "" {
+		return n
+	}
+	return advised{n, h}
+}
+
 // advised is a network whose check also tells of the helper.
 type advised struct {
 	sandbox.Network

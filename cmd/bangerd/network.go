@@ -24,9 +24,8 @@ const lookTime = 10 * time.Second
 // networks makes the networks that VMs may be on, by the setting network, by what the VMM can do and by who runs the daemon. The
 // first is for VMs that start; VMs that were started on another are taken off it.
 //
-// Of themselves root and who may use the root helper get the bridge, unless something on the host is in its way: then the user
-// network, as everybody else, with a notice. A bridge that was asked for by name is not replaced by anything: VMs do not start,
-// and say why.
+// Of itself root gets the bridge, and so does who may use the root helper, unless something on the host is in its way: then the
+// user network, as everybody else, with a notice. A bridge that was asked for by name is not replaced by anything: VMs do not start, and say why.
 func networks(p config.Paths, c config.Config, d vmm.Driver, uid int, root rootHelper) func(sandbox.NetworkHost) []sandbox.Network {
 	return func(h sandbox.NetworkHost) []sandbox.Network {
 		if c.Network == config.NetworkNone {
@@ -40,47 +39,43 @@ func networks(p config.Paths, c config.Config, d vmm.Driver, uid int, root rootH
 		default:
 			plan.IPv6 = netip.MustParsePrefix(c.IPv6CIDR) // as the setting was checked to be
 		}
-		all := []sandbox.Network{usernet.NewAttacher(usernet.Options{
+		user := usernet.NewAttacher(usernet.Options{
 			Dir: p.Networks(), Plan: plan, Ports: c.PublishedPorts, RunDir: h.RunDir, Confine: h.Confine,
 			Tunnel: d.Features().NICVsock, Key: func(v vm.VM) []byte { return boot.TunnelKey(v.Secrets.Agent) }, Log: h.Log,
-		})}
+		})
 		auto := c.Network == config.NetworkAuto
 		switch {
 		case c.Network == config.NetworkBridge && uid != 0 && !root.installed():
-			h.Notice("none: a bridge takes root, or its helper", fault.HintOf(root.err))
+			h.Notice("none: the daemon is not root, and a bridge takes root or its helper", fault.HintOf(root.err)+"; or set network = \"user\" in config.toml, which takes no privilege; then banger daemon stop")
 			return nil
 		case c.Network == config.NetworkBridge, auto && (uid == 0 || root.usable()):
 			b, err := openBridge(plan, c, h, uid, root, auto)
 			switch {
 			case err == nil:
-				all = append([]sandbox.Network{b}, all...)
+				return []sandbox.Network{root.advise(b), user}
 			case !auto: // no netlink at all
 				h.Notice("none: "+err.Error(), fault.HintOf(err))
 				return nil
-			default:
-				h.Notice("the user network, since the bridge network cannot be used: "+err.Error(), fault.HintOf(err))
 			}
+			h.Notice("the user network, since the bridge network cannot be used: "+err.Error(), fault.HintOf(err))
 		}
-		if uid != 0 {
-			all[0] = advised{all[0], root}
-		}
-		return all
+		return []sandbox.Network{root.advise(user)}
 	}
-}
-
-// bridgeHost is the host of the bridge network: in this process where it is root, else behind the root helper.
-func bridgeHost(plan network.Plan, name string, uid int, root rootHelper) (bridge.Host, error) {
-	if uid != 0 {
-		return helper.NewClient(root.socket, plan, name), nil
-	}
-	return hostnet.Open(hostnet.Settings{Plan: plan, Bridge: name, Owner: uid})
 }
 
 // openBridge makes the bridge network; with check, only if the host can have it now.
 func openBridge(plan network.Plan, c config.Config, h sandbox.NetworkHost, uid int, root rootHelper, check bool) (*bridge.Network, error) {
-	host, err := bridgeHost(plan, c.BridgeName, uid, root)
-	if err != nil {
-		return nil, err
+	link := sandbox.Link{Name: c.BridgeName}
+	var host bridge.Host
+	if uid == 0 {
+		h, err := hostnet.Open(hostnet.Settings{Plan: plan, Bridge: c.BridgeName, Owner: uid})
+		if err != nil {
+			return nil, err
+		}
+		host = h
+	} else {
+		client := helper.NewClient(root.socket, plan, c.BridgeName)
+		host, link.Listen, link.Keep = client, client.ListenDNS, client.KeepNames
 	}
 	if check {
 		ctx, cancel := context.WithTimeout(context.Background(), lookTime)
@@ -94,7 +89,9 @@ func openBridge(plan network.Plan, c config.Config, h sandbox.NetworkHost, uid i
 	b = bridge.New(host, bridge.Options{
 		Plan: plan, Bridge: c.BridgeName, Pool: c.TapPoolSize, Free: h.FreeSlots, Log: h.Log,
 		Up: func(addresses []netip.Addr) {
-			h.LinkUp(sandbox.Link{Name: c.BridgeName, Addresses: addresses, Guest: b.Guest})
+			up := link
+			up.Addresses, up.Guest = addresses, b.Guest
+			h.LinkUp(up)
 		},
 		Down: h.LinkDown,
 	})

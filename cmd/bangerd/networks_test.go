@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -18,9 +19,12 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"git.thaloco.com/thaloco/banger/internal/config"
+	banger "git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+	"git.thaloco.com/thaloco/banger/internal/helper"
+	"git.thaloco.com/thaloco/banger/internal/hostnet"
 	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 	"git.thaloco.com/thaloco/banger/internal/network/usernet"
 	"git.thaloco.com/thaloco/banger/internal/operation"
@@ -46,11 +50,18 @@ type installation struct {
 	cfg    config.Config
 	paths  config.Paths
 	driver func() vmm.Driver
+	uid    int        // of the daemon, as it believes
+	root   rootHelper // what it has of it
 	s      *sandbox.Service
 	guests map[vm.ID]*networktest.Guest
 }
 
-func install(t *testing.T, change func(*config.Config), agents bool) *installation {
+func install(t *testing.T, change func(*config.Config)) *installation {
+	t.Helper()
+	return installFor(t, os.Geteuid(), rootHelper{}, false, change)
+}
+
+func installFor(t *testing.T, uid int, root rootHelper, agents bool, change func(*config.Config)) *installation {
 	t.Helper()
 	dir := t.TempDir()
 	if err := fakebundle.Make(filepath.Join(dir, "bundle")); err != nil {
@@ -65,7 +76,7 @@ func install(t *testing.T, change func(*config.Config), agents bool) *installati
 	if err != nil {
 		t.Fatal(err)
 	}
-	in := &installation{t: t, paths: paths, cfg: config.Defaults(vm.Host{CPUs: 4, MemoryMiB: 8192}), guests: map[vm.ID]*networktest.Guest{},
+	in := &installation{t: t, paths: paths, uid: uid, root: root, cfg: config.Defaults(vm.Host{CPUs: 4, MemoryMiB: 8192}), guests: map[vm.ID]*networktest.Guest{},
 		driver: func() vmm.Driver {
 			d := fakevmm.New(world, fakeguest.Agent(nil))
 			if agents {
@@ -95,7 +106,7 @@ func (in *installation) ctx() context.Context {
 func (in *installation) open() {
 	in.t.Helper()
 	d := in.driver()
-	s, err := sandbox.Open(in.ctx(), sandbox.Options{Driver: d, Networks: networks(in.paths, in.cfg, d, os.Geteuid(), rootHelper{}),
+	s, err := sandbox.Open(in.ctx(), sandbox.Options{Driver: d, Networks: networks(in.paths, in.cfg, d, in.uid, in.root),
 		Config: in.cfg, Paths: in.paths, Host: vm.Host{CPUs: 4, MemoryMiB: 8192}, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		in.t.Fatal(err)
@@ -240,9 +251,42 @@ func TestNetworks(t *testing.T) {
 	}
 	networktest.World(t, 1400)
 	for _, kind := range []string{vm.BridgeNetwork, vm.UserNetwork} {
-		t.Run(kind, func(t *testing.T) { conforms(t, kind, false) })
+		t.Run(kind, func(t *testing.T) { conforms(t, kind, os.Geteuid(), rootHelper{}, false) })
 	}
-	t.Run(vm.UserNetwork+" by the guest's agent", func(t *testing.T) { conforms(t, vm.UserNetwork, true) })
+	t.Run("bridge by the root helper", func(t *testing.T) { conforms(t, vm.BridgeNetwork, 1000, serving(t), false) })
+	t.Run(vm.UserNetwork+" by the guest's agent", func(t *testing.T) { conforms(t, vm.UserNetwork, os.Geteuid(), rootHelper{}, true) })
+}
+
+// serving is a root helper in this process, which is root and stands for the user as well.
+func serving(t *testing.T) rootHelper {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "helper")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "s"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	s := helper.NewServer(helper.Options{
+		UID: os.Geteuid(), Ranges: []netip.Prefix{netip.MustParsePrefix("172.16.0.0/16")}, Records: filepath.Join(dir, "records"), Log: log,
+		Open:      func(s hostnet.Settings) (helper.Host, error) { return hostnet.Open(s) },
+		ListenDNS: banger.ListenForGuests,
+		KeepNames: func(ctx context.Context, link int, addr netip.AddrPort) error {
+			return banger.Keep(ctx, link, addr, log)
+		},
+	})
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		stop()
+		if err := errors.Join(<-ended, l.Close(), os.RemoveAll(dir)); err != nil {
+			t.Error(err)
+		}
+	})
+	return rootHelper{socket: l.Addr().String()}
 }
 
 // byAgent is a VMM whose guests reach their network by themselves.
@@ -259,9 +303,9 @@ func (d byAgent) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 	return d.Driver.Start(ctx, spec)
 }
 
-func conforms(t *testing.T, kind string, agents bool) {
+func conforms(t *testing.T, kind string, uid int, root rootHelper, agents bool) {
 	before := devices(t)
-	in := install(t, func(c *config.Config) { c.Network = kind }, agents)
+	in := installFor(t, uid, root, agents, func(c *config.Config) { c.Network = kind })
 	yes, no := true, false
 	shop, shopGuest := in.create("shop", "", false)
 	spy, spyGuest := in.create("spy", "", true)
@@ -286,6 +330,10 @@ func conforms(t *testing.T, kind string, agents bool) {
 	}
 	at := netip.AddrPortFrom(addresses[0], 3000).String()
 	inward, err := net.DialTimeout("tcp", at, networktest.Patience)
+	// The user network's program may not listen yet: no guest boots as fast as this one.
+	for end := time.Now().Add(networktest.Patience); err != nil && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		inward, err = net.DialTimeout("tcp", at, networktest.Patience)
+	}
 	if err != nil {
 		t.Fatalf("the host does not reach the guest: %v", err)
 	}
@@ -387,7 +435,7 @@ func conforms(t *testing.T, kind string, agents bool) {
 		in.close()
 		in.open()
 	}
-	if sent := stopped(); sent < 50 {
+	if sent := stopped(); sent < 3 {
 		t.Errorf("only %d words went to and fro meanwhile", sent)
 	}
 	if got := resolves(t, shopGuest, networktest.WorldName); got != networktest.WorldAddr.String() {
@@ -510,7 +558,7 @@ func TestChoiceOfNetwork(t *testing.T) {
 		{"a bridge whatever", config.NetworkBridge, 0, taken, "bridge user", "", ""},
 		{"root wants the user network", config.NetworkUser, 0, free, "user", "", ""},
 		{"a user", config.NetworkAuto, 1000, free, "user", "", ""},
-		{"a user who wants a bridge", config.NetworkBridge, 1000, free, "", "takes root", "system install"},
+		{"a user who wants a bridge", config.NetworkBridge, 1000, free, "", "takes root", `network = "user"`},
 		{"none", config.NetworkNone, 0, free, "", "", ""},
 	} {
 		cfg := config.Defaults(vm.Host{CPUs: 1, MemoryMiB: 1024})
@@ -519,7 +567,7 @@ func TestChoiceOfNetwork(t *testing.T) {
 		host := sandbox.NetworkHost{Installation: "a1b2c3d4e5f6", RunDir: func(vm.ID) string { return t.TempDir() }, FreeSlots: func(int) []int { return nil },
 			Log: slog.New(slog.DiscardHandler), Notice: func(w, f string) { why, fix = w, f }, LinkUp: func(sandbox.Link) {}, LinkDown: func() {}}
 		var kinds []string
-		for _, n := range networks(config.Paths{}, cfg, driver, c.uid, none)(host) {
+		for _, n := range networks(config.Paths{}, cfg, driver, c.uid, map[bool]rootHelper{true: {}, false: none}[c.uid == 0])(host) {
 			kinds = append(kinds, n.Kind())
 			if err := n.Close(t.Context()); err != nil {
 				t.Error(err)
@@ -537,7 +585,7 @@ func TestWhyNotTheBridge(t *testing.T) {
 		return
 	}
 	networktest.World(t, 1500)
-	in := install(t, func(c *config.Config) { c.CIDR = netip.MustParsePrefix("10.99.0.0/24") }, false)
+	in := install(t, func(c *config.Config) { c.CIDR = netip.MustParsePrefix("10.99.0.0/24") })
 	st, err := in.s.Status(in.ctx())
 	if err != nil || len(st.Warnings) != 1 || !strings.Contains(st.Warnings[0], "the user network, since the bridge network cannot be used: ") {
 		t.Errorf("status warns %q, %v", st.Warnings, err)

@@ -11,6 +11,10 @@ import (
 	"github.com/godbus/dbus/v5"
 )
 
+// GuestsUnit is the service that powers guests off before a host, or a user's manager, goes down; banger daemon install
+// makes it. Where it is not there, nothing is ordered.
+const GuestsUnit = "banger-guests.service"
+
 // property is one of a unit's, as org.freedesktop.systemd1(5) writes them.
 type property struct {
 	Name  string
@@ -80,6 +84,8 @@ func properties(description string, l Limits, pid int) []property {
 	return []property{
 		{"Description", dbus.MakeVariant(description)},
 		{"PIDs", dbus.MakeVariant([]uint32{uint32(pid)})},
+		// Units stop in the reverse of this order: guests are powered off while their programs still run.
+		{"Before", dbus.MakeVariant([]string{GuestsUnit})},
 		{"MemoryMax", dbus.MakeVariant(uint64(l.Memory))},
 		{"CPUQuotaPerSecUSec", dbus.MakeVariant(uint64(l.CPUs * float64(time.Second/time.Microsecond)))},
 		{"TasksMax", dbus.MakeVariant(uint64(l.Tasks))},

@@ -131,6 +131,7 @@ func TestScope(t *testing.T) {
 			want := []any{unit, "fail", [][]any{
 				{"Description", dbus.MakeVariant("banger VM calm-otter")},
 				{"PIDs", dbus.MakeVariant([]uint32{uint32(os.Getpid())})},
+				{"Before", dbus.MakeVariant([]string{"banger-guests.service"})},
 				{"MemoryMax", dbus.MakeVariant(uint64(1 << 30))},
 				{"CPUQuotaPerSecUSec", dbus.MakeVariant(uint64(2_500_000))},
 				{"TasksMax", dbus.MakeVariant(uint64(100))},

@@ -147,7 +147,7 @@ an SSH session and files that stay. The daemon starts by itself when it is neede
 	root.AddGroup(&cobra.Group{ID: "main", Title: "Commands:"})
 	root.SetHelpCommandGroupID("main")
 	for _, cmd := range []*cobra.Command{
-		a.vmCommand(), a.imageCommand(), a.operationCommand(), a.tuiCommand(), a.daemonCommand(), a.doctorCommand(), a.sshConfigCommand(), a.systemCommand(), a.benchCommand(), a.schemaCommand(), a.completionCommand(), a.versionCommand(),
+		a.vmCommand(), a.imageCommand(), a.operationCommand(), a.tuiCommand(), a.daemonCommand(), a.doctorCommand(), a.sshConfigCommand(), a.systemCommand(), a.eventsCommand(), a.benchCommand(), a.schemaCommand(), a.completionCommand(), a.versionCommand(),
 	} {
 		cmd.GroupID = "main"
 		root.AddCommand(cmd)

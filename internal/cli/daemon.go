@@ -47,7 +47,7 @@ func (a *app) daemonCommand() *cobra.Command {
 				return nil
 			},
 		},
-		a.daemonStopCommand(), a.daemonRestartCommand(), a.daemonLogsCommand(),
+		a.daemonStopCommand(), a.daemonRestartCommand(), a.daemonLogsCommand(), a.daemonInstallCommand(), a.daemonUninstallCommand(),
 	)
 	return cmd
 }

@@ -19,11 +19,11 @@ import (
 func (a *app) imageCommand() *cobra.Command {
 	cmd := group(&cobra.Command{
 		Use: "image", Short: "Make, register and look after the images that VMs are made from",
-		Example: `  banger image list
+		Example: `  banger image build --name docker-dev --docker
   banger image register --name local-test --rootfs rootfs.ext4
-  banger vm create --image local-test`,
+  banger vm create --image docker-dev`,
 	})
-	cmd.AddCommand(a.imageListCommand(), a.imageShowCommand(), a.imageRegisterCommand(), a.imagePromoteCommand(),
+	cmd.AddCommand(a.imageListCommand(), a.imageShowCommand(), a.imageBuildCommand(), a.imageRegisterCommand(), a.imagePromoteCommand(),
 		a.imageExportCommand(), a.imageImportCommand(), a.imageDeleteCommand(), a.imagePruneCommand())
 	return cmd
 }
@@ -45,11 +45,12 @@ type imageView struct {
 	WorkSeed    string     `json:"work_seed,omitempty"`
 	VMs         []string   `json:"vms"`
 
+	BaseAllocatedBytes     int64 `json:"base_allocated_bytes,omitempty"`
+	WorkSeedAllocatedBytes int64 `json:"work_seed_allocated_bytes,omitempty"`
+
 	// Not in `image list`.
-	Filesystem             string `json:"filesystem,omitempty"`
-	BaseAllocatedBytes     int64  `json:"base_allocated_bytes,omitempty"`
-	WorkSeedAllocatedBytes int64  `json:"work_seed_allocated_bytes,omitempty"`
-	WorkSeedBytes          int64  `json:"work_seed_bytes,omitempty"`
+	Filesystem    string `json:"filesystem,omitempty"`
+	WorkSeedBytes int64  `json:"work_seed_bytes,omitempty"`
 }
 
 func viewImage(m *bangerv1.Image) *imageView {
@@ -85,6 +86,7 @@ func (a *app) imageListCommand() *cobra.Command {
 			{title: "ID", of: func(v *imageView) cell { return cell{text: shortID(v.ID)} }},
 			{title: "SORT", of: func(v *imageView) cell { return cell{text: sortOf(v.IsDefault, v.Managed)} }},
 			{title: "SIZE", of: func(v *imageView) cell { return cell{text: formatBytes(v.SizeBytes)} }},
+			{title: "ON DISK", of: func(v *imageView) cell { return cell{text: usedText(v.BaseAllocatedBytes + v.WorkSeedAllocatedBytes)} }},
 			{title: "VMS", of: func(v *imageView) cell { return cell{text: fmt.Sprint(len(v.VMs))} }},
 			{title: "KERNEL", wide: true, of: func(v *imageView) cell { return cell{text: orDash(v.Kernel)} }},
 			{title: "SOURCE", wide: true, of: func(v *imageView) cell { return cell{text: orDash(v.Source)} }},
@@ -92,6 +94,14 @@ func (a *app) imageListCommand() *cobra.Command {
 		},
 		empty: "No images. banger doctor says why",
 	})
+}
+
+// usedText is what an image takes of the host's disk.
+func usedText(n int64) string {
+	if n == 0 {
+		return "-" // not captured yet: that is done when it is used first
+	}
+	return formatBytes(n)
 }
 
 // sortOf says in a word where an image comes from.

@@ -37,6 +37,7 @@ var printed = map[string]any{
 	"banger vm delete":          []resultView{},
 	"banger image list":         []*imageView{},
 	"banger image show":         either{imageView{}, []imageResult{}},
+	"banger image build":        imageView{},
 	"banger image register":     imageView{},
 	"banger image promote":      []imageResult{},
 	"banger image export":       imageView{},
@@ -51,6 +52,8 @@ var printed = map[string]any{
 	"banger daemon stop":        stoppedView{},
 	"banger daemon restart":     daemonView{},
 	"banger daemon logs":        nil, // the log's own lines
+	"banger daemon install":     unitsView{},
+	"banger daemon uninstall":   unitsView{},
 	"banger tui":                nil,
 	"banger doctor":             []findingView{},
 	"banger ssh-config":         sshConfigView{},
@@ -62,6 +65,7 @@ var printed = map[string]any{
 	"banger version":            versionView{},
 	"banger bench create":       benchView{},
 	"banger completion":         nil,
+	"banger events":             eventView{}, // each line
 	"banger schema":             schemaView{},
 }
 

@@ -272,7 +272,7 @@ func (a *app) internalCommand() *cobra.Command {
 			defer stream.Close()
 			return passDescriptor(os.Stdout, stream)
 		},
-	}, a.manCommand())
+	}, a.manCommand(), a.unitsCommand())
 	return cmd
 }
 

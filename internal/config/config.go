@@ -49,6 +49,13 @@ type Config struct {
 	DefaultModulesDir   string
 	DefaultPackagesFile string
 
+	// Where image builds get what they install (internal/imagebuild says the form); "" is the pinned place.
+	MiseSource          string
+	OpencodeSource      string
+	TmuxResurrectSource string
+	TmuxContinuumSource string
+	MetricsListenAddr   string // where metrics are, beside the API socket: IP address and port; "" for nowhere
+
 	DNSListenAddr string // where names under .vm are answered: IP address and port; "" for nowhere
 
 	VMM               string // auto, firecracker, qemu
@@ -118,6 +125,10 @@ var keys = []key{
 	pathKey("default_initrd", func(c *Config) *string { return &c.DefaultInitrd }),
 	pathKey("default_modules_dir", func(c *Config) *string { return &c.DefaultModulesDir }),
 	pathKey("default_packages_file", func(c *Config) *string { return &c.DefaultPackagesFile }),
+	sourceKey("mise_source", func(c *Config) *string { return &c.MiseSource }),
+	sourceKey("opencode_source", func(c *Config) *string { return &c.OpencodeSource }),
+	sourceKey("tmux_resurrect_source", func(c *Config) *string { return &c.TmuxResurrectSource }),
+	sourceKey("tmux_continuum_source", func(c *Config) *string { return &c.TmuxContinuumSource }),
 	{"dns_listen_addr",
 		func(c *Config, _ loader, v any) error {
 			s, ok := v.(string)
@@ -128,6 +139,16 @@ var keys = []key{
 			return nil
 		},
 		func(c Config) string { return c.DNSListenAddr }},
+	{"metrics_listen_addr",
+		func(c *Config, _ loader, v any) error {
+			s, ok := v.(string)
+			if _, err := netip.ParseAddrPort(s); !ok || s != "" && err != nil {
+				return notA(v, `an IP address and a port, such as "127.0.0.1:9469", or "" for none`)
+			}
+			c.MetricsListenAddr = s
+			return nil
+		},
+		func(c Config) string { return c.MetricsListenAddr }},
 	{"vmm",
 		func(c *Config, _ loader, v any) error {
 			s, ok := v.(string)
@@ -482,6 +503,30 @@ func programKey(name string, field func(*Config) *string) key {
 		return set(c, l, v)
 	}
 	return k
+}
+
+// sourceKey is a place to fetch something from: what has no scheme is a path, up to the # of its pin.
+func sourceKey(name string, field func(*Config) *string) key {
+	return key{name,
+		func(c *Config, l loader, v any) error {
+			s, ok := v.(string)
+			if !ok || strings.ContainsAny(s, "\x00\n") {
+				return notA(v, "a place to fetch from, in quotes: npm:, https:// or git+https:// with a pin, or a path")
+			}
+			at, pin, pinned := strings.Cut(s, "#")
+			if s != "" && !strings.Contains(at, ":") {
+				path, err := l.expand(at)
+				if err != nil {
+					return err
+				}
+				if s = path; pinned {
+					s += "#" + pin
+				}
+			}
+			*field(c) = s
+			return nil
+		},
+		func(c Config) string { return *field(&c) }}
 }
 
 // expand makes a path absolute: ~ is the user's home, anything relative starts at the config file.

@@ -47,6 +47,8 @@ type Options struct {
 	Paths    config.Paths
 	LogLevel slog.Level
 	Warnings []string // about the settings, for status and log
+	// MetricsAddr is where the metrics are, beside the API socket: IP address and port; "" for nowhere.
+	MetricsAddr string
 
 	Revision int // 0: bangerv1.Revision; tests of version skew set another
 
@@ -152,22 +154,13 @@ func run(ctx context.Context, o *Options) (err error) {
 	})
 	defer func() { err = errors.Join(err, closeBackend()) }()
 
-	api, err := listen(sockets, socketName)
+	api, dial, err := openSockets(o.Paths, sockets)
 	if err != nil {
 		return err
 	}
-	defer api.Close()
-	dial, err := listen(sockets, bangerv1.DialSocketName)
-	if err != nil {
-		return err
-	}
-	defer dial.Close()
-	// The API socket comes last: whoever can call the API finds the dial socket, too.
-	for _, name := range []string{bangerv1.DialSocketName, socketName} {
-		if err := os.Rename(sockets.Address(unready(name)), sockets.Address(name)); err != nil {
-			return fault.Wrap(err, fault.Internal, name, "cannot move the socket into place")
-		}
-		defer os.Remove(sockets.Address(name))
+	for _, l := range []*socket{api, dial} {
+		defer l.Close()
+		defer l.remove()
 	}
 
 	asked, ending := make(chan struct{}), make(chan struct{})
@@ -175,13 +168,16 @@ func run(ctx context.Context, o *Options) (err error) {
 	if revision == 0 {
 		revision = bangerv1.Revision
 	}
+	info := server.Info{
+		PID: os.Getpid(), Version: version.String(), Revision: revision,
+		Socket: o.Paths.Socket(), Log: logPath,
+		StateDir:  o.Paths.State,
+		StartedAt: started, Warnings: o.Warnings, Ending: ending, Shutdown: sync.OnceFunc(func() { close(asked) }),
+	}
+	endMetrics := serveMetrics(o.MetricsAddr, backend, &info, log)
+	defer endMetrics()
 	srv := &http.Server{
-		Handler: server.New(backend, server.Info{
-			PID: os.Getpid(), Version: version.String(), Revision: revision,
-			Socket: o.Paths.Socket(), Log: logPath,
-			StateDir:  o.Paths.State,
-			StartedAt: started, Warnings: o.Warnings, Ending: ending, Shutdown: sync.OnceFunc(func() { close(asked) }),
-		}, log),
+		Handler:           server.New(backend, info, log),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    64 << 10,
@@ -194,7 +190,7 @@ func run(ctx context.Context, o *Options) (err error) {
 	dials := make(chan struct{})
 	go func() {
 		defer close(dials)
-		if err := server.ServeDial(dialCtx, dial, backend, log); err != nil {
+		if err := server.ServeDial(dialCtx, dial.UnixListener, backend, log); err != nil {
 			served <- fmt.Errorf("dial socket: %w", err)
 		}
 	}()
@@ -210,6 +206,9 @@ func run(ctx context.Context, o *Options) (err error) {
 	log.Info("ready", "socket", o.Paths.Socket(), "took", time.Since(started))
 	Report(o.Ready, nil)
 	o.Ready = nil
+	if err := notify("READY=1"); err != nil {
+		log.Warn("the service manager was not told that the daemon is ready", "error", err)
+	}
 
 	select {
 	case <-ctx.Done():
@@ -227,10 +226,14 @@ func run(ctx context.Context, o *Options) (err error) {
 
 	// From here on clients find no socket and start a successor, which waits for the lock. Only then
 	// are watchers told: they are to find the successor, not this daemon again.
-	for _, name := range []string{socketName, bangerv1.DialSocketName} {
-		_ = os.Remove(sockets.Address(name))
+	// What systemd listens on stays: it starts the successor.
+	for _, l := range []*socket{api, dial} {
+		l.remove()
 	}
 	_ = api.Close()
+	if err := notify("STOPPING=1"); err != nil {
+		log.Warn("the service manager was not told of the end", "error", err)
+	}
 	close(ending)
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), callGrace)
 	defer cancel()
@@ -268,6 +271,51 @@ func lockUntilUnwanted(ctx context.Context, o *Options, sockets *privatedir.Dir)
 		}()
 	}
 	return acquire(ctx, o.Paths, sockets)
+}
+
+// socket is one that the daemon listens on.
+type socket struct {
+	*net.UnixListener
+	remove func() // its name; nothing for one that systemd listens on
+}
+
+// openSockets gives the sockets that systemd passed, or listens itself. The caller holds the lock.
+func openSockets(paths config.Paths, sockets *privatedir.Dir) (api, dial *socket, err error) {
+	socketName := filepath.Base(paths.Socket())
+	passed, err := passedSockets()
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(passed) > 0 {
+		a, d := passed[paths.Socket()], passed[filepath.Join(filepath.Dir(paths.Socket()), bangerv1.DialSocketName)]
+		if a == nil || d == nil || len(passed) != 2 {
+			for _, l := range passed {
+				_ = l.Close()
+			}
+			return nil, nil, fault.New(fault.Invalid, "bangerd.socket", "systemd listens on other sockets than %s and %s beside it", paths.Socket(), bangerv1.DialSocketName).
+				WithHint("banger daemon install writes the unit anew")
+		}
+		return &socket{a, func() {}}, &socket{d, func() {}}, nil
+	}
+	own := func(name string) (*socket, error) {
+		l, err := listen(sockets, name)
+		return &socket{l, func() { _ = os.Remove(sockets.Address(name)) }}, err
+	}
+	if api, err = own(socketName); err != nil {
+		return nil, nil, err
+	}
+	if dial, err = own(bangerv1.DialSocketName); err != nil {
+		_ = api.Close()
+		return nil, nil, err
+	}
+	// The API socket comes last: whoever can call the API finds the dial socket, too.
+	for _, name := range []string{bangerv1.DialSocketName, socketName} {
+		if err := os.Rename(sockets.Address(unready(name)), sockets.Address(name)); err != nil {
+			_ = errors.Join(api.Close(), dial.Close())
+			return nil, nil, fault.Wrap(err, fault.Internal, name, "cannot move the socket into place")
+		}
+	}
+	return api, dial, nil
 }
 
 // unready is a socket's name until it listens, so that a client never meets one that does not.

@@ -63,7 +63,7 @@ func start(ctx context.Context, ready *os.File, open Opener, adjust []func(*Opti
 		return err
 	}
 	o := Options{
-		Paths: paths, LogLevel: cfg.LogLevel, Warnings: warnings, Ready: ready,
+		Paths: paths, LogLevel: cfg.LogLevel, Warnings: warnings, Ready: ready, MetricsAddr: cfg.MetricsListenAddr,
 		Open: func(ctx context.Context, log *slog.Logger) (Backend, error) {
 			if err := paths.EnsureCache(); err != nil {
 				return nil, err

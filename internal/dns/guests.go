@@ -50,13 +50,14 @@ func NewGuests(of func(from netip.Addr) (Guest, bool), resolvers func() ([]strin
 	return &Guests{of: of, resolvers: resolvers, log: log, underway: map[netip.Addr]int{}}
 }
 
-// ListenForGuests starts a server at port 53 of an address of this host, over UDP and TCP. Faults are Listen's.
-func ListenForGuests(addr netip.Addr, g *Guests) (*Server, error) {
-	tcp, udp, err := listenHinting(netip.AddrPortFrom(addr, Port).String())
-	if err != nil {
-		return nil, err
-	}
-	return newServer(tcp, udp, g), nil
+// ListenForGuests opens port 53 of an address of this host, over TCP and UDP, for ServeGuests. Faults are Listen's.
+func ListenForGuests(addr netip.Addr) (tcp net.Listener, udp net.PacketConn, err error) {
+	return listenHinting(netip.AddrPortFrom(addr, Port).String())
+}
+
+// ServeGuests starts a server on what was opened, by this process or by one that may.
+func ServeGuests(tcp net.Listener, udp net.PacketConn, g *Guests) *Server {
+	return newServer(tcp, udp, g)
 }
 
 // ServeDNS answers one query.

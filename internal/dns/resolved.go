@@ -147,6 +147,9 @@ func (r *Resolved) Point(ctx context.Context, link int, addr netip.AddrPort) err
 		// The root's signatures say that there is no .vm, and this server speaks no TLS, whatever is set for others.
 		{"SetLinkDNSSEC", []any{i, "no"}},
 		{"SetLinkDNSOverTLS", []any{i, "no"}},
+		// Short names are not asked of guests, which could answer for anybody.
+		{"SetLinkLLMNR", []any{i, "no"}},
+		{"SetLinkMulticastDNS", []any{i, "no"}},
 		// Ex: the plain call has no port.
 		{"SetLinkDNSEx", []any{i, []server{{family, addr.Addr().AsSlice(), addr.Port(), ""}}}},
 	} {

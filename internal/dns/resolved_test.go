@@ -200,6 +200,8 @@ func TestPoint(t *testing.T) {
 		m + "SetLinkDefaultRoute(ib) [5 false]",
 		m + "SetLinkDNSSEC(is) [5 no]",
 		m + "SetLinkDNSOverTLS(is) [5 no]",
+		m + "SetLinkLLMNR(is) [5 no]",
+		m + "SetLinkMulticastDNS(is) [5 no]",
 		m + "SetLinkDNSEx(ia(iayqs)) [5 [[2 [127 0 0 1] 42069 ]]]",
 		m + "FlushCaches() []",
 		m + "RevertLink(i) [5]",

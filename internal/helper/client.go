@@ -2,6 +2,7 @@ package helper
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"os"
 	"strconv"
@@ -104,15 +105,22 @@ func (c *Client) Remove(ctx context.Context) error {
 // Watch calls changed after anybody changed the firewall. It outlives the helper: what one that is replaced did not
 // tell counts as a change.
 func (c *Client) Watch(ctx context.Context, changed func()) error {
+	return c.keep(ctx, c.request(wire.Watch), changed, changed)
+}
+
+// keep has a request that lasts answered until ctx ends, by one helper after the other: again is called when there may be
+// another. It returns what a helper refuses.
+func (c *Client) keep(ctx context.Context, r wire.Request, each, again func()) error {
 	const soonest, latest = time.Second, time.Minute
 	pause := soonest
 	for {
 		began := time.Now()
-		err := wire.Stream(ctx, c.socket, c.request(wire.Watch), changed)
+		err := wire.Stream(ctx, c.socket, r, each)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if !fault.Is(err, fault.Unavailable) {
+		var f *fault.Error
+		if !errors.As(err, &f) || f.Code != fault.Unavailable || f.Subject != wire.Subject { // it is there, and has said why
 			return err
 		}
 		if time.Since(began) > latest {
@@ -124,7 +132,7 @@ func (c *Client) Watch(ctx context.Context, changed func()) error {
 		case <-time.After(pause):
 		}
 		pause = min(2*pause, latest)
-		changed()
+		again()
 	}
 }
 

@@ -404,6 +404,14 @@ func TestRefusals(t *testing.T) {
 		{"a guest twice", with(guests(func(g *wire.Guest) { g.Slot = 0 })), fault.Invalid, "twice"},
 		{"a group that is none", with(guests(func(g *wire.Guest) { g.Group = "a\nb" })), fault.Invalid, "group"},
 		{"a host's address that is not the bridge's", with(func(r *wire.Request) { r.Verb, r.Hosts = wire.Policy, []netip.Addr{netip.MustParseAddr("127.0.0.1")} }), fault.Invalid, "not the bridge's"},
+		{"DNS at another address", with(func(r *wire.Request) { r.Verb, r.At = wire.ListenDNS, netip.MustParseAddr("0.0.0.0") }), fault.Invalid, "not the bridge's"},
+		{"DNS on another user's bridge", with(func(r *wire.Request) {
+			r.Verb, r.Network.Installation, r.At = wire.ListenDNS, foreign, netip.MustParseAddr("172.16.99.1")
+		}), fault.Permission, "another user's"},
+		{"DNS without a bridge", with(func(r *wire.Request) { elsewhere(r); r.Verb = wire.ListenDNS }), fault.Precondition, "no bridge"},
+		{"names by a server elsewhere", with(func(r *wire.Request) { r.Verb, r.Server = wire.KeepNames, netip.MustParseAddrPort("8.8.8.8:53") }), fault.Invalid, "loopback"},
+		{"names by no server", with(func(r *wire.Request) { r.Verb = wire.KeepNames }), fault.Invalid, "loopback"},
+		{"names without a bridge", with(func(r *wire.Request) { elsewhere(r); r.Verb = wire.KeepNames }), fault.Precondition, "no bridge"},
 		{"no verb", with(func(r *wire.Request) { r.Verb = "exec" }), fault.Invalid, "no verb"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -580,8 +588,11 @@ func FuzzRequest(f *testing.F) {
 		}
 		f.Add(b)
 	}
-	for _, verb := range append([]wire.Verb{wire.Version, wire.Watch}, verbs...) {
+	for _, verb := range append([]wire.Verb{wire.Version, wire.Watch, wire.ListenDNS, wire.KeepNames}, verbs...) {
 		seed(func(r *wire.Request) { r.Verb = verb })
+		seed(func(r *wire.Request) {
+			r.Verb, r.At, r.Server = verb, p.Host4().Addr(), netip.MustParseAddrPort("127.0.0.1:53")
+		})
 		seed(func(r *wire.Request) { r.Verb, r.Network.Installation = verb, foreign })
 		seed(func(r *wire.Request) { r.Verb, r.Slots = verb, []int{0} })
 		seed(func(r *wire.Request) { r.Verb, r.Slots, r.Isolated = verb, []int{-1, 1 << 30}, true })
@@ -613,10 +624,29 @@ func FuzzRequest(f *testing.F) {
 			}
 			return
 		}
-		if r.Verb == wire.Version || r.Verb == wire.Watch {
-			return
+		o.ListenDNS = func(at netip.Addr) (net.Listener, net.PacketConn, error) {
+			if !slices.ContainsFunc(addresses(p), func(a netip.Prefix) bool { return a.Addr() == at }) {
+				t.Errorf("port 53 of %s is opened", at)
+			}
+			return nil, nil, fault.New(fault.Unavailable, "port 53", "it is taken")
 		}
-		_, err = NewServer(o).do(t.Context(), r)
+		o.KeepNames = func(_ context.Context, _ int, addr netip.AddrPort) error {
+			if !addr.Addr().IsLoopback() {
+				t.Errorf("the resolver is told of %s", addr)
+			}
+			return nil
+		}
+		s := NewServer(o)
+		switch r.Verb {
+		case wire.Version, wire.Watch:
+			return
+		case wire.ListenDNS:
+			_, err = s.listenDNS(t.Context(), r)
+		case wire.KeepNames:
+			err = s.keepNames(t.Context(), r)
+		default:
+			_, err = s.do(t.Context(), r)
+		}
 		if err != nil && fault.Is(err, fault.Internal) {
 			t.Errorf("%s: %v", body, err)
 		}

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/helper/record"
 	"git.thaloco.com/thaloco/banger/internal/helper/wire"
@@ -96,7 +97,8 @@ func run(args []string, stdout, stderr io.Writer) error {
 	}
 	defer l.Close()
 	o := Options{UID: *uid, Ranges: ranges, Records: records, Log: log,
-		Open: func(s hostnet.Settings) (Host, error) { return hostnet.Open(s) }}
+		Open: func(s hostnet.Settings) (Host, error) { return hostnet.Open(s) }, ListenDNS: dns.ListenForGuests,
+		KeepNames: func(ctx context.Context, link int, addr netip.AddrPort) error { return dns.Keep(ctx, link, addr, log) }}
 	if started {
 		o.Idle = idle
 	}

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"time"
 
@@ -38,8 +39,11 @@ type Options struct {
 	Ranges  []netip.Prefix                       // IPv4: in which this user may have networks
 	Records string                               // directory, of root alone
 	Open    func(hostnet.Settings) (Host, error) // the host as it is for an installation
-	Idle    time.Duration                        // without a connection for so long, Serve returns; 0: never
-	Log     *slog.Logger
+	// ListenDNS opens port 53 of an address; KeepNames has the host's resolver told of a server by way of a link, until ctx ends.
+	ListenDNS func(at netip.Addr) (net.Listener, net.PacketConn, error)
+	KeepNames func(ctx context.Context, link int, addr netip.AddrPort) error
+	Idle      time.Duration // without a connection for so long, Serve returns; 0: never
+	Log       *slog.Logger
 }
 
 // Server is the helper of one user.
@@ -117,9 +121,13 @@ func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 
 // serve answers one connection: one request.
 func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
+	var files []*os.File // that go with the answer
 	reply := func(a wire.Answer, err error) error {
 		a.Revision, a.Release, a.Fault = wire.Revision, version.String(), wire.FaultOf(err)
 		_ = conn.SetWriteDeadline(time.Now().Add(requestTime))
+		if len(files) > 0 {
+			return wire.WriteFiles(conn, a, files...)
+		}
 		return wire.Write(conn, a)
 	}
 	uid, err := peer(conn)
@@ -138,26 +146,35 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
 		_ = reply(wire.Answer{}, err)
 		return
 	}
-	if r.Verb == wire.Version {
+	switch r.Verb {
+	case wire.Version:
 		_ = reply(wire.Answer{}, nil)
 		return
-	}
-	if r.Verb == wire.Watch {
-		s.serveWatch(ctx, conn, r, reply)
+	case wire.Watch:
+		lasting(ctx, conn, reply, func(ctx context.Context, changed func()) error { return s.watch(ctx, r, changed) })
+		return
+	case wire.KeepNames:
+		lasting(ctx, conn, reply, func(ctx context.Context, _ func()) error { return s.keepNames(ctx, r) })
 		return
 	}
 	// What was begun is finished, also if the helper is told to end or its caller hangs up.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), verbTime)
 	defer cancel()
-	a, err := s.do(ctx, r)
+	var a wire.Answer
+	if r.Verb == wire.ListenDNS {
+		files, err = s.listenDNS(ctx, r)
+		defer func() { closeAll(files) }()
+	} else {
+		a, err = s.do(ctx, r)
+	}
 	if err != nil {
 		s.o.Log.Warn("a request failed", "verb", r.Verb, "installation", r.Network.Installation, "err", err)
 	}
 	_ = reply(a, err)
 }
 
-// serveWatch tells of changes until the caller hangs up.
-func (s *Server) serveWatch(ctx context.Context, conn *net.UnixConn, r wire.Request, reply func(wire.Answer, error) error) {
+// lasting does something until the caller hangs up, and answers at each change and with what ends it.
+func lasting(ctx context.Context, conn *net.UnixConn, reply func(wire.Answer, error) error, do func(ctx context.Context, changed func()) error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	_ = conn.SetReadDeadline(time.Time{})
@@ -166,11 +183,11 @@ func (s *Server) serveWatch(ctx context.Context, conn *net.UnixConn, r wire.Requ
 	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })()
 	defer cancel()
 	gone.Go(func() {
-		// Nothing more comes from a caller: whatever does, or its end, ends the watch.
+		// Nothing more comes from a caller: whatever does, or its end, ends it.
 		_, _ = conn.Read(make([]byte, 1))
 		cancel()
 	})
-	err := s.watch(ctx, r, func() {
+	err := do(ctx, func() {
 		if err := reply(wire.Answer{}, nil); err != nil {
 			cancel()
 		}

@@ -237,9 +237,6 @@ func (s *Server) free(ctx context.Context, want record.Record, mine *record.Reco
 					WithHint("stop the VMs of another installation, and its daemon")
 			}
 		}
-		if err := apart(want, other); err != nil {
-			return err
-		}
 	}
 	if mine != nil && mine.Bridge != want.Bridge {
 		return fault.New(fault.Precondition, want.Bridge, "this installation's VMs are on the bridge %s", mine.Bridge).WithOp("root helper").
@@ -271,6 +268,13 @@ func (s *Server) free(ctx context.Context, want record.Record, mine *record.Reco
 			used = append(used, network.Used{Range: a.Masked(), By: other.Bridge})
 		}
 	}
+	for _, other := range all {
+		if other.Installation != want.Installation {
+			if err := apart(want, other, used); err != nil {
+				return err
+			}
+		}
+	}
 	for _, a := range want.Addresses {
 		plan := network.Plan{IPv4: a.Masked()}
 		if a.Addr().Is6() {
@@ -283,8 +287,9 @@ func (s *Server) free(ctx context.Context, want record.Record, mine *record.Reco
 	return nil
 }
 
-// apart says whether two networks can be on one host, apart from their ranges.
-func apart(want, other record.Record) error {
+// apart says whether two networks can be on one host, apart from their ranges. used is what the host uses: who has to choose another
+// name is told of a range, too, if that is taken as well.
+func apart(want, other record.Record, used []network.Used) error {
 	taken := func(subject, what string) *fault.Error {
 		return fault.New(fault.Exists, subject, "another installation of banger on this host has this %s", what).WithOp("root helper")
 	}
@@ -293,8 +298,13 @@ func apart(want, other record.Record) error {
 		return taken(want.Installation, "id, or one that begins likewise").WithHint("use another state directory: BANGER_STATE_DIR")
 	}
 	if want.Bridge == other.Bridge {
-		return taken(want.Bridge, "name of a bridge").
-			WithHint("choose another name in config.toml, as bridge_name = \"bgr%.6s\", then `banger daemon stop`", want.Installation)
+		set := fmt.Sprintf("bridge_name = \"bgr%.6s\"", want.Installation)
+		if p := want.Addresses[0].Masked(); p.Addr().Is4() && network.Conflict(network.Plan{IPv4: p}, used) != nil {
+			if free := network.Free(p.Bits(), used); free.IsValid() {
+				set += fmt.Sprintf(" and cidr = \"%s\"", free)
+			}
+		}
+		return taken(want.Bridge, "name of a bridge").WithHint("choose others in config.toml, as %s, then `banger daemon stop`", set)
 	}
 	return nil
 }

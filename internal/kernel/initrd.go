@@ -104,23 +104,48 @@ func skeleton() []entry {
 	}
 }
 
-// moduleEntries gives the directory of the modules, the modules, and their order.
+// moduleEntries gives the directory of the modules, the modules, and their order: of those that every boot loads, and
+// of each of RootModules.
 func moduleEntries(modules *Tree) ([]entry, error) {
 	files, err := modules.Order(InitrdModules())
 	if err != nil {
 		return nil, err
 	}
 	out := []entry{{name: ModulesPath, mode: modeDir | 0o755}}
-	var order bytes.Buffer
-	for _, file := range files {
-		b, err := modules.Read(file)
+	carried := map[string]bool{}
+	list := func(files []string, orderPath string) error {
+		var order bytes.Buffer
+		for _, file := range files {
+			name, _, _ := strings.Cut(path.Base(file), ".ko")
+			name += ".ko"
+			order.WriteString(name + "\n")
+			if carried[file] {
+				continue
+			}
+			carried[file] = true
+			b, err := modules.Read(file)
+			if err != nil {
+				return err
+			}
+			out = append(out, entry{name: ModulesPath + "/" + name, mode: modeFile | 0o644, content: b})
+		}
+		out = append(out, entry{name: orderPath, mode: modeFile | 0o644, content: order.Bytes()})
+		return nil
+	}
+	if err := list(files, OrderPath); err != nil {
+		return nil, err
+	}
+	for _, w := range RootModules() {
+		files, err := modules.Order([]Wanted{w})
 		if err != nil {
 			return nil, err
 		}
-		name, _, _ := strings.Cut(path.Base(file), ".ko")
-		name += ".ko"
-		out = append(out, entry{name: ModulesPath + "/" + name, mode: modeFile | 0o644, content: b})
-		order.WriteString(name + "\n")
+		if len(files) == 0 { // built in, or not there at all
+			continue
+		}
+		if err := list(files, OrderPath+"-"+w.Name); err != nil {
+			return nil, err
+		}
 	}
-	return append(out, entry{name: OrderPath, mode: modeFile | 0o644, content: order.Bytes()}), nil
+	return out, nil
 }

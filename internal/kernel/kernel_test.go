@@ -296,6 +296,34 @@ func TestInitrd(t *testing.T) {
 	}
 }
 
+// Filesystems that not every guest has are carried, each with its own order, and not loaded with the others.
+func TestInitrdCarriesFilesystemsOfRoots(t *testing.T) {
+	const dep = testDep + "kernel/fs/erofs/erofs.ko: kernel/lib/libcrc32c.ko kernel/drivers/virtio/virtio.ko\nkernel/lib/libcrc32c.ko:\n"
+	initrd, err := BuildInitrd([]byte("agent"), open(t, tree(t, dep, "kernel/fs/ext4/ext4.ko\nkernel/fs/squashfs/squashfs.ko\n")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	entries, err := parseCPIO(initrd, "initrd.img")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, times := map[string]string{}, map[string]int{}
+	for _, e := range entries {
+		got[e.name] = string(e.content)
+		times[e.name]++
+	}
+	order := got["banger/modules/order-erofs"]
+	if !strings.HasSuffix(order, "erofs.ko\n") || !strings.Contains(order, "libcrc32c.ko\n") || strings.Contains(got["banger/modules/order"], "erofs") {
+		t.Errorf("orders %q and %q", order, got["banger/modules/order"])
+	}
+	if got["banger/modules/erofs.ko"] == "" || got["banger/modules/libcrc32c.ko"] == "" || times["banger/modules/virtio.ko"] != 1 {
+		t.Errorf("files %v", times)
+	}
+	if _, ok := got["banger/modules/order-squashfs"]; ok {
+		t.Error("what is built in has an order")
+	}
+}
+
 func TestForeignInitrdStaysBehindOurs(t *testing.T) {
 	tr := open(t, tree(t, testDep, "kernel/fs/ext4/ext4.ko\n"))
 	foreign := compressed(t, "zstd", []byte("a foreign archive"))

@@ -48,6 +48,12 @@ func InitrdModules() []Wanted {
 	}
 }
 
+// RootModules are filesystems, other than ext4, that an image may have as its root. The initrd carries those that the kernel
+// does not have built in, and init loads one when it is needed: on an emulated CPU each costs every boot some time.
+func RootModules() []Wanted {
+	return []Wanted{{"erofs", false}, {"squashfs", false}}
+}
+
 // Tree is a directory of modules, the content of lib/modules/<version> with the indexes of depmod.
 type Tree struct {
 	dir     string

@@ -39,6 +39,7 @@ const (
 	ImageRegister Kind = "image-register"
 	ImageExport   Kind = "image-export"
 	ImageImport   Kind = "image-import"
+	ImageBuild    Kind = "image-build"
 )
 
 // Stage is one step of an operation as people see it. FinishedAt is zero while it runs.

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -21,6 +22,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/disk"
+	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/store"
@@ -73,6 +75,9 @@ func TestMain(m *testing.M) {
 // setRestart is a set that stops and starts its VM.
 const setRestart = operation.Kind("set with restart")
 
+// registerBase makes the image that a build begins with.
+const registerBase = operation.Kind("register base")
+
 func crashChange(restart bool) vm.Change {
 	disk, system, memory := 2*vm.MinDiskBytes, 3*vm.MinDiskBytes, int64(1024)
 	c := vm.Change{DiskSize: &disk, SystemSize: &system, Labels: map[string]string{"set": "yes"}}
@@ -120,6 +125,8 @@ func (c crashChild) open(ctx context.Context, count *int) (*Service, error) {
 	cfg.DNSListenAddr = ""
 	cfg.BootTimeout, cfg.StopTimeout = 10*time.Second, 5*time.Second
 	cfg.DefaultDiskSize, cfg.DefaultSystemSize = vm.MinDiskBytes, vm.MinDiskBytes
+	cfg.MiseSource, cfg.OpencodeSource = filepath.Join(c.Cache, "tool"), filepath.Join(c.Cache, "tool")
+	cfg.TmuxResurrectSource, cfg.TmuxContinuumSource = filepath.Join(c.Cache, "resurrect.tar"), filepath.Join(c.Cache, "continuum.tar")
 	s := New(st, Options{Driver: fakevmm.New(world, fakeguest.Agent(nil)), Config: cfg, Paths: p, Log: slog.New(slog.DiscardHandler),
 		Networks: fakeNetworks(filepath.Join(c.Dir, "network"))})
 	boot := "boot-1"
@@ -152,6 +159,10 @@ func (c crashChild) run() error {
 			_, err = s.Delete(ctx, v.ID)
 		case operation.Set: // the disks of a VM that runs grow, as do those of one that does not
 			_, err = s.Set(ctx, v.ID, SetRequest{Change: crashChange(false)})
+		case registerBase:
+			_, err = s.RegisterImage(ctx, RegisterRequest{Name: "base", Rootfs: filepath.Join(c.Cache, "base.ext4")})
+		case operation.ImageBuild:
+			_, _, err = s.BuildImage(ctx, BuildRequest{Name: "dev", From: "base"})
 		case setRestart:
 			_, err = s.Set(ctx, v.ID, SetRequest{Change: crashChange(true), Restart: true})
 		case "start-if-there":
@@ -218,6 +229,7 @@ var crashCases = []struct {
 	{setRestart, []operation.Kind{operation.Create}, "running"},
 	{operation.Delete, []operation.Kind{operation.Create}, "gone"},
 	{operation.Delete, []operation.Kind{operation.Create, operation.Stop}, "gone"},
+	{operation.ImageBuild, []operation.Kind{registerBase}, "gone"},
 }
 
 // manyFailures is when the test has seen enough to say what is wrong.
@@ -271,6 +283,20 @@ func look(dir, cache string, marked bool) (state string, err error) {
 	attached, err := names(filepath.Join(dir, "network"))
 	if err != nil {
 		return "", err
+	}
+	images, err := st.Images(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, img := range images {
+		if img.Name != defaultImage && (!slices.Contains(bases, img.Base) || img.Seed != "" && !slices.Contains(bases, img.Seed)) {
+			return "", fmt.Errorf("the image %s is not whole: %v", img.Name, bases)
+		}
+	}
+	for _, id := range bases {
+		if !slices.ContainsFunc(images, func(img image.Image) bool { return img.Base == id || img.Seed == id }) {
+			return "", fmt.Errorf("%s belongs to no image", id)
+		}
 	}
 	vms := st.VMs()
 	if len(vms) == 0 {
@@ -568,12 +594,23 @@ func copyTree(src, dst string) error {
 	})
 }
 
+// toolsForCrashes makes what a build installs, and what it begins with.
+func toolsForCrashes(t *testing.T, cache string) {
+	t.Helper()
+	r := &rig{t: t, dir: cache}
+	r.file("tool", "#!/bin/sh\n")
+	r.archiveOf("resurrect.tar", "resurrect.tmux")
+	r.archiveOf("continuum.tar", "continuum.tmux")
+	r.rootFile("base.ext4", "a base")
+}
+
 func TestCrashAtEveryBoundary(t *testing.T) {
 	root := scratch(t)
 	cache := filepath.Join(root, "cache")
 	if err := fakebundle.Make(filepath.Join(cache, "bundle")); err != nil {
 		t.Fatal(err)
 	}
+	toolsForCrashes(t, cache)
 	ctx := t.Context()
 	var group errgroup.Group
 	group.SetLimit(2 * runtime.NumCPU())
@@ -615,7 +652,7 @@ func TestCrashAtEveryBoundary(t *testing.T) {
 				}
 			}
 		}
-		begin, marked := "gone", len(c.before) > 0
+		begin, marked := "gone", slices.Contains(c.before, operation.Create)
 		if marked {
 			var err error
 			if begin, err = look(before, cache, true); err != nil {

@@ -301,6 +301,10 @@ func onFullDisk(t *testing.T) {
 	if after := r.vm(up.ID); after.State != vm.Running || after.PID != up.PID {
 		t.Errorf("restart left %s", brief([]vm.VM{after}))
 	}
+	// Nor is an image registered or built, and nothing of it is left.
+	op = r.wait(r.s.RegisterImage(r.ctx(), RegisterRequest{Name: "mine", Rootfs: r.rootFile("root.ext4", "x")}))
+	ended(t, op, operation.Failed, fault.Exhausted, r.paths.State, "df -h")
+	r.onlyImages("default")
 	r.check()
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)

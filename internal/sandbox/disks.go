@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
@@ -79,9 +80,17 @@ func (d *systemDisk) Prepare(ctx context.Context, v *vm.VM) error {
 	if err != nil {
 		return err
 	}
-	_, err = disk.NewFromTemplate(ctx, template, s.systemDisk(v.ID), v.Spec.SystemSize)
+	if _, err = disk.NewFromTemplate(ctx, template, s.systemDisk(v.ID), v.Spec.SystemSize); err != nil || v.Build == nil {
+		return err
+	}
+	// A VM that an image is built in writes its root itself. It has the overlay's disk nevertheless: drives are told apart
+	// by their order where they have no serials.
+	_, err = disk.NewFromTemplate(ctx, s.images.content(v.Pins.Base), rootDisk(s.paths, v.ID), v.Build.RootSize)
 	return err
 }
+
+// rootDisk is the private root filesystem of a VM that an image is built in.
+func rootDisk(p config.Paths, id vm.ID) string { return filepath.Join(p.VM(string(id)), "root.ext4") }
 
 // Cleanup removes the directory with all that is in it.
 func (d *systemDisk) Cleanup(_ context.Context, v *vm.VM, _ lifecycle.How) error {

@@ -68,7 +68,7 @@ func (g *guestConfig) path(id vm.ID) string { return filepath.Join(g.service.vmD
 func (g *guestConfig) Prepare(_ context.Context, v *vm.VM) error {
 	c := boot.Config{
 		Version: boot.ConfigVersion, VMID: string(v.ID), Hostname: v.Name, MachineID: v.Secrets.MachineID,
-		Secret: v.Secrets.Agent, CID: v.Lease.CID, TimeUnixMS: time.Now().UnixMilli(),
+		Secret: v.Secrets.Agent, CID: v.Lease.CID, TimeUnixMS: time.Now().UnixMilli(), Direct: v.Build != nil,
 	}
 	for _, p := range g.parts {
 		if gc, ok := p.(guestContributor); ok {
@@ -96,6 +96,9 @@ func (g *guestConfig) Machine(_ context.Context, v *vm.VM, spec *vmm.Spec) error
 
 // GuestConfig is SSH: the host's key for this VM, who may enter, and a server that answers fast.
 func (g *guestConfig) GuestConfig(v *vm.VM, c *boot.Config) error {
+	if v.Build != nil { // whatever is written into its root stays in the image
+		return nil
+	}
 	key, err := g.service.images.identity()
 	if err != nil {
 		return err

@@ -757,8 +757,11 @@ func (c *imageCapability) Machine(ctx context.Context, v *vm.VM, spec *vmm.Spec)
 	if k.ForeignInitrd {
 		spec.Cmdline += " rdinit=/" + kernel.ForeignAgentPath
 	}
-	spec.Drives = append(spec.Drives,
-		vmm.Drive{Role: vmm.RoleBase, Path: c.images.content(v.Pins.Base), ReadOnly: true},
+	base := vmm.Drive{Role: vmm.RoleBase, Path: c.images.content(v.Pins.Base), ReadOnly: true}
+	if v.Build != nil {
+		base.Path, base.ReadOnly = rootDisk(c.images.paths, v.ID), false
+	}
+	spec.Drives = append(spec.Drives, base,
 		vmm.Drive{Role: vmm.RoleModules, Path: c.images.kernelPart(k.Files[partModules]), ReadOnly: true})
 	return nil
 }

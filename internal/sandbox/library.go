@@ -112,14 +112,8 @@ func (im *images) detail(ctx context.Context, img image.Image) (ImageDetail, err
 	if k, err := im.kernelRecord(ctx, id); err == nil {
 		d.KernelVersion = k.Version
 	}
-	if path := im.content(img.Base); exists(path) {
-		info, err := rootfs.Detect(path)
-		if err == nil {
-			d.Filesystem = info.Filesystem
-		}
-		if d.BaseAllocated, err = disk.Allocated(path); err != nil {
-			return d, err
-		}
+	if info, err := rootfs.Detect(im.content(img.Base)); err == nil {
+		d.Filesystem = info.Filesystem
 	}
 	if img.Seed == "" {
 		return d, nil
@@ -127,11 +121,6 @@ func (im *images) detail(ctx context.Context, img image.Image) (ImageDetail, err
 	path := im.content(img.Seed)
 	if !exists(path) {
 		path = im.sources[img.Seed].path
-	} else {
-		var err error
-		if d.SeedAllocated, err = disk.Allocated(path); err != nil {
-			return d, err
-		}
 	}
 	if fi, err := os.Stat(path); err == nil {
 		d.SeedBytes = fi.Size()
@@ -153,7 +142,9 @@ func (s *Service) Image(ctx context.Context, ref string) (ImageDetail, error) {
 	if err != nil {
 		return ImageDetail{}, err
 	}
-	return s.images.detail(ctx, img)
+	d, err := s.images.detail(ctx, img)
+	d.BaseAllocated, d.SeedAllocated = s.ImageAllocated(img)
+	return d, err
 }
 
 // ImageUsers are the names of the VMs of each image, by the image's id.
@@ -163,6 +154,22 @@ func (s *Service) ImageUsers() map[string][]string {
 		users[v.Pins.ImageID] = append(users[v.Pins.ImageID], v.Name)
 	}
 	return users
+}
+
+// ImageAllocated is what the captured root filesystem and work seed of an image take of the host's disk, in bytes; 0 for
+// what is not captured yet. Blocks that files share are counted for each.
+func (s *Service) ImageAllocated(img image.Image) (base, seed int64) {
+	allocated := func(id string) int64 {
+		if id == "" {
+			return 0
+		}
+		n, err := disk.Allocated(s.images.content(id))
+		if err != nil {
+			return 0 // not captured, or taken away just now
+		}
+		return n
+	}
+	return allocated(img.Base), allocated(img.Seed)
 }
 
 // DeleteImage takes an image away by a reference, and content that was its alone. fault.Precondition if VMs were made

@@ -22,6 +22,18 @@ type Link struct {
 	Name      string
 	Addresses []netip.Addr                        // the host's own there
 	Guest     func(from netip.Addr) (vm.ID, bool) // which VM has an address
+	// Listen opens port 53 of an address, and Keep has the host's resolver ask at addr for names under .vm until ctx ends, or returns
+	// why it does not. nil: this process may do that itself.
+	Listen func(ctx context.Context, at netip.Addr) (tcp net.Listener, udp net.PacketConn, err error)
+	Keep   func(ctx context.Context, addr netip.AddrPort) error
+}
+
+// listen opens the sockets of a server for guests.
+func (l Link) listen(ctx context.Context, at netip.Addr) (net.Listener, net.PacketConn, error) {
+	if l.Listen != nil {
+		return l.Listen(ctx, at)
+	}
+	return dns.ListenForGuests(at)
 }
 
 // linkNames has names answered on a link while it is up: to guests, by a server at each of the host's addresses, and
@@ -51,7 +63,7 @@ func (l *linkNames) up(link Link) {
 		if guests == nil {
 			guests = dns.NewGuests(func(from netip.Addr) (dns.Guest, bool) { return s.guest(link, from) }, dns.HostResolvers, s.log)
 		}
-		server, err := dns.ListenForGuests(a, guests)
+		tcp, udp, err := link.listen(s.bg, a)
 		switch {
 		case a.Is6() && errors.Is(err, unix.EADDRNOTAVAIL): // a host without IPv6
 		case err != nil:
@@ -61,10 +73,10 @@ func (l *linkNames) up(link Link) {
 			if l.servers == nil {
 				l.servers = map[netip.Addr]*dns.Server{}
 			}
-			l.servers[a] = server
+			l.servers[a] = dns.ServeGuests(tcp, udp, guests)
 		}
 	}
-	l.tell(link.Name)
+	l.tell(link)
 }
 
 // close ends servers. Called with mu locked.
@@ -92,14 +104,14 @@ func (l *linkNames) down() {
 	}
 }
 
-// tell has systemd-resolved told, if there is one, that names under .vm are asked by way of a device, again whenever it starts.
+// tell has systemd-resolved told, if there is one, that names under .vm are asked by way of a link, again whenever it starts.
 // Called with mu locked; it waits for no bus.
-func (l *linkNames) tell(device string) {
+func (l *linkNames) tell(link Link) {
 	s := l.service
 	if s.dns == nil {
 		return
 	}
-	i, err := net.InterfaceByName(device)
+	i, err := net.InterfaceByName(link.Name)
 	if err != nil || i.Index == l.index { // one that is gone again takes its settings with it
 		return
 	}
@@ -110,7 +122,12 @@ func (l *linkNames) tell(device string) {
 	done := make(chan struct{})
 	l.index, l.stop = i.Index, func() { cancel(); <-done }
 	s.watchers.Go(func() {
-		err := dns.Keep(ctx, i.Index, s.dns.Addr(), s.log)
+		var err error
+		if link.Keep != nil {
+			err = link.Keep(ctx, s.dns.Addr())
+		} else {
+			err = dns.Keep(ctx, i.Index, s.dns.Addr(), s.log)
+		}
 		close(done)
 		if err == nil {
 			return

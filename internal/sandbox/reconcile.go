@@ -88,6 +88,16 @@ func (s *Service) settle(ctx context.Context, v vm.VM, op operation.Operation, i
 	if err != nil {
 		return err
 	}
+	if v.Build != nil && !v.Build.Kept {
+		// An image that was half built is worth nothing.
+		if interrupted {
+			if err := s.endInterrupted(ctx, op, nil, false); err != nil {
+				return err
+			}
+		}
+		_, err := s.begin(ctx, operation.Delete, v, s.remove)
+		return err
+	}
 	// A set that was interrupted goes on whatever else is left to do, and after it.
 	var set func(context.Context, *operation.Handle, *vm.VM) error
 	if interrupted && op.Kind == operation.Set {

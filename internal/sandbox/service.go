@@ -56,11 +56,13 @@ type Service struct {
 	others []vmm.Driver
 
 	ops    *operation.Runner
+	counts operationCounts
 	engine *lifecycle.Engine
 	locks  keyedLocks
 	hub    hub
 
 	images   *images
+	builds   buildLogs
 	machines *machines
 	cgroups  *cgroup.Host
 	ssh      *sshFile
@@ -87,7 +89,10 @@ func New(st *store.Store, o Options) *Service {
 	s := &Service{store: st, cfg: o.Config, paths: o.Paths, host: o.Host, log: o.Log, notice: o.VMMNotice, driver: o.Driver, others: o.Others}
 	s.bg, s.bgStop = context.WithCancel(context.Background())
 	s.ops = operation.NewRunner(s.store.SaveOperation,
-		func(op operation.Operation) { s.hub.publish(Event{Operation: &op}) },
+		func(op operation.Operation) {
+			s.counts.note(op)
+			s.hub.publish(Event{Operation: &op})
+		},
 		func(op operation.Operation, err error) {
 			s.log.Error("the end of an operation could not be recorded", "op", op.ID, "vm", op.VMID, "err", err)
 		})
@@ -264,7 +269,7 @@ func (s *Service) beginOver(ctx context.Context, ends []operation.Kind, kind ope
 
 // What a stop ends, and what a forced one or a delete ends besides.
 var (
-	endedByStop  = []operation.Kind{operation.Create, operation.Start, operation.Restart, operation.Set, operation.Trim}
+	endedByStop  = []operation.Kind{operation.Create, operation.Start, operation.Restart, operation.Set, operation.Trim, operation.ImageBuild}
 	anyButDelete = append(slices.Clone(endedByStop), operation.Stop)
 )
 

@@ -3,6 +3,8 @@ package server
 import (
 	"context"
 
+	"connectrpc.com/connect"
+
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/sandbox"
@@ -10,8 +12,9 @@ import (
 
 // imageHandler serves the images.
 type imageHandler struct {
-	vms Machines
-	svc Images
+	vms    Machines
+	svc    Images
+	ending <-chan struct{}
 }
 
 func imageMessage(im image.Image) *bangerv1.Image {
@@ -57,6 +60,7 @@ func (h *imageHandler) ListImages(ctx context.Context, _ *bangerv1.ListImagesReq
 			id = kernel
 		}
 		messages[i].Kernel, messages[i].Vms = h.vms.KernelVersion(ctx, id), users[list[i].ID]
+		messages[i].BaseAllocatedBytes, messages[i].WorkSeedAllocatedBytes = h.svc.ImageAllocated(list[i])
 	}
 	return &bangerv1.ListImagesResponse{Images: messages}, nil
 }
@@ -122,4 +126,26 @@ func (h *imageHandler) PruneImages(ctx context.Context, r *bangerv1.PruneImagesR
 		m.Images = append(m.Images, imageMessage(im))
 	}
 	return m, nil
+}
+
+func (h *imageHandler) BuildImage(ctx context.Context, r *bangerv1.BuildImageRequest) (*bangerv1.BuildImageResponse, error) {
+	request := sandbox.BuildRequest{
+		Name: r.GetName(), From: r.GetFrom(), Docker: r.GetDocker(), Packages: r.GetPackages(), Size: r.GetSizeBytes(), KeepOnFailure: r.GetKeepOnFailure(),
+	}
+	for _, step := range r.GetSteps() {
+		request.Steps = append(request.Steps, sandbox.BuildStep{Name: step.GetName(), Packages: step.GetPackages(), Script: step.GetScript()})
+	}
+	op, log, err := h.svc.BuildImage(ctx, request)
+	if err != nil {
+		return nil, err
+	}
+	return &bangerv1.BuildImageResponse{Operation: operationMessage(op), Log: log}, nil
+}
+
+func (h *imageHandler) ReadBuildLog(ctx context.Context, r *bangerv1.ReadBuildLogRequest, stream *connect.ServerStream[bangerv1.ReadBuildLogResponse]) error {
+	return streamed(ctx, h.ending, func(ctx context.Context) error {
+		return h.svc.BuildLog(ctx, r.GetOperationId(), func(b []byte) error {
+			return stream.Send(&bangerv1.ReadBuildLogResponse{Data: b})
+		})
+	})
 }

@@ -52,12 +52,15 @@ type Machines interface {
 type Images interface {
 	Image(ctx context.Context, ref string) (sandbox.ImageDetail, error)
 	ImageUsers() map[string][]string
+	ImageAllocated(img image.Image) (base, seed int64)
 	RegisterImage(ctx context.Context, r sandbox.RegisterRequest) (operation.Operation, error)
 	DeleteImage(ctx context.Context, ref string) (image.Image, error)
 	PromoteImage(ctx context.Context, ref string) (image.Image, bool, error)
 	PruneImages(ctx context.Context, r sandbox.PruneRequest) (sandbox.Pruned, error)
 	ExportImage(ctx context.Context, ref, path string) (operation.Operation, error)
 	ImportImage(ctx context.Context, path, name string) (operation.Operation, error)
+	BuildImage(ctx context.Context, r sandbox.BuildRequest) (op operation.Operation, log string, err error)
+	BuildLog(ctx context.Context, opID string, send func([]byte) error) error
 }
 
 // Operations is what the operation calls need.
@@ -76,6 +79,7 @@ type Host interface {
 	SSHConfig(ctx context.Context, program string) (sandbox.SSHConfig, error)
 	InstallSSHConfig(ctx context.Context, program string, include bool) (sandbox.SSHConfig, error)
 	RemoveSSHConfig(ctx context.Context) error
+	OperationCounts() []sandbox.OperationCount
 }
 
 // Dialer opens streams to guests, for the dial socket.
@@ -125,8 +129,9 @@ func New(svc Service, info Info, log *slog.Logger) http.Handler {
 	)
 	mux := http.NewServeMux()
 	mux.Handle(bangerv1connect.NewVMServiceHandler(&vmHandler{svc, info}, opts))
-	mux.Handle(bangerv1connect.NewImageServiceHandler(&imageHandler{svc, svc}, opts))
+	mux.Handle(bangerv1connect.NewImageServiceHandler(&imageHandler{svc, svc, info.Ending}, opts))
 	mux.Handle(bangerv1connect.NewOperationServiceHandler(&operationHandler{svc, svc, svc, info.Ending}, opts))
 	mux.Handle(bangerv1connect.NewDaemonServiceHandler(&daemonHandler{svc, info}, opts))
+	mux.Handle(MetricsPath, Metrics(svc, info, log))
 	return mux
 }

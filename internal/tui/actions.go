@@ -14,6 +14,7 @@ import (
 	"time"
 
 	tea "charm.land/bubbletea/v2"
+	"golang.org/x/sys/unix"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
@@ -232,10 +233,31 @@ func (m *model) enter() tea.Cmd {
 		return nil
 	}
 	name := v.GetName()
+	m.leave()
 	return tea.Exec(&session{cmd: m.o.SSH(v.GetId()), quick: 5 * time.Second}, func(err error) tea.Msg { return doneMsg{name, err} })
 }
 
+// leave stops what streams to the screen while nobody reads it: the daemon must not be kept waiting. The event
+// stream stays; who falls behind in it is sent the whole state.
+func (m *model) leave() {
+	m.away, m.usageFor, m.logFor = true, "", ""
+	m.f.watchUsage(nil)
+	m.f.readLog("")
+}
+
+// canSuspend says whether there is a shell that would take the terminal and give it back (credentials(7)): a program
+// whose parent is not of its session cannot be stopped by the terminal, and would wait for ever to go on.
+func canSuspend() bool {
+	own, err := unix.Getsid(0)
+	if err != nil {
+		return false
+	}
+	parents, err := unix.Getsid(os.Getppid())
+	return err == nil && own == parents
+}
+
 func (m *model) done(msg doneMsg) tea.Cmd {
+	m.away = false
 	var exit *exec.ExitError
 	switch {
 	case msg.err == nil:
@@ -254,9 +276,7 @@ type openedPort struct{ url, web string }
 func portKey(vm string, port uint32) string { return vm + ":" + strconv.Itoa(int(port)) }
 
 type openedMsg struct {
-	key    string
 	opened *openedPort
-	err    error
 	seen   error // the browser did not start
 	shown  bool  // a browser was started
 	name   string
@@ -279,28 +299,30 @@ func (m *model) open(v *bangerv1.VM, p *bangerv1.Port) tea.Cmd {
 	key := portKey(v.GetId(), p.GetPort())
 	id, name, port, scheme := v.GetId(), v.GetName(), p.GetPort(), p.GetScheme()
 	have := m.opened[key]
-	return func() tea.Msg {
-		msg := openedMsg{key: key, opened: have, name: name, port: port}
-		if have == nil {
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				msg.err = err
-				return msg
-			}
-			msg.opened = &openedPort{url: l.Addr().String()}
-			if scheme != "" {
-				msg.opened.web = scheme + "://" + l.Addr().String() + "/"
-				msg.opened.url = msg.opened.web
-			}
-			m.f.all.Go(func() {
-				failed := func(err error) { m.f.send(forwardFailedMsg{name, port, err}) }
-				if err := m.o.Follow.Forward(m.f.ctx, l, id, int(port), failed); err != nil {
-					failed(err)
-				}
-			})
+	if have == nil {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			m.complain(err)
+			return nil
 		}
-		if msg.opened.web != "" {
-			msg.shown, msg.seen = browse(msg.opened.web)
+		have = &openedPort{url: l.Addr().String()}
+		if scheme != "" {
+			have.web = scheme + "://" + l.Addr().String() + "/"
+			have.url = have.web
+		}
+		m.opened[key] = have
+		ctx, c, send := m.f.ctx, m.o.Follow, m.f.send
+		m.f.all.Go(func() {
+			failed := func(err error) { send(forwardFailedMsg{name, port, err}) }
+			if err := c.Forward(ctx, l, id, int(port), failed); err != nil {
+				failed(err)
+			}
+		})
+	}
+	return func() tea.Msg {
+		msg := openedMsg{opened: have, name: name, port: port}
+		if have.web != "" {
+			msg.shown, msg.seen = browse(have.web)
 		}
 		return msg
 	}
@@ -313,7 +335,7 @@ func browse(url string) (bool, error) {
 	}
 	program, err := exec.LookPath("xdg-open")
 	if err != nil {
-		return false, nil //nolint:nilerr // without it the address is shown, which is all that there is to do
+		return false, nil // without it the address is shown, which is all that there is to do
 	}
 	cmd := exec.Command(program, url)
 	if err := cmd.Start(); err != nil {
@@ -324,11 +346,6 @@ func browse(url string) (bool, error) {
 }
 
 func (m *model) openedAnswer(msg openedMsg) {
-	if msg.err != nil {
-		m.complain(msg.err)
-		return
-	}
-	m.opened[msg.key] = msg.opened
 	text, how := fmt.Sprintf("Port %d of %s: %s", msg.port, msg.name, msg.opened.url), ", until you leave"
 	if msg.shown {
 		how = ", in your browser, until you leave"

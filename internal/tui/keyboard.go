@@ -70,8 +70,13 @@ func (m *model) command(do command) tea.Cmd {
 	case quit:
 		return tea.Quit
 	case redraw:
-		return tea.ClearScreen
+		return anew()
 	case suspend:
+		if !canSuspend() {
+			m.tell(warning, "There is no shell to go back to.")
+			return nil
+		}
+		m.leave()
 		return tea.Suspend
 	case help:
 		m.mode, m.helpAt = modeHelp, 0
@@ -268,12 +273,8 @@ func (m *model) wakeDaemon() tea.Cmd {
 	}
 	m.tell(plain, "starting the daemon")
 	ctx, c := m.f.ctx, m.o.Client
-	again := m.over
 	return func() tea.Msg {
 		s, err := c.Daemon.GetStatus(ctx, &bangerv1.GetStatusRequest{})
-		if err == nil && again {
-			m.f.all.Go(m.f.follow)
-		}
 		return statusMsg{s, err}
 	}
 }

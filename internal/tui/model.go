@@ -9,6 +9,7 @@ import (
 	"time"
 
 	tea "charm.land/bubbletea/v2"
+	"github.com/charmbracelet/x/ansi"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
@@ -100,6 +101,7 @@ type model struct {
 	logFault    string
 	usageFor    string // ids that are looked at
 	settling    bool
+	away        bool // something else has the terminal
 	ticks       int
 	ticking     int // number of the ticker in use
 
@@ -157,6 +159,7 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 	switch msg := msg.(type) {
 	case tea.WindowSizeMsg:
 		m.w, m.h = msg.Width, msg.Height
+		return anew()
 	case tea.KeyPressMsg:
 		return m.key(msg)
 	case tea.PasteMsg:
@@ -165,6 +168,8 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 		return m.click(msg.Mouse())
 	case tea.MouseWheelMsg:
 		m.wheel(msg.Mouse())
+	case tea.ResumeMsg:
+		m.away = false
 	case tickMsg:
 		if msg.number == m.ticking {
 			m.ticks++
@@ -218,6 +223,10 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 			m.complain(msg.err)
 		} else {
 			m.takeStatus(msg.status)
+			if m.over { // it was given up: another daemon may fit
+				m.over = false
+				m.f.all.Go(m.f.follow)
+			}
 		}
 	case settledMsg:
 		m.settling = false
@@ -243,6 +252,13 @@ func (m *model) take(msg tea.Msg) tea.Cmd {
 		m.complain(fmt.Errorf("port %d of %s: %w", msg.port, msg.vm, msg.err))
 	}
 	return nil
+}
+
+// anew draws everything, on a terminal that may be in any state. bubbletea scrolls with margins (DECSTBM), and sets
+// them back to the height that it knows: if the terminal was given another one meanwhile, they stay, and all that
+// is drawn after it is drawn wrong.
+func anew() tea.Cmd {
+	return tea.Sequence(tea.Raw(ansi.SetTopBottomMargins(0, 0)), tea.ClearScreen)
 }
 
 type usageAgainMsg struct{ number int }
@@ -292,7 +308,7 @@ func (m *model) askStatus() tea.Cmd {
 
 // follow asks for what the screen shows, once it has been the same for a moment.
 func (m *model) follow() tea.Cmd {
-	if m.settling || m.gone != nil || !m.unsettled() {
+	if m.settling || m.away || m.gone != nil || !m.unsettled() {
 		return nil
 	}
 	m.settling = true
@@ -339,7 +355,7 @@ func (m *model) wantUsage() []string {
 }
 
 func (m *model) settle() tea.Cmd {
-	if m.gone != nil {
+	if m.gone != nil || m.away {
 		return nil
 	}
 	ids := m.wantUsage()

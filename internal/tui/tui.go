@@ -40,6 +40,10 @@ type Options struct {
 // Run shows the screen until its user leaves or ctx ends. The terminal is then as it was. Operations go on in
 // the daemon; ports that were opened here are closed.
 func Run(ctx context.Context, o Options) error {
+	// Not GetStatus alone, which daemons of every revision answer.
+	if _, err := o.Client.VMs.GetDefaults(ctx, &bangerv1.GetDefaultsRequest{}); err != nil {
+		return err
+	}
 	status, err := o.Client.Daemon.GetStatus(ctx, &bangerv1.GetStatusRequest{})
 	if err != nil {
 		return err

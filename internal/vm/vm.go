@@ -141,6 +141,9 @@ type VM struct {
 	PID     int      `json:"pid,omitempty"`   // of the VMM while it runs
 	Note    string   `json:"note,omitempty"`  // last thing that happened by itself, e.g. "guest powered off"
 
+	// Build is set for a VM that an image is built in; it lives as long as that takes.
+	Build *Build `json:"build,omitempty"`
+
 	CreatedAt time.Time  `json:"created_at"`
 	StartedAt *time.Time `json:"started_at,omitempty"` // agent answered
 	StoppedAt *time.Time `json:"stopped_at,omitempty"`
@@ -152,4 +155,14 @@ type VM struct {
 type Stage struct {
 	Name string  `json:"name"`
 	AtMS float64 `json:"at_ms"`
+}
+
+// Build is what a VM has that an image is built in: its root filesystem is a private, writable clone of the base, without
+// an overlay.
+type Build struct {
+	Image    string `json:"image"`     // name of the image that is built
+	RootSize int64  `json:"root_size"` // bytes of the root filesystem
+	// Kept says that the build failed and the user wanted to look: it is a VM like others from then on. Else it
+	// goes with the daemon that began it.
+	Kept bool `json:"kept,omitempty"`
 }

@@ -36,7 +36,7 @@ var bans = []ban{
 	{"internal/disk", module, []string{"internal/fault", "internal/ext4", "internal/vm"}, "disks are files: who they belong to is not theirs to know"},
 	{"internal/network/bridge", module + "internal/", []string{"internal/fault", "internal/vm", "internal/network", "internal/hostnet", "internal/doctor"}, "a network knows VMs, and no use case, VMM or store"},
 	{"internal/hostnet", module + "internal/", []string{"internal/fault", "internal/network"}, "what runs with privileges knows no more than it must"},
-	{"internal/helper", module + "internal/", []string{"internal/fault", "internal/vm", "internal/version", "internal/network", "internal/hostnet", "internal/helper"}, "what runs with privileges knows no more than it must"},
+	{"internal/helper", module + "internal/", []string{"internal/fault", "internal/vm", "internal/version", "internal/network", "internal/hostnet", "internal/dns", "internal/helper"}, "what runs with privileges knows no more than it must"},
 	{"internal/helper/wire", module, []string{"internal/fault"}, "messages are known on both sides, and neither side's business is in them"},
 	{"internal/helper/record", module, []string{"internal/fault"}, "records are read by what installs the helper, too"},
 	{"internal/helper/install", module, []string{"internal/fault", "internal/helper/wire", "internal/helper/record"}, "the command line links it, and nothing that takes privileges"},

@@ -73,7 +73,7 @@ func TestHelpers(t *testing.T) {
 		t.Fatalf("verify.sh --nat: status %d\n%s", got.code, got.stdout)
 	}
 	if all := h.list(); len(all) != 0 {
-		t.Errorf("verify.sh left %v", all)
+		t.Errorf("the scripts left %v", all)
 	}
 
 	// A package, a script, a file of one's own in /root, one that is someone else's.

@@ -41,7 +41,7 @@ var checkout = func() string {
 }()
 
 func TestMain(m *testing.M) {
-	for _, name := range []string{"banger", "bangerd", "runtime/bundle.json"} {
+	for _, name := range []string{"banger", "bangerd", "banger-helper", "runtime/bundle.json"} {
 		if _, err := os.Stat(filepath.Join(checkout, name)); err != nil {
 			fmt.Fprintf(os.Stderr, "%v\nthese tests run what was built: make build runtime\n", err)
 			os.Exit(1)

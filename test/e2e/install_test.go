@@ -58,6 +58,9 @@ func TestInstall(t *testing.T) {
 		if got := names(filepath.Join(prefix, "bin")); len(got) > 0 {
 			t.Errorf("left in bin: %v", got)
 		}
+		if left := run(t, "find", filepath.Join(prefix, "share"), "-type", "f"); left != "" {
+			t.Errorf("left in share: %s", left)
+		}
 		if got := names(filepath.Join(prefix, "lib/banger")); !slices.Equal(got, []string{"id_ed25519", "id_ed25519.pub"}) {
 			t.Errorf("left in lib: %v", got)
 		}
@@ -103,8 +106,12 @@ func TestDebianPackages(t *testing.T) {
 		}
 		// What policy asks of every package, as far as dpkg tells.
 		name := strings.TrimSpace(run(t, "dpkg-deb", "-f", deb, "Package"))
-		for _, file := range []string{"copyright", "changelog.gz"} {
-			if !strings.Contains(listing, "./usr/share/doc/"+name+"/"+file) {
+		want := []string{"doc/" + name + "/copyright", "doc/" + name + "/changelog.gz"}
+		if name == "banger" {
+			want = append(want, "man/man1/banger.1.gz", "bash-completion/completions/banger", "zsh/vendor-completions/_banger")
+		}
+		for _, file := range want {
+			if !strings.Contains(listing, "./usr/share/"+file) {
 				t.Errorf("%s lacks %s", name, file)
 			}
 		}

@@ -71,6 +71,28 @@ var programs = map[string]program{
 		}
 		return -n
 	},
+	// a script: of its lines only those count that are "fake: say WORDS", "fake: exit N" and "fake: wait", for a
+	// signal. What it is given is read to its end.
+	"sh": func(c *call) int {
+		n, _ := io.Copy(io.Discard, c.stdin)
+		if n > 0 {
+			fmt.Fprintln(c.stdout, "was given something")
+		}
+		for line := range strings.Lines(c.Args[len(c.Args)-1]) {
+			word, rest, _ := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), "fake: "), " ")
+			switch {
+			case !strings.HasPrefix(line, "fake: "):
+			case word == "say":
+				fmt.Fprintln(c.stdout, rest)
+			case word == "exit":
+				n, _ := strconv.Atoi(rest)
+				return n
+			case word == "wait":
+				return -<-c.signals
+			}
+		}
+		return 0
+	},
 	// a line in, a line out: a conversation
 	"upper": func(c *call) int {
 		for lines := bufio.NewScanner(c.stdin); lines.Scan(); {

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -135,6 +136,7 @@ type terminal struct {
 	cmd   *exec.Cmd
 	pty   *os.File
 	ended chan error
+	waits time.Duration // at most, for a screen
 
 	mu      sync.Mutex
 	emu     *vt.Emulator
@@ -168,12 +170,18 @@ func openPTY(w, h int) (master, slave *os.File, err error) {
 // tui starts `banger tui` in a terminal; env is added to the installation's.
 func (h *home) tui(width, height int, env ...string) *terminal {
 	h.t.Helper()
+	return h.terminal(width, height, []string{filepath.Join(install.Bin, "banger"), "tui"}, env...)
+}
+
+// terminal starts a program in a terminal.
+func (h *home) terminal(width, height int, args []string, env ...string) *terminal {
+	h.t.Helper()
 	master, slave, err := openPTY(width, height)
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	x := &terminal{t: h.t, h: h, pty: master, emu: vt.NewEmulator(width, height), changed: make(chan struct{}, 1), ended: make(chan error, 1)}
-	x.cmd = exec.Command(filepath.Join(install.Bin, "banger"), "tui")
+	x := &terminal{t: h.t, h: h, pty: master, emu: vt.NewEmulator(width, height), changed: make(chan struct{}, 1), ended: make(chan error, 1), waits: patience}
+	x.cmd = exec.Command(args[0], args[1:]...)
 	x.cmd.Env = append(append(h.env, "TERM=xterm-256color", "NO_COLOR=", "DISPLAY=", "WAYLAND_DISPLAY=", "BROWSER=", "TZ=UTC", "COLORTERM="), env...)
 	x.cmd.Stdin, x.cmd.Stdout, x.cmd.Stderr = slave, slave, slave
 	x.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
@@ -181,13 +189,15 @@ func (h *home) tui(width, height int, env ...string) *terminal {
 		h.t.Fatal(err)
 	}
 	_ = slave.Close()
-	go x.show()
-	go x.answer()
+	var streams sync.WaitGroup
+	streams.Go(x.show)
+	streams.Go(x.answer)
 	go func() { x.ended <- x.cmd.Wait() }()
 	h.t.Cleanup(func() {
 		_ = x.cmd.Process.Kill() // one that has ended is not found
 		_ = master.Close()
-		_ = x.emu.Close()
+		_ = x.emu.InputPipe().(io.Closer).Close() // Emulator.Close races with Read
+		streams.Wait()
 	})
 	return x
 }
@@ -264,7 +274,7 @@ func (x *terminal) since(from int) string {
 // until waits until the screen is as it should be.
 func (x *terminal) until(what string, ok func(screen string) bool) {
 	x.t.Helper()
-	timeout := time.After(patience)
+	timeout := time.After(x.waits)
 	for {
 		if ok(x.screen()) {
 			return
@@ -307,7 +317,7 @@ func (x *terminal) lacks(text string) {
 var keys = map[string]string{
 	"up": "\x1b[A", "down": "\x1b[B", "right": "\x1b[C", "left": "\x1b[D", "enter": "\r", "esc": "\x1b", "tab": "\t",
 	"shift+tab": "\x1b[Z", "pgup": "\x1b[5~", "pgdown": "\x1b[6~", "home": "\x1b[H", "end": "\x1b[F", "space": " ",
-	"backspace": "\x7f", "ctrl+c": "\x03", "ctrl+u": "\x15",
+	"backspace": "\x7f", "ctrl+c": "\x03", "ctrl+u": "\x15", "ctrl+z": "\x1a",
 }
 
 // press sends keys: one of those above, or text.

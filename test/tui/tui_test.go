@@ -570,11 +570,47 @@ func TestEnds(t *testing.T) {
 	h.states("otter=stopped")
 }
 
+// Ctrl-Z gives the terminal to the shell, and fg takes it back; without a shell it does nothing.
+func TestSuspend(t *testing.T) {
+	t.Parallel()
+	h := newHome(t)
+	h.banger("vm", "create", "-q", "--name", "otter")
+	x := h.tui(80, 24)
+	x.row(`^> otter +running +50%`)
+	x.press("ctrl+z")
+	x.shows("There is no shell to go back to.")
+	x.quits()
+	x = h.terminal(80, 24, []string{"bash", "--norc", "--noprofile", "-i"}, "PS1=prompt> ", "HISTFILE=")
+	x.shows("prompt>")
+	x.press("banger tui", "enter")
+	x.row(`^> otter +running +50%`)
+	x.press("ctrl+z")
+	x.shows("Stopped", "banger tui")
+	h.banger("vm", "stop", "otter")
+	x.press("fg", "enter")
+	x.row(`^> otter +stopped`)
+	x.press("s")
+	x.row(`^> otter +running +50%`)
+	x.press("q")
+	x.restored()
+	h.states("otter=running")
+}
+
 // A daemon that does not speak with this program: said, with what to type.
 func TestSkew(t *testing.T) {
 	t.Parallel()
 	h := newHome(t)
-	x := h.tui(80, 24, "BANGER_TEST_API_REVISION=99")
+	h.banger("vm", "create", "-q", "--no-start", "--name", "otter")
+	x := h.tui(80, 24)
+	x.row(`^> otter`)
+	x.shows("on the host") // its details are there
+	h.banger("daemon", "stop")
+	x.shows("The daemon is gone")
+	newer := *h
+	newer.env = append(slices.Clone(h.env), "BANGER_TEST_API_REVISION=99")
+	if code, out := newer.fails("vm", "list"); code != 7 { // starts it, and is refused as well
+		t.Fatalf("exit code %d: %s", code, out)
+	}
 	x.shows("no daemon", "D tries again")
 	x.golden("skew-80x24")
 	x.press("D")
@@ -689,6 +725,8 @@ func TestDrawnAsAnew(t *testing.T) {
 	some := []string{"2", "4", "5", "6", "z", "tab", "up", "down", "space", "a", "t", "T", "end", "home", "pgdown"}
 	for round := range 25 {
 		if round%3 == 0 {
+			// Something is being drawn at that moment.
+			x.press("4", "end", "2", "down", "down", "up", "z", "z")
 			size := sizes[random.IntN(len(sizes))]
 			x.resize(size[0], size[1])
 		}
@@ -735,6 +773,7 @@ func TestManyVMs(t *testing.T) {
 		}
 	}
 	x := h.tui(80, 24)
+	x.waits = 5 * patience // a hundred starts take their time on a busy machine
 	x.row(`^> vm-000 +stopped`)
 	start := x.written()
 	each(func(name string) error {

@@ -44,7 +44,7 @@ const seedBlocks = 256 << 20 / ext4.BlockSize
 // kernelKey and imageKey name what the artifacts are made of. An image's key has all of packages.apt
 // that counts: names, not comments.
 func kernelKey() string {
-	return contentKey("kernel", recipeVersion, suite, runtime.GOARCH, kernelPackages, kernel.InitrdModules(), ext4.MkfsArgs(ext4.ReadOnly))
+	return contentKey("kernel", recipeVersion, suite, runtime.GOARCH, kernelPackages, kernel.InitrdModules(), kernel.RootModules(), ext4.MkfsArgs(ext4.ReadOnly))
 }
 
 func imageKey(packages []string) (string, error) {

@@ -661,13 +661,14 @@ type Image struct {
 	Base        string                 `protobuf:"bytes,12,opt,name=base,proto3" json:"base,omitempty"`                             // content id (SHA-256) of the root filesystem
 	WorkSeed    string                 `protobuf:"bytes,13,opt,name=work_seed,json=workSeed,proto3" json:"work_seed,omitempty"`     // likewise; empty: none
 	Vms         []string               `protobuf:"bytes,14,rep,name=vms,proto3" json:"vms,omitempty"`                               // names of those that were made from it, as it is now
-	// Only in GetImage and as the result of an operation: they cost system calls.
-	BaseAllocatedBytes     int64  `protobuf:"varint,30,opt,name=base_allocated_bytes,json=baseAllocatedBytes,proto3" json:"base_allocated_bytes,omitempty"` // 0: not captured yet
-	WorkSeedAllocatedBytes int64  `protobuf:"varint,31,opt,name=work_seed_allocated_bytes,json=workSeedAllocatedBytes,proto3" json:"work_seed_allocated_bytes,omitempty"`
-	Filesystem             string `protobuf:"bytes,32,opt,name=filesystem,proto3" json:"filesystem,omitempty"`                               // ext4, erofs, squashfs; empty: not captured yet
-	WorkSeedBytes          int64  `protobuf:"varint,33,opt,name=work_seed_bytes,json=workSeedBytes,proto3" json:"work_seed_bytes,omitempty"` // the smallest work disk that a VM of it can have
-	unknownFields          protoimpl.UnknownFields
-	sizeCache              protoimpl.SizeCache
+	// Of the host's disk. 0: not captured yet, or not looked at, as in events.
+	BaseAllocatedBytes     int64 `protobuf:"varint,30,opt,name=base_allocated_bytes,json=baseAllocatedBytes,proto3" json:"base_allocated_bytes,omitempty"`
+	WorkSeedAllocatedBytes int64 `protobuf:"varint,31,opt,name=work_seed_allocated_bytes,json=workSeedAllocatedBytes,proto3" json:"work_seed_allocated_bytes,omitempty"`
+	// Only in GetImage and as the result of an operation.
+	Filesystem    string `protobuf:"bytes,32,opt,name=filesystem,proto3" json:"filesystem,omitempty"`                               // ext4, erofs, squashfs; empty: not captured yet
+	WorkSeedBytes int64  `protobuf:"varint,33,opt,name=work_seed_bytes,json=workSeedBytes,proto3" json:"work_seed_bytes,omitempty"` // the smallest work disk that a VM of it can have
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Image) Reset() {
@@ -5589,6 +5590,299 @@ func (x *PruneImagesResponse) GetBytes() int64 {
 	return 0
 }
 
+type BuildImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                                           // a managed image of the name is replaced
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`                                           // reference of the image to begin with; empty: default_base_rootfs, or the default image
+	Docker        bool                   `protobuf:"varint,3,opt,name=docker,proto3" json:"docker,omitempty"`                                      // with Docker
+	Packages      []string               `protobuf:"bytes,4,rep,name=packages,proto3" json:"packages,omitempty"`                                   // of the distribution; empty: the list of the settings, or of the runtime bundle
+	Steps         []*BuildStep           `protobuf:"bytes,5,rep,name=steps,proto3" json:"steps,omitempty"`                                         // after that, in this order
+	SizeBytes     int64                  `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`               // of the root filesystem; zero: some more than that of the base
+	KeepOnFailure bool                   `protobuf:"varint,7,opt,name=keep_on_failure,json=keepOnFailure,proto3" json:"keep_on_failure,omitempty"` // leave the VM for the user to look
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildImageRequest) Reset() {
+	*x = BuildImageRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[89]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildImageRequest) ProtoMessage() {}
+
+func (x *BuildImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[89]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildImageRequest.ProtoReflect.Descriptor instead.
+func (*BuildImageRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{89}
+}
+
+func (x *BuildImageRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BuildImageRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *BuildImageRequest) GetDocker() bool {
+	if x != nil {
+		return x.Docker
+	}
+	return false
+}
+
+func (x *BuildImageRequest) GetPackages() []string {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+func (x *BuildImageRequest) GetSteps() []*BuildStep {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+func (x *BuildImageRequest) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *BuildImageRequest) GetKeepOnFailure() bool {
+	if x != nil {
+		return x.KeepOnFailure
+	}
+	return false
+}
+
+// BuildStep is one thing to do as root in the guest: packages to install, or a script of sh to run.
+type BuildStep struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Packages      []string               `protobuf:"bytes,2,rep,name=packages,proto3" json:"packages,omitempty"`
+	Script        string                 `protobuf:"bytes,3,opt,name=script,proto3" json:"script,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildStep) Reset() {
+	*x = BuildStep{}
+	mi := &file_banger_v1_banger_proto_msgTypes[90]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildStep) ProtoMessage() {}
+
+func (x *BuildStep) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[90]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildStep.ProtoReflect.Descriptor instead.
+func (*BuildStep) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{90}
+}
+
+func (x *BuildStep) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BuildStep) GetPackages() []string {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+func (x *BuildStep) GetScript() string {
+	if x != nil {
+		return x.Script
+	}
+	return ""
+}
+
+type BuildImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	Log           string                 `protobuf:"bytes,2,opt,name=log,proto3" json:"log,omitempty"` // path of the file that the output is kept in
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildImageResponse) Reset() {
+	*x = BuildImageResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildImageResponse) ProtoMessage() {}
+
+func (x *BuildImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildImageResponse.ProtoReflect.Descriptor instead.
+func (*BuildImageResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{91}
+}
+
+func (x *BuildImageResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+func (x *BuildImageResponse) GetLog() string {
+	if x != nil {
+		return x.Log
+	}
+	return ""
+}
+
+type ReadBuildLogRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadBuildLogRequest) Reset() {
+	*x = ReadBuildLogRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[92]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadBuildLogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadBuildLogRequest) ProtoMessage() {}
+
+func (x *ReadBuildLogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[92]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadBuildLogRequest.ProtoReflect.Descriptor instead.
+func (*ReadBuildLogRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{92}
+}
+
+func (x *ReadBuildLogRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+type ReadBuildLogResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadBuildLogResponse) Reset() {
+	*x = ReadBuildLogResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[93]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadBuildLogResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadBuildLogResponse) ProtoMessage() {}
+
+func (x *ReadBuildLogResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[93]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadBuildLogResponse.ProtoReflect.Descriptor instead.
+func (*ReadBuildLogResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{93}
+}
+
+func (x *ReadBuildLogResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 type WatchUsageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Refs          []string               `protobuf:"bytes,1,rep,name=refs,proto3" json:"refs,omitempty"`                       // 1 to 256
@@ -5600,7 +5894,7 @@ type WatchUsageRequest struct {
 
 func (x *WatchUsageRequest) Reset() {
 	*x = WatchUsageRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[89]
+	mi := &file_banger_v1_banger_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5612,7 +5906,7 @@ func (x *WatchUsageRequest) String() string {
 func (*WatchUsageRequest) ProtoMessage() {}
 
 func (x *WatchUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[89]
+	mi := &file_banger_v1_banger_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5625,7 +5919,7 @@ func (x *WatchUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchUsageRequest.ProtoReflect.Descriptor instead.
 func (*WatchUsageRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{89}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *WatchUsageRequest) GetRefs() []string {
@@ -5659,7 +5953,7 @@ type WatchUsageResponse struct {
 
 func (x *WatchUsageResponse) Reset() {
 	*x = WatchUsageResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[90]
+	mi := &file_banger_v1_banger_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5671,7 +5965,7 @@ func (x *WatchUsageResponse) String() string {
 func (*WatchUsageResponse) ProtoMessage() {}
 
 func (x *WatchUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[90]
+	mi := &file_banger_v1_banger_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5684,7 +5978,7 @@ func (x *WatchUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchUsageResponse.ProtoReflect.Descriptor instead.
 func (*WatchUsageResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{90}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *WatchUsageResponse) GetStats() *VMStats {
@@ -5710,7 +6004,7 @@ type ImageList struct {
 
 func (x *ImageList) Reset() {
 	*x = ImageList{}
-	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	mi := &file_banger_v1_banger_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5722,7 +6016,7 @@ func (x *ImageList) String() string {
 func (*ImageList) ProtoMessage() {}
 
 func (x *ImageList) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	mi := &file_banger_v1_banger_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5735,7 +6029,7 @@ func (x *ImageList) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageList.ProtoReflect.Descriptor instead.
 func (*ImageList) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{91}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ImageList) GetImages() []*Image {
@@ -6201,7 +6495,27 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x13PruneImagesResponse\x12(\n" +
 	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images\x12\x14\n" +
 	"\x05files\x18\x02 \x01(\x05R\x05files\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"X\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\xe2\x01\n" +
+	"\x11BuildImageRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x16\n" +
+	"\x06docker\x18\x03 \x01(\bR\x06docker\x12\x1a\n" +
+	"\bpackages\x18\x04 \x03(\tR\bpackages\x12*\n" +
+	"\x05steps\x18\x05 \x03(\v2\x14.banger.v1.BuildStepR\x05steps\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x06 \x01(\x03R\tsizeBytes\x12&\n" +
+	"\x0fkeep_on_failure\x18\a \x01(\bR\rkeepOnFailure\"S\n" +
+	"\tBuildStep\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bpackages\x18\x02 \x03(\tR\bpackages\x12\x16\n" +
+	"\x06script\x18\x03 \x01(\tR\x06script\"Z\n" +
+	"\x12BuildImageResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\x12\x10\n" +
+	"\x03log\x18\x02 \x01(\tR\x03log\"8\n" +
+	"\x13ReadBuildLogRequest\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\"*\n" +
+	"\x14ReadBuildLogResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"X\n" +
 	"\x11WatchUsageRequest\x12\x12\n" +
 	"\x04refs\x18\x01 \x03(\tR\x04refs\x12\x19\n" +
 	"\bevery_ms\x18\x02 \x01(\x03R\aeveryMs\x12\x14\n" +
@@ -6230,7 +6544,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse\x12B\n" +
 	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x01\x12K\n" +
 	"\n" +
-	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x012\xfb\x04\n" +
+	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x012\x99\x06\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
 	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse\x12C\n" +
@@ -6239,7 +6553,10 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\vDeleteImage\x12\x1d.banger.v1.DeleteImageRequest\x1a\x1e.banger.v1.DeleteImageResponse\x12O\n" +
 	"\fPromoteImage\x12\x1e.banger.v1.PromoteImageRequest\x1a\x1f.banger.v1.PromoteImageResponse\x12L\n" +
 	"\vExportImage\x12\x1d.banger.v1.ExportImageRequest\x1a\x1e.banger.v1.ExportImageResponse\x12L\n" +
-	"\vImportImage\x12\x1d.banger.v1.ImportImageRequest\x1a\x1e.banger.v1.ImportImageResponse\x12L\n" +
+	"\vImportImage\x12\x1d.banger.v1.ImportImageRequest\x1a\x1e.banger.v1.ImportImageResponse\x12I\n" +
+	"\n" +
+	"BuildImage\x12\x1c.banger.v1.BuildImageRequest\x1a\x1d.banger.v1.BuildImageResponse\x12Q\n" +
+	"\fReadBuildLog\x12\x1e.banger.v1.ReadBuildLogRequest\x1a\x1f.banger.v1.ReadBuildLogResponse0\x01\x12L\n" +
 	"\vPruneImages\x12\x1d.banger.v1.PruneImagesRequest\x1a\x1e.banger.v1.PruneImagesResponse2\xed\x02\n" +
 	"\x10OperationService\x12O\n" +
 	"\fGetOperation\x12\x1e.banger.v1.GetOperationRequest\x1a\x1f.banger.v1.GetOperationResponse\x12U\n" +
@@ -6267,7 +6584,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 96)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 101)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -6358,45 +6675,50 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*ImportImageResponse)(nil),      // 86: banger.v1.ImportImageResponse
 	(*PruneImagesRequest)(nil),       // 87: banger.v1.PruneImagesRequest
 	(*PruneImagesResponse)(nil),      // 88: banger.v1.PruneImagesResponse
-	(*WatchUsageRequest)(nil),        // 89: banger.v1.WatchUsageRequest
-	(*WatchUsageResponse)(nil),       // 90: banger.v1.WatchUsageResponse
-	(*ImageList)(nil),                // 91: banger.v1.ImageList
-	nil,                              // 92: banger.v1.VM.LabelsEntry
-	nil,                              // 93: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                              // 94: banger.v1.SetVMRequest.LabelsEntry
-	nil,                              // 95: banger.v1.GetStatusResponse.VmsByStateEntry
-	(*timestamppb.Timestamp)(nil),    // 96: google.protobuf.Timestamp
+	(*BuildImageRequest)(nil),        // 89: banger.v1.BuildImageRequest
+	(*BuildStep)(nil),                // 90: banger.v1.BuildStep
+	(*BuildImageResponse)(nil),       // 91: banger.v1.BuildImageResponse
+	(*ReadBuildLogRequest)(nil),      // 92: banger.v1.ReadBuildLogRequest
+	(*ReadBuildLogResponse)(nil),     // 93: banger.v1.ReadBuildLogResponse
+	(*WatchUsageRequest)(nil),        // 94: banger.v1.WatchUsageRequest
+	(*WatchUsageResponse)(nil),       // 95: banger.v1.WatchUsageResponse
+	(*ImageList)(nil),                // 96: banger.v1.ImageList
+	nil,                              // 97: banger.v1.VM.LabelsEntry
+	nil,                              // 98: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 99: banger.v1.SetVMRequest.LabelsEntry
+	nil,                              // 100: banger.v1.GetStatusResponse.VmsByStateEntry
+	(*timestamppb.Timestamp)(nil),    // 101: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	92,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	96,  // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	96,  // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	96,  // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	97,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	101, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	101, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	101, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,   // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,   // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,   // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,   // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	96,  // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	96,  // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	101, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	101, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,   // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	96,  // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	96,  // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	101, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	101, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,   // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,   // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
 	5,   // 15: banger.v1.Operation.made:type_name -> banger.v1.Image
-	96,  // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	96,  // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	93,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	101, // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	101, // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	98,  // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,   // 19: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 20: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 21: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 22: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 23: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	94,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	99,  // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	6,   // 25: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22,  // 26: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,   // 27: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	96,  // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	101, // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23,  // 29: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24,  // 30: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,   // 31: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -6419,13 +6741,13 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,   // 48: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	6,   // 49: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	6,   // 50: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	96,  // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	95,  // 52: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
+	101, // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	100, // 52: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
 	64,  // 53: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
 	67,  // 54: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
 	1,   // 55: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
 	6,   // 56: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
-	91,  // 57: banger.v1.WatchResponse.images:type_name -> banger.v1.ImageList
+	96,  // 57: banger.v1.WatchResponse.images:type_name -> banger.v1.ImageList
 	1,   // 58: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
 	6,   // 59: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
 	5,   // 60: banger.v1.Snapshot.images:type_name -> banger.v1.Image
@@ -6438,86 +6760,92 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,   // 67: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
 	6,   // 68: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
 	5,   // 69: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
-	22,  // 70: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
-	29,  // 71: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
-	5,   // 72: banger.v1.ImageList.images:type_name -> banger.v1.Image
-	8,   // 73: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10,  // 74: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12,  // 75: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14,  // 76: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16,  // 77: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18,  // 78: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33,  // 79: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35,  // 80: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37,  // 81: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39,  // 82: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42,  // 83: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20,  // 84: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27,  // 85: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31,  // 86: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44,  // 87: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46,  // 88: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	89,  // 89: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
-	48,  // 90: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	75,  // 91: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
-	77,  // 92: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
-	79,  // 93: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
-	81,  // 94: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
-	83,  // 95: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
-	85,  // 96: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
-	87,  // 97: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
-	50,  // 98: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52,  // 99: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54,  // 100: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56,  // 101: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58,  // 102: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60,  // 103: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62,  // 104: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65,  // 105: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	69,  // 106: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	71,  // 107: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	73,  // 108: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	9,   // 109: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11,  // 110: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13,  // 111: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15,  // 112: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17,  // 113: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19,  // 114: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34,  // 115: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36,  // 116: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38,  // 117: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40,  // 118: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43,  // 119: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21,  // 120: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28,  // 121: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32,  // 122: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45,  // 123: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47,  // 124: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	90,  // 125: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
-	49,  // 126: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	76,  // 127: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
-	78,  // 128: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
-	80,  // 129: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
-	82,  // 130: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
-	84,  // 131: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
-	86,  // 132: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
-	88,  // 133: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
-	51,  // 134: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53,  // 135: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55,  // 136: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57,  // 137: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59,  // 138: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61,  // 139: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63,  // 140: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66,  // 141: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	70,  // 142: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	72,  // 143: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	74,  // 144: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	109, // [109:145] is the sub-list for method output_type
-	73,  // [73:109] is the sub-list for method input_type
-	73,  // [73:73] is the sub-list for extension type_name
-	73,  // [73:73] is the sub-list for extension extendee
-	0,   // [0:73] is the sub-list for field type_name
+	90,  // 70: banger.v1.BuildImageRequest.steps:type_name -> banger.v1.BuildStep
+	6,   // 71: banger.v1.BuildImageResponse.operation:type_name -> banger.v1.Operation
+	22,  // 72: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
+	29,  // 73: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
+	5,   // 74: banger.v1.ImageList.images:type_name -> banger.v1.Image
+	8,   // 75: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10,  // 76: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12,  // 77: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14,  // 78: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16,  // 79: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18,  // 80: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33,  // 81: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35,  // 82: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37,  // 83: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39,  // 84: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42,  // 85: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20,  // 86: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27,  // 87: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31,  // 88: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44,  // 89: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46,  // 90: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	94,  // 91: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
+	48,  // 92: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	75,  // 93: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
+	77,  // 94: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
+	79,  // 95: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
+	81,  // 96: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
+	83,  // 97: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
+	85,  // 98: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
+	89,  // 99: banger.v1.ImageService.BuildImage:input_type -> banger.v1.BuildImageRequest
+	92,  // 100: banger.v1.ImageService.ReadBuildLog:input_type -> banger.v1.ReadBuildLogRequest
+	87,  // 101: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
+	50,  // 102: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52,  // 103: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54,  // 104: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56,  // 105: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58,  // 106: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60,  // 107: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62,  // 108: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65,  // 109: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	69,  // 110: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	71,  // 111: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	73,  // 112: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	9,   // 113: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11,  // 114: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13,  // 115: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15,  // 116: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17,  // 117: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19,  // 118: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34,  // 119: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36,  // 120: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38,  // 121: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40,  // 122: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43,  // 123: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21,  // 124: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28,  // 125: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32,  // 126: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45,  // 127: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47,  // 128: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	95,  // 129: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
+	49,  // 130: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	76,  // 131: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
+	78,  // 132: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
+	80,  // 133: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
+	82,  // 134: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
+	84,  // 135: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
+	86,  // 136: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
+	91,  // 137: banger.v1.ImageService.BuildImage:output_type -> banger.v1.BuildImageResponse
+	93,  // 138: banger.v1.ImageService.ReadBuildLog:output_type -> banger.v1.ReadBuildLogResponse
+	88,  // 139: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
+	51,  // 140: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53,  // 141: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55,  // 142: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57,  // 143: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59,  // 144: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61,  // 145: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63,  // 146: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66,  // 147: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	70,  // 148: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	72,  // 149: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	74,  // 150: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	113, // [113:151] is the sub-list for method output_type
+	75,  // [75:113] is the sub-list for method input_type
+	75,  // [75:75] is the sub-list for extension type_name
+	75,  // [75:75] is the sub-list for extension extendee
+	0,   // [0:75] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -6541,7 +6869,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   96,
+			NumMessages:   101,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

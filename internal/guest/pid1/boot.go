@@ -298,6 +298,12 @@ func (b *booter) mountDisk(device, at string, flags uintptr, ext4Data string) er
 		return fmt.Errorf("%s holds %s, which cannot be written", b.describe(device), fs)
 	}
 	err = unix.Mount(device, at, fs, flags, data)
+	if errors.Is(err, unix.ENODEV) {
+		if loadErr := loadFilesystem(moduleDir, fs); loadErr != nil {
+			return fmt.Errorf("%s holds %s: %w", b.describe(device), fs, loadErr)
+		}
+		err = unix.Mount(device, at, fs, flags, data)
+	}
 	switch {
 	case errors.Is(err, unix.EUCLEAN), errors.Is(err, unix.EBADMSG), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EIO):
 		return fmt.Errorf("the %s filesystem on %s is damaged: %w", fs, b.describe(device), err)

@@ -102,14 +102,23 @@ func readConfig(device string) (boot.Config, error) {
 // no failure of the boot in itself (its device may not be there): the errors are kept, to explain a
 // drive that does not come.
 func loadModules(dir string) error {
-	order, err := os.ReadFile(filepath.Join(dir, "order"))
+	return loadInOrder(dir, "order", func(name string) bool { return wanted(name, virtioDevices) })
+}
+
+// loadFilesystem loads the modules of a filesystem that not every guest has, if the initrd carries them.
+func loadFilesystem(dir, fs string) error {
+	return loadInOrder(dir, "order-"+fs, func(string) bool { return true })
+}
+
+func loadInOrder(dir, list string, wanted func(name string) bool) error {
+	order, err := os.ReadFile(filepath.Join(dir, list))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil // everything built in
 	}
 	var failed error
 	for line := range bytes.Lines(order) {
 		name := strings.TrimSpace(string(line))
-		if name == "" || !wanted(name, virtioDevices) {
+		if name == "" || !wanted(name) {
 			continue
 		}
 		if err := loadModule(filepath.Join(dir, name)); err != nil {

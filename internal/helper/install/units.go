@@ -25,8 +25,8 @@ RemoveOnStop=yes
 WantedBy=sockets.target
 `
 
-// serviceUnit lets the helper do what its verbs take, and see nothing else: one capability, two kinds of
-// sockets, one device, and of the files the kernel's settings of networks and its own records alone to write.
+// serviceUnit lets the helper do what its verbs take, and see nothing else: two capabilities, its kinds
+// of sockets, one device, and of the files the kernel's settings of networks and its own records alone to write.
 func serviceUnit(ranges []netip.Prefix) string {
 	var words strings.Builder
 	for _, r := range ranges {
@@ -43,9 +43,9 @@ RuntimeDirectory=banger
 RuntimeDirectoryMode=0755
 RuntimeDirectoryPreserve=yes
 UMask=0077
-CapabilityBoundingSet=CAP_NET_ADMIN
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_BIND_SERVICE
 NoNewPrivileges=yes
-RestrictAddressFamilies=AF_UNIX AF_NETLINK
+RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET AF_INET6
 RestrictNamespaces=yes
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
@@ -68,7 +68,6 @@ ProtectControlGroups=yes
 ProtectClock=yes
 ProtectHostname=yes
 ProtectProc=invisible
-IPAddressDeny=any
 KeyringMode=private
 MemoryMax=256M
 TasksMax=128

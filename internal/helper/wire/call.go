@@ -41,37 +41,53 @@ func Stream(ctx context.Context, socket string, r Request, each func()) error {
 // talk hands on the answers until it is told that there will be no more.
 func talk(ctx context.Context, socket string, r Request, more func(Answer) bool) error {
 	r.Revision = Revision
-	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	conn, hangUp, err := connect(ctx, socket)
 	if err != nil {
-		return unreachable(ctx, socket, err)
+		return err
 	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
-	if deadline, ok := ctx.Deadline(); ok {
-		_ = conn.SetDeadline(deadline)
-	}
+	defer hangUp()
 	// A helper that refuses a caller answers without having read anything: what it says counts more than that
 	// the request could not be sent.
 	sent := Write(conn, r)
 	for {
 		a, err := ReadAnswer(conn)
-		switch {
-		case ctx.Err() != nil:
-			return fault.Wrap(context.Cause(ctx), fault.CodeOf(ctx.Err()), "root helper", "it did not answer %s in time", r.Verb)
-		case err != nil && !isFault(err):
-			if errors.Is(err, io.EOF) && sent != nil {
-				err = sent
-			}
-			return fault.Wrap(err, fault.Unavailable, "root helper", "it hung up").WithHint("sudo journalctl -u 'banger-helper@*' says why")
-		case a.Revision != Revision && r.Verb != Version:
-			return Skew(a)
-		case err != nil:
+		if err := judge(ctx, r, a, err, sent); err != nil {
 			return err
 		}
 		if !more(a) {
 			return nil
 		}
 	}
+}
+
+// connect reaches a helper. What is under way on the connection ends with ctx, or when it is hung up.
+func connect(ctx context.Context, socket string) (conn *net.UnixConn, hangUp func(), err error) {
+	c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, nil, unreachable(ctx, socket, err)
+	}
+	conn = c.(*net.UnixConn) // as the network is
+	if deadline, ok := ctx.Deadline(); ok {
+		_ = conn.SetDeadline(deadline)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	return conn, func() { stop(); _ = conn.Close() }, nil
+}
+
+// judge says what an answer comes to: err is what reading it came to, sent what sending the request did.
+func judge(ctx context.Context, r Request, a Answer, err, sent error) error {
+	switch {
+	case ctx.Err() != nil:
+		return fault.Wrap(context.Cause(ctx), fault.CodeOf(ctx.Err()), Subject, "it did not answer %s in time", r.Verb)
+	case err != nil && !isFault(err):
+		if errors.Is(err, io.EOF) && sent != nil {
+			err = sent
+		}
+		return fault.Wrap(err, fault.Unavailable, Subject, "it hung up").WithHint("sudo journalctl -u 'banger-helper@*' says why")
+	case a.Revision != Revision && r.Verb != Version:
+		return Skew(a)
+	}
+	return err
 }
 
 func isFault(err error) bool {
@@ -81,23 +97,23 @@ func isFault(err error) bool {
 
 // Skew is the fault for a helper that answers so, and is of another revision than this program.
 func Skew(a Answer) error {
-	return fault.New(fault.VersionSkew, "root helper", "the one that is installed (%s, revision %d) does not fit this banger (revision %d)", a.Release, a.Revision, Revision).
+	return fault.New(fault.VersionSkew, Subject, "the one that is installed (%s, revision %d) does not fit this banger (revision %d)", a.Release, a.Revision, Revision).
 		WithHint("%s", InstallCommand())
 }
 
 func unreachable(ctx context.Context, socket string, err error) error {
 	switch {
 	case ctx.Err() != nil:
-		return fault.Wrap(err, fault.CodeOf(ctx.Err()), "root helper", "it could not be reached in time")
+		return fault.Wrap(err, fault.CodeOf(ctx.Err()), Subject, "it could not be reached in time")
 	case errors.Is(err, fs.ErrNotExist):
-		return fault.Wrap(err, fault.Unavailable, "root helper", "it is not installed for user %d", os.Geteuid()).WithHint("%s", InstallCommand())
+		return fault.Wrap(err, fault.Unavailable, Subject, "it is not installed for user %d", os.Geteuid()).WithHint("%s", InstallCommand())
 	case errors.Is(err, fs.ErrPermission):
-		return fault.Wrap(err, fault.Permission, "root helper", "%s is not for user %d", socket, os.Geteuid()).WithHint("%s", InstallCommand())
+		return fault.Wrap(err, fault.Permission, Subject, "%s is not for user %d", socket, os.Geteuid()).WithHint("%s", InstallCommand())
 	case errors.Is(err, unix.ECONNREFUSED):
-		return fault.Wrap(err, fault.Unavailable, "root helper", "nobody listens at %s", socket).
+		return fault.Wrap(err, fault.Unavailable, Subject, "nobody listens at %s", socket).
 			WithHint("sudo systemctl restart banger-helper@%d.socket", os.Geteuid())
 	}
-	return fault.Wrap(err, fault.Unavailable, "root helper", "it cannot be reached").WithHint("%s", InstallCommand())
+	return fault.Wrap(err, fault.Unavailable, Subject, "it cannot be reached").WithHint("%s", InstallCommand())
 }
 
 // probeTime bounds a look at whether there is a helper: it may have to be started.

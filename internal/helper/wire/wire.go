@@ -16,12 +16,17 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 // Revision is raised with every change of the messages or of what a verb does. A helper and a daemon of
 // different ones do not work together.
 const Revision = 1
+
+// Subject is what faults are about that concern the helper itself.
+const Subject = "root helper"
 
 // RunDir is where the helper keeps what goes with a reboot: the sockets, and its records.
 const RunDir = "/run/banger"
@@ -32,7 +37,7 @@ func Socket(uid int) string { return filepath.Join(RunDir, fmt.Sprintf("helper-%
 // Verb is what a caller asks for.
 type Verb string
 
-// The verbs. Apart from Version, each is one of bridge.Host's.
+// The verbs. Most are of bridge.Host; ListenDNS and KeepNames are what guests' and hosts' resolvers take.
 const (
 	Version    Verb = "version" // says which helper it is; whatever the caller's revision
 	Check      Verb = "check"
@@ -44,6 +49,8 @@ const (
 	Remove     Verb = "remove"
 	Watch      Verb = "watch" // answered with every change, until the caller hangs up
 	Obstacles  Verb = "obstacles"
+	ListenDNS  Verb = "listen-dns" // answered with two descriptors: of a listener over TCP, of a socket over UDP
+	KeepNames  Verb = "keep-names" // answered if it does not work, or no more; else until the caller hangs up
 )
 
 // Network names the network of one installation. It is data of the caller's and nothing in it is believed.
@@ -73,6 +80,8 @@ type Request struct {
 	Isolated  bool           `json:"isolated,omitempty"`  // AddTAP
 	Hosts     []netip.Addr   `json:"hosts,omitempty"`     // Policy
 	Guests    []Guest        `json:"guests,omitempty"`    // Policy
+	At        netip.Addr     `json:"at"`                  // ListenDNS: an address of the bridge
+	Server    netip.AddrPort `json:"server"`              // KeepNames: who answers for .vm
 }
 
 // Fault is a fault.Error.
@@ -83,6 +92,7 @@ type Fault struct {
 	Message string     `json:"message"`
 	Hint    string     `json:"hint,omitempty"`
 	Cause   string     `json:"cause,omitempty"`
+	Errno   int        `json:"errno,omitempty"` // of the system, if it comes down to one
 }
 
 // Obstacle is a hostnet.Obstacle.
@@ -140,29 +150,29 @@ func read(r io.Reader) ([]byte, error) {
 func ReadRequest(r io.Reader) (Request, error) {
 	body, err := read(r)
 	if err != nil {
-		return Request{}, fault.Wrap(err, fault.Invalid, "root helper", "the request cannot be read")
+		return Request{}, fault.Wrap(err, fault.Invalid, Subject, "the request cannot be read")
 	}
 	var head struct {
 		Revision int  `json:"revision"`
 		Verb     Verb `json:"verb"`
 	}
 	if err := json.Unmarshal(body, &head); err != nil {
-		return Request{}, fault.Wrap(err, fault.Invalid, "root helper", "the request is none")
+		return Request{}, fault.Wrap(err, fault.Invalid, Subject, "the request is none")
 	}
 	if head.Verb == Version {
 		return Request{Revision: head.Revision, Verb: Version}, nil
 	}
 	if head.Revision != Revision {
-		return Request{}, fault.New(fault.VersionSkew, "root helper", "it speaks revision %d, and the caller %d", Revision, head.Revision)
+		return Request{}, fault.New(fault.VersionSkew, Subject, "it speaks revision %d, and the caller %d", Revision, head.Revision)
 	}
 	var out Request
 	strict := json.NewDecoder(bytes.NewReader(body))
 	strict.DisallowUnknownFields()
 	if err := strict.Decode(&out); err != nil {
-		return Request{}, fault.Wrap(err, fault.Invalid, "root helper", "the request is none")
+		return Request{}, fault.Wrap(err, fault.Invalid, Subject, "the request is none")
 	}
 	if strict.More() {
-		return Request{}, fault.New(fault.Invalid, "root helper", "the request has something after its end")
+		return Request{}, fault.New(fault.Invalid, Subject, "the request has something after its end")
 	}
 	return out, nil
 }
@@ -180,11 +190,26 @@ func ReadAnswer(r io.Reader) (Answer, error) {
 	if f := out.Fault; f != nil && out.Revision == Revision {
 		e := &fault.Error{Code: f.Code, Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: f.Hint}
 		if f.Cause != "" {
-			e.Cause = errors.New(f.Cause)
+			e.Cause = cause{f.Cause, unix.Errno(f.Errno)}
 		}
 		return out, e
 	}
 	return out, nil
+}
+
+// cause is an error of the helper's: its words, and the system's number for errors.Is.
+type cause struct {
+	text  string
+	errno unix.Errno
+}
+
+func (c cause) Error() string { return c.text }
+
+func (c cause) Unwrap() error {
+	if c.errno == 0 {
+		return nil
+	}
+	return c.errno
 }
 
 // FaultOf makes an error fit for an answer; nil of nil.
@@ -194,11 +219,15 @@ func FaultOf(err error) *Fault {
 	}
 	var f *fault.Error
 	if !errors.As(err, &f) {
-		return &Fault{Code: fault.CodeOf(err), Subject: "root helper", Message: err.Error()}
+		return &Fault{Code: fault.CodeOf(err), Subject: Subject, Message: err.Error()}
 	}
 	out := &Fault{Code: f.Code, Op: f.Op, Subject: f.Subject, Message: f.Message, Hint: fault.HintOf(err)}
 	if f.Cause != nil {
 		out.Cause = f.Cause.Error()
+	}
+	var errno unix.Errno
+	if errors.As(err, &errno) {
+		out.Errno = int(errno)
 	}
 	return out
 }

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -33,10 +32,12 @@ var (
 	WorldName = "server.example."
 )
 
-// Ports of the world's servers: one echoes, after a line with the address that the connection came from, the other speaks HTTP.
+// Ports of the world's servers: one echoes, after a line with the address that the connection came from; one takes what comes; one
+// sends without end.
 const (
-	EchoPort = 7
-	HTTPPort = 8080
+	EchoPort    = 7
+	DiscardPort = 9
+	SourcePort  = 19
 )
 
 // Inside runs the test in a process, and in network and mount namespaces, of its own. It returns false in the process that
@@ -52,7 +53,7 @@ func Inside(t testing.TB, more ...string) bool {
 	if os.Geteuid() != 0 {
 		t.Skip("takes root, to make a network namespace")
 	}
-	cmd := exec.Command(os.Args[0], append([]string{"-test.run", "^" + t.Name() + "$", "-test.v", "-test.timeout=5m"}, more...)...)
+	cmd := exec.Command(os.Args[0], append([]string{"-test.run", "^" + t.Name() + "$", "-test.v", "-test.timeout=4m"}, more...)...)
 	cmd.Env = append(os.Environ(), insideEnv+"="+t.Name())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
 	out, err := cmd.CombinedOutput()
@@ -142,11 +143,23 @@ func beyond(host, mtu int) error {
 	if err := errors.Join(up("lo"), up("world", WorldAddr.String()+"/24")); err != nil {
 		return err
 	}
+	// It knows its way to whoever asks, also to addresses that should not get here.
+	world, err := netlink.LinkByName("world")
+	if err == nil {
+		err = netlink.RouteAdd(&netlink.Route{LinkIndex: world.Attrs().Index, Gw: HostAddr.AsSlice()})
+	}
+	if err != nil {
+		return err
+	}
 	echo, err := net.Listen("tcp", netip.AddrPortFrom(WorldAddr, EchoPort).String())
 	if err != nil {
 		return err
 	}
-	web, err := net.Listen("tcp", netip.AddrPortFrom(WorldAddr, HTTPPort).String())
+	discard, err := net.Listen("tcp", netip.AddrPortFrom(WorldAddr, DiscardPort).String())
+	if err != nil {
+		return err
+	}
+	source, err := net.Listen("tcp", netip.AddrPortFrom(WorldAddr, SourcePort).String())
 	if err != nil {
 		return err
 	}
@@ -159,9 +172,14 @@ func beyond(host, mtu int) error {
 		return err
 	}
 	go Echo(echo)
-	go func() {
-		_ = http.Serve(web, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "the world") }))
-	}()
+	go serve(discard, func(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) })
+	go serve(source, func(conn net.Conn) {
+		for data := make([]byte, 1<<20); ; {
+			if _, err := conn.Write(data); err != nil {
+				return
+			}
+		}
+	})
 	go func() {
 		buf := make([]byte, 2048)
 		for {
@@ -187,6 +205,15 @@ func beyond(host, mtu int) error {
 
 // Echo serves connections until the listener ends: a line with the peer's address, then what comes, back.
 func Echo(l net.Listener) {
+	serve(l, func(conn net.Conn) {
+		host, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
+		if _, err := fmt.Fprintln(conn, host); err == nil {
+			_, _ = io.Copy(conn, conn)
+		}
+	})
+}
+
+func serve(l net.Listener, one func(net.Conn)) {
 	for {
 		conn, err := l.Accept()
 		if err != nil {
@@ -194,10 +221,7 @@ func Echo(l net.Listener) {
 		}
 		go func() {
 			defer conn.Close()
-			host, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
-			if _, err := fmt.Fprintln(conn, host); err == nil {
-				_, _ = io.Copy(conn, conn)
-			}
+			one(conn)
 		}()
 	}
 }

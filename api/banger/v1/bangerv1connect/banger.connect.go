@@ -99,6 +99,11 @@ const (
 	// ImageServiceImportImageProcedure is the fully-qualified name of the ImageService's ImportImage
 	// RPC.
 	ImageServiceImportImageProcedure = "/banger.v1.ImageService/ImportImage"
+	// ImageServiceBuildImageProcedure is the fully-qualified name of the ImageService's BuildImage RPC.
+	ImageServiceBuildImageProcedure = "/banger.v1.ImageService/BuildImage"
+	// ImageServiceReadBuildLogProcedure is the fully-qualified name of the ImageService's ReadBuildLog
+	// RPC.
+	ImageServiceReadBuildLogProcedure = "/banger.v1.ImageService/ReadBuildLog"
 	// ImageServicePruneImagesProcedure is the fully-qualified name of the ImageService's PruneImages
 	// RPC.
 	ImageServicePruneImagesProcedure = "/banger.v1.ImageService/PruneImages"
@@ -731,6 +736,10 @@ type ImageServiceClient interface {
 	ExportImage(context.Context, *v1.ExportImageRequest) (*v1.ExportImageResponse, error)
 	// ImportImage makes an image of a file that ExportImage wrote.
 	ImportImage(context.Context, *v1.ImportImageRequest) (*v1.ImportImageResponse, error)
+	// BuildImage builds an image in a VM of its own and publishes it, complete or not at all.
+	BuildImage(context.Context, *v1.BuildImageRequest) (*v1.BuildImageResponse, error)
+	// ReadBuildLog sends the output of a build from its begin, and goes on until it ends.
+	ReadBuildLog(context.Context, *v1.ReadBuildLogRequest) (*connect.ServerStreamForClient[v1.ReadBuildLogResponse], error)
 	// PruneImages removes content that nothing refers to and, if asked to, images that no VM was made from.
 	PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error)
 }
@@ -788,6 +797,18 @@ func NewImageServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(imageServiceMethods.ByName("ImportImage")),
 			connect.WithClientOptions(opts...),
 		),
+		buildImage: connect.NewClient[v1.BuildImageRequest, v1.BuildImageResponse](
+			httpClient,
+			baseURL+ImageServiceBuildImageProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("BuildImage")),
+			connect.WithClientOptions(opts...),
+		),
+		readBuildLog: connect.NewClient[v1.ReadBuildLogRequest, v1.ReadBuildLogResponse](
+			httpClient,
+			baseURL+ImageServiceReadBuildLogProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("ReadBuildLog")),
+			connect.WithClientOptions(opts...),
+		),
 		pruneImages: connect.NewClient[v1.PruneImagesRequest, v1.PruneImagesResponse](
 			httpClient,
 			baseURL+ImageServicePruneImagesProcedure,
@@ -806,6 +827,8 @@ type imageServiceClient struct {
 	promoteImage  *connect.Client[v1.PromoteImageRequest, v1.PromoteImageResponse]
 	exportImage   *connect.Client[v1.ExportImageRequest, v1.ExportImageResponse]
 	importImage   *connect.Client[v1.ImportImageRequest, v1.ImportImageResponse]
+	buildImage    *connect.Client[v1.BuildImageRequest, v1.BuildImageResponse]
+	readBuildLog  *connect.Client[v1.ReadBuildLogRequest, v1.ReadBuildLogResponse]
 	pruneImages   *connect.Client[v1.PruneImagesRequest, v1.PruneImagesResponse]
 }
 
@@ -872,6 +895,20 @@ func (c *imageServiceClient) ImportImage(ctx context.Context, req *v1.ImportImag
 	return nil, err
 }
 
+// BuildImage calls banger.v1.ImageService.BuildImage.
+func (c *imageServiceClient) BuildImage(ctx context.Context, req *v1.BuildImageRequest) (*v1.BuildImageResponse, error) {
+	response, err := c.buildImage.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ReadBuildLog calls banger.v1.ImageService.ReadBuildLog.
+func (c *imageServiceClient) ReadBuildLog(ctx context.Context, req *v1.ReadBuildLogRequest) (*connect.ServerStreamForClient[v1.ReadBuildLogResponse], error) {
+	return c.readBuildLog.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // PruneImages calls banger.v1.ImageService.PruneImages.
 func (c *imageServiceClient) PruneImages(ctx context.Context, req *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error) {
 	response, err := c.pruneImages.CallUnary(ctx, connect.NewRequest(req))
@@ -897,6 +934,10 @@ type ImageServiceHandler interface {
 	ExportImage(context.Context, *v1.ExportImageRequest) (*v1.ExportImageResponse, error)
 	// ImportImage makes an image of a file that ExportImage wrote.
 	ImportImage(context.Context, *v1.ImportImageRequest) (*v1.ImportImageResponse, error)
+	// BuildImage builds an image in a VM of its own and publishes it, complete or not at all.
+	BuildImage(context.Context, *v1.BuildImageRequest) (*v1.BuildImageResponse, error)
+	// ReadBuildLog sends the output of a build from its begin, and goes on until it ends.
+	ReadBuildLog(context.Context, *v1.ReadBuildLogRequest, *connect.ServerStream[v1.ReadBuildLogResponse]) error
 	// PruneImages removes content that nothing refers to and, if asked to, images that no VM was made from.
 	PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error)
 }
@@ -950,6 +991,18 @@ func NewImageServiceHandler(svc ImageServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(imageServiceMethods.ByName("ImportImage")),
 		connect.WithHandlerOptions(opts...),
 	)
+	imageServiceBuildImageHandler := connect.NewUnaryHandlerSimple(
+		ImageServiceBuildImageProcedure,
+		svc.BuildImage,
+		connect.WithSchema(imageServiceMethods.ByName("BuildImage")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServiceReadBuildLogHandler := connect.NewServerStreamHandlerSimple(
+		ImageServiceReadBuildLogProcedure,
+		svc.ReadBuildLog,
+		connect.WithSchema(imageServiceMethods.ByName("ReadBuildLog")),
+		connect.WithHandlerOptions(opts...),
+	)
 	imageServicePruneImagesHandler := connect.NewUnaryHandlerSimple(
 		ImageServicePruneImagesProcedure,
 		svc.PruneImages,
@@ -972,6 +1025,10 @@ func NewImageServiceHandler(svc ImageServiceHandler, opts ...connect.HandlerOpti
 			imageServiceExportImageHandler.ServeHTTP(w, r)
 		case ImageServiceImportImageProcedure:
 			imageServiceImportImageHandler.ServeHTTP(w, r)
+		case ImageServiceBuildImageProcedure:
+			imageServiceBuildImageHandler.ServeHTTP(w, r)
+		case ImageServiceReadBuildLogProcedure:
+			imageServiceReadBuildLogHandler.ServeHTTP(w, r)
 		case ImageServicePruneImagesProcedure:
 			imageServicePruneImagesHandler.ServeHTTP(w, r)
 		default:
@@ -1009,6 +1066,14 @@ func (UnimplementedImageServiceHandler) ExportImage(context.Context, *v1.ExportI
 
 func (UnimplementedImageServiceHandler) ImportImage(context.Context, *v1.ImportImageRequest) (*v1.ImportImageResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.ImportImage is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) BuildImage(context.Context, *v1.BuildImageRequest) (*v1.BuildImageResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.BuildImage is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) ReadBuildLog(context.Context, *v1.ReadBuildLogRequest, *connect.ServerStream[v1.ReadBuildLogResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.ReadBuildLog is not implemented"))
 }
 
 func (UnimplementedImageServiceHandler) PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error) {

@@ -1,0 +1,103 @@
+package cli
+
+import (
+	"errors"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
+	"git.thaloco.com/thaloco/banger/client"
+	"git.thaloco.com/thaloco/banger/internal/fault"
+)
+
+// eventView is a change, or, of type snapshot, the state that it all begins with.
+type eventView struct {
+	Type      string         `json:"type"` // snapshot, vm, vm_deleted, operation
+	At        *time.Time     `json:"at"`   // when it was heard of here
+	VM        *vmView        `json:"vm,omitempty"`
+	VMID      string         `json:"vm_id,omitempty"` // that was deleted
+	Operation *operationView `json:"operation,omitempty"`
+	Snapshot  *snapshotView  `json:"snapshot,omitempty"`
+}
+
+type snapshotView struct {
+	VMs        []*vmView       `json:"vms"`
+	Operations []operationView `json:"operations"`
+	Images     []*imageView    `json:"images"`
+}
+
+func (a *app) viewEvent(m *bangerv1.WatchResponse) (v eventView, known bool) {
+	now := a.now()
+	v.At = &now
+	switch e := m.GetEvent().(type) {
+	case *bangerv1.WatchResponse_Snapshot:
+		v.Type, v.Snapshot = "snapshot", &snapshotView{VMs: []*vmView{}, Operations: []operationView{}, Images: []*imageView{}}
+		for _, one := range e.Snapshot.GetVms() {
+			v.Snapshot.VMs = append(v.Snapshot.VMs, viewVM(one))
+		}
+		for _, one := range e.Snapshot.GetOperations() {
+			v.Snapshot.Operations = append(v.Snapshot.Operations, viewOperation(one))
+		}
+		for _, one := range e.Snapshot.GetImages() {
+			v.Snapshot.Images = append(v.Snapshot.Images, viewImage(one))
+		}
+	case *bangerv1.WatchResponse_Vm:
+		v.Type, v.VM = "vm", viewVM(e.Vm)
+	case *bangerv1.WatchResponse_VmDeleted:
+		v.Type, v.VMID = "vm_deleted", e.VmDeleted
+	case *bangerv1.WatchResponse_Operation:
+		op := viewOperation(e.Operation)
+		v.Type, v.Operation = "operation", &op
+	default:
+		return v, false
+	}
+	return v, true
+}
+
+func (a *app) eventsCommand() *cobra.Command {
+	only := filters{keys: keysOf(eventView{})}
+	cmd := &cobra.Command{
+		Use: "events", Short: "Print what happens, a JSON object a line, until Ctrl-C",
+		Long: `Print what happens to VMs and operations, a JSON object a line (NDJSON), until Ctrl-C. The first line, of type snapshot, is
+all that there is; each one after it a VM or an operation as it is now, or the id of a VM that was deleted. It ends with an
+error if the daemon ends.`,
+		Example: `  banger events | jq -c 'select(.type == "vm") | [.vm.name, .vm.state]'
+  banger events --filter type=operation --filter operation.state=failed`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !a.json { // there is no table of it
+				a.output, a.json = outputJSON, true
+			}
+			c, err := a.connect()
+			if err != nil {
+				return err
+			}
+			stream, err := c.Daemon.Watch(cmd.Context(), &bangerv1.WatchRequest{})
+			if err != nil {
+				return client.FromConnect(err)
+			}
+			defer stream.Close()
+			for stream.Receive() {
+				v, known := a.viewEvent(stream.Msg())
+				if !known || !only.match(v) {
+					continue
+				}
+				if err := a.printValue(v, false); err != nil {
+					return fault.Wrap(err, fault.Internal, "stdout", "cannot be written: %v", err)
+				}
+			}
+			if cmd.Context().Err() != nil {
+				return nil
+			}
+			err = stream.Err()
+			if err == nil {
+				err = errors.New("it ended the stream")
+			}
+			return fault.Wrap(client.FromConnect(err), fault.Unavailable, "", "the daemon that told of changes is gone").
+				WithHint("the same command again starts it")
+		},
+	}
+	cmd.Flags().Var(&only, "filter", "only lines with KEY=PATTERN or KEY!=PATTERN, can be repeated")
+	return cmd
+}

@@ -1,0 +1,338 @@
+package imagebuild
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+)
+
+func TestPinnedSourcesAreInForm(t *testing.T) {
+	for _, s := range []string{DefaultMise, DefaultOpencode, DefaultTmuxResurrect, DefaultTmuxContinuum} {
+		if err := ValidateSource(s); err != nil {
+			t.Errorf("%s %v", s, err)
+		}
+	}
+}
+
+func TestSourcesThatAreRefused(t *testing.T) {
+	sum := "#sha256=" + strings.Repeat("0", 64)
+	for text, want := range map[string]string{
+		"":                               "none of",
+		"mise":                           "none of",
+		"ftp://example.org/x" + sum:      "none of",
+		"https://example.org/x":          "not pinned",
+		"https://example.org/x#sha256=0": "not pinned",
+		"https://example.org/x#" + strings.Repeat("0", 64): "not pinned",
+		"npm:mise" + sum:                                     "with a version",
+		"npm:a/../b@1" + sum:                                 "with a version",
+		"npm:@a/b@1.0.0":                                     "not pinned",
+		"git+https://example.org/x":                          "pins no commit",
+		"git+https://example.org/x#main":                     "pins no commit",
+		"git+ssh://example.org/x#" + strings.Repeat("0", 40): "neither",
+		"git+file://x":                                       "neither",
+		"git+file:///x#--upload":                             "names no commit",
+		"git+file:///x#a b":                                  "names no commit",
+		"/some/file#sha256=short":                            "not pinned",
+	} {
+		if err := ValidateSource(text); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+	for _, text := range []string{"/some/file", "/some/file" + sum, "file:///some/file", "git+file:///some/repository", "git+file:///x#v1.0/x", "npm:@a/b@1.0.0-rc.1+x" + sum} {
+		if err := ValidateSource(text); err != nil {
+			t.Errorf("%q %v", text, err)
+		}
+	}
+}
+
+// archive makes a tar archive; a value that begins with "->" is a symbolic link.
+func archive(t *testing.T, files ...string) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for i := 0; i < len(files); i += 2 {
+		h := &tar.Header{Name: files[i], Mode: 0o755, Size: int64(len(files[i+1]))}
+		if target, ok := strings.CutPrefix(files[i+1], "->"); ok {
+			h.Typeflag, h.Linkname, h.Size = tar.TypeSymlink, target, 0
+		}
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+		if h.Size > 0 {
+			if _, err := io.WriteString(w, files[i+1]); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+func zipped(t *testing.T, b []byte) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	w := gzip.NewWriter(&out)
+	_, err := w.Write(b)
+	if err := errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+func write(t *testing.T, name string, b []byte) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, b, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func elf(text string) string {
+	return "\x7fELF\x02\x01\x01" + strings.Repeat("\x00", 11) + "\x3e\x00" + text
+}
+
+func sum(b []byte) string {
+	s := sha256.Sum256(b)
+	return hex.EncodeToString(s[:])
+}
+
+// unpacked is what the guest is given.
+func unpacked(t *testing.T, tools Tools) map[string]string {
+	t.Helper()
+	var b bytes.Buffer
+	if err := tools.archive(context.Background(), &b); err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]string{}
+	r := tar.NewReader(&b)
+	for {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			return out
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		content, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Uid != 0 || h.Gid != 0 {
+			t.Errorf("%s belongs to %d:%d", h.Name, h.Uid, h.Gid)
+		}
+		out[h.Name] = string(content) + h.Linkname
+	}
+}
+
+func TestToolsComeFromEveryPlace(t *testing.T) {
+	mise := zipped(t, archive(t, "package/README", "x", "package/bin/mise", elf("mise")))
+	served := 0
+	registry := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		served++
+		if r.URL.Path != "/@scope/mise/-/mise-1.2.3.tgz" {
+			http.NotFound(w, r)
+			return
+		}
+		_, _ = w.Write(mise)
+	}))
+	defer registry.Close()
+	t.Setenv("npm_config_registry", registry.URL+"/")
+	repository := t.TempDir()
+	git(t, repository, "init", "--quiet")
+	if err := os.WriteFile(filepath.Join(repository, "resurrect.tmux"), []byte("one"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	git(t, repository, "add", ".")
+	git(t, repository, "commit", "--quiet", "-m", "one")
+	git(t, repository, "tag", "v1")
+	if err := os.WriteFile(filepath.Join(repository, "resurrect.tmux"), []byte("two"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	git(t, repository, "commit", "--quiet", "-am", "two")
+
+	sources := Sources{
+		Mise:          "npm:@scope/mise@1.2.3#sha256=" + sum(mise),
+		Opencode:      write(t, "opencode", []byte(elf("opencode"))),
+		TmuxResurrect: "git+file://" + repository + "#v1",
+		TmuxContinuum: write(t, "continuum.tar", archive(t, "top-1/continuum.tmux", "c", "top-1/scripts/link", "->../continuum.tmux", "top-1/near", "->continuum.tmux")),
+	}
+	f := Fetcher{Cache: filepath.Join(t.TempDir(), "cache")}
+	for range 2 { // the second time nothing is fetched
+		tools, err := f.Fetch(context.Background(), sources, func(string) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		have := unpacked(t, tools)
+		for name, want := range map[string]string{
+			"usr/local/bin/mise":                               elf("mise"),
+			"usr/local/lib/opencode/bin/opencode":              elf("opencode"),
+			"root/.tmux/plugins/tmux-resurrect/resurrect.tmux": "one",
+			"root/.tmux/plugins/tmux-continuum/continuum.tmux": "c",
+			"root/.tmux/plugins/tmux-continuum/near":           "continuum.tmux",
+		} {
+			if have[name] != want {
+				t.Errorf("%s: %q", name, have[name])
+			}
+		}
+		if len(have) != 5 {
+			t.Errorf("the guest is given %v", have)
+		}
+	}
+	if served != 1 {
+		t.Errorf("the registry was asked %d times", served)
+	}
+	// A directory is its repository, at what is checked out.
+	sources.TmuxResurrect = repository
+	tools, err := f.Fetch(context.Background(), sources, func(string) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := unpacked(t, tools)["root/.tmux/plugins/tmux-resurrect/resurrect.tmux"]; got != "two" {
+		t.Errorf("of the directory: %q", got)
+	}
+	// What lies damaged in the cache is fetched again.
+	if err := os.WriteFile(filepath.Join(f.Cache, sum(mise)), []byte("rubbish"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Fetch(context.Background(), sources, func(string) {}); err != nil || served != 2 {
+		t.Errorf("after damage: %v, asked %d times", err, served)
+	}
+}
+
+func git(t *testing.T, dir string, args ...string) {
+	t.Helper()
+	cmd := exec.Command("git", append([]string{"-C", dir, "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"}, args...)...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("git %v: %v\n%s", args, err, out)
+	}
+}
+
+func TestWhatCannotBeFetchedNamesItsSetting(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/good":
+			_, _ = io.WriteString(w, "good")
+		case "/short":
+			w.Header().Set("Content-Length", "100")
+			_, _ = io.WriteString(w, "good")
+		default:
+			http.NotFound(w, r)
+		}
+	}))
+	defer server.Close()
+	good, zeros := sum([]byte("good")), strings.Repeat("0", 64)
+	for text, code := range map[string]fault.Code{
+		server.URL + "/good#sha256=" + zeros:            fault.Corrupt,
+		server.URL + "/short#sha256=" + good:            fault.Unavailable,
+		server.URL + "/none#sha256=" + good:             fault.Unavailable,
+		"http://127.0.0.1:1/x#sha256=" + good:           fault.Unavailable,
+		"git+http://127.0.0.1:1/x#" + zeros[:40]:        fault.Unavailable,
+		"/nowhere":                                      fault.NotFound,
+		"git+file:///nowhere":                           fault.NotFound,
+		"nonsense":                                      fault.Invalid,
+		write(t, "x", []byte("x")) + "#sha256=" + zeros: fault.Corrupt,
+	} {
+		cache := filepath.Join(t.TempDir(), "cache")
+		_, err := Fetcher{Cache: cache}.fetch(context.Background(), "mise_source", text, func(string) {})
+		if !fault.Is(err, code) || !strings.Contains(err.Error(), "mise_source") {
+			t.Errorf("%s: %v, want %s", text, err, code)
+		}
+		if code == fault.Unavailable && !strings.Contains(fault.HintOf(err), "mise_source in config.toml") {
+			t.Errorf("%s: hint %q", text, fault.HintOf(err))
+		}
+		if left, _ := os.ReadDir(cache); len(left) != 0 {
+			t.Errorf("%s leaves %v in the cache", text, left)
+		}
+	}
+}
+
+func TestWhatIsNoToolIsRefused(t *testing.T) {
+	for name, content := range map[string][]byte{
+		"text":               []byte("hello"),
+		"another machine":    []byte(strings.Replace(elf(""), "\x3e", "\xb7", 1)),
+		"nothing":            {},
+		"an archive without": archive(t, "a/b", "x"),
+		"cut off":            zipped(t, archive(t, "a/mise", elf("mise")))[:40],
+		"not executable":     archive(t, "mise/", ""),
+	} {
+		f := fetched{setting: "mise_source", from: name, path: write(t, "x", content)}
+		err := f.program(context.Background(), tar.NewWriter(io.Discard), "mise", misePath)
+		if err == nil || !strings.Contains(err.Error(), "mise_source") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, content := range map[string][]byte{
+		"no archive": []byte("hello"),
+		"without it": archive(t, "top/other", "x"),
+		"climbs":     archive(t, "top/../../etc/passwd", "x", "top/p.tmux", "x"),
+		"absolute":   archive(t, "/etc/passwd", "x", "p.tmux", "x"),
+		"too much":   zipped(t, bytes.Repeat([]byte{0}, 1024)),
+	} {
+		f := fetched{setting: "tmux_resurrect_source", from: name, path: write(t, "x", content)}
+		var out bytes.Buffer
+		err := f.tree(context.Background(), tar.NewWriter(&out), tmuxPlugins, "p.tmux")
+		if err == nil || !strings.Contains(err.Error(), "tmux_resurrect_source") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if strings.Contains(out.String(), "passwd") {
+			t.Errorf("%s: the guest would be given a file outside of its place", name)
+		}
+	}
+}
+
+func TestPackages(t *testing.T) {
+	got := ParsePackages("# a list\nvim git # why\n\nlibstdc++6,vim\r\n")
+	if strings.Join(got, " ") != "vim git libstdc++6" {
+		t.Errorf("%q", got)
+	}
+	for _, bad := range []string{"", "Vim", "a b", "a;b", "-x", "a'b", "$(x)", "ä"} {
+		if err := ValidatePackages([]string{"vim", bad}); err == nil {
+			t.Errorf("%q passes for the name of a package", bad)
+		}
+	}
+	if err := ValidatePackages([]string{"g++", "libc6:amd64", "python3.13"}); err != nil {
+		t.Error(err)
+	}
+}
+
+// Settings reach the scripts as they are, whatever is in them.
+func TestSettingsAreQuoted(t *testing.T) {
+	for _, value := range []string{"", "a b", "it's", "$(touch x)", "`x`", "a\\'b"} {
+		out, err := exec.Command("/bin/sh", "-c", setting("V", value)+`printf %s "$V"`).Output()
+		if err != nil || string(out) != value {
+			t.Errorf("%q became %q, %v", value, out, err)
+		}
+	}
+}
+
+// TestScriptsAreSh wants every script to be one that a shell reads, and steps in their order.
+func TestScriptsAreSh(t *testing.T) {
+	steps := Recipe{OwnHome: true, Docker: true, Packages: []string{"vim"}, Custom: []Step{PackageStep("more", []string{"less"})}}.Steps(Tools{})
+	var names []string
+	for _, s := range steps {
+		names = append(names, s.Name)
+		if out, err := exec.Command("/bin/sh", "-n", "-c", s.Script).CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", s.Name, err, out)
+		}
+	}
+	if strings.Join(names, " ") != "prepare packages tools more finish" {
+		t.Errorf("steps %v", names)
+	}
+}

@@ -1,0 +1,457 @@
+package imagebuild
+
+import (
+	"archive/tar"
+	"bufio"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/ulikunitz/xz"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+)
+
+// A source says where something comes from and what it must be:
+//
+//	npm:<package>@<version>#sha256=<hex>   the package's archive, of the registry that npm is configured for
+//	https://<host>/<path>#sha256=<hex>     a program or an archive
+//	/<path>[#sha256=<hex>]                 likewise, of this machine
+//	git+https://<host>/<path>#<commit>     a commit of a repository
+//	git+file:///<path>[#<commit>]          likewise, of this machine; /<path> of a directory is the same
+//
+// What comes from elsewhere must be pinned, by the SHA-256 of what is fetched or by the commit.
+type source struct {
+	kind string // npm, url, file, git
+	at   string
+	pin  string // SHA-256 or commit; "" only for what is the user's own
+}
+
+const (
+	kindNPM  = "npm"
+	kindURL  = "url"
+	kindFile = "file"
+	kindGit  = "git"
+)
+
+var (
+	commitForm  = regexp.MustCompile(`^[0-9a-f]{40}([0-9a-f]{24})?$`)
+	sumForm     = regexp.MustCompile(`^[0-9a-f]{64}$`)
+	packageForm = regexp.MustCompile(`^(@[a-z0-9._-]+/)?[a-z0-9._-]+@[A-Za-z0-9.+-]+$`)
+	refForm     = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]*$`)
+)
+
+// ValidateSource checks the form of a source; nothing is fetched. The error says what is allowed.
+func ValidateSource(text string) error {
+	_, err := parseSource(text)
+	return err
+}
+
+func parseSource(text string) (source, error) {
+	at, pin, _ := strings.Cut(text, "#")
+	sum := strings.TrimPrefix(pin, "sha256=")
+	s := source{at: at, pin: sum}
+	switch {
+	case strings.HasPrefix(at, "npm:"):
+		s.kind, s.at = kindNPM, strings.TrimPrefix(at, "npm:")
+		if !packageForm.MatchString(s.at) {
+			return s, errors.New("names no npm package with a version, such as npm:left-pad@1.3.0")
+		}
+	case strings.HasPrefix(at, "git+"):
+		s.kind, s.at = kindGit, strings.TrimPrefix(at, "git+")
+		local, isLocal := strings.CutPrefix(s.at, "file://")
+		switch {
+		case isLocal && filepath.IsAbs(local):
+			s.at = local
+		case !strings.HasPrefix(s.at, "https://") && !strings.HasPrefix(s.at, "http://"):
+			return s, errors.New("is a git repository at neither https:// nor file:///")
+		case !commitForm.MatchString(pin):
+			return s, errors.New("pins no commit: append # and all digits of it")
+		}
+	case strings.HasPrefix(at, "https://"), strings.HasPrefix(at, "http://"):
+		s.kind = kindURL
+	case strings.HasPrefix(at, "file:///"), filepath.IsAbs(at):
+		s.kind, s.at = kindFile, strings.TrimPrefix(at, "file://")
+		if fi, err := os.Stat(s.at); err == nil && fi.IsDir() {
+			s.kind = kindGit
+		}
+	default:
+		return s, errors.New("is none of npm:<package>@<version>, an https:// URL, git+https:// with a commit, an absolute path")
+	}
+	if s.kind == kindGit {
+		if s.pin != "" && !refForm.MatchString(s.pin) {
+			return s, errors.New("names no commit, branch or tag")
+		}
+		return s, nil
+	}
+	if pin == "" && s.kind == kindFile {
+		return s, nil
+	}
+	if !strings.HasPrefix(pin, "sha256=") || !sumForm.MatchString(sum) {
+		return s, errors.New("is not pinned: append #sha256= and the 64 digits that sha256sum prints for it")
+	}
+	return s, nil
+}
+
+// Fetcher fetches sources into a cache by what they are pinned to, so that each is fetched once.
+type Fetcher struct {
+	Cache string       // directory, made if need be
+	HTTP  *http.Client // nil: the default one, which minds the proxy of the environment
+}
+
+// fetched is a source that lies on this machine.
+type fetched struct {
+	setting string // that names it
+	from    string // for people
+	path    string
+	version string // if its name tells
+}
+
+const (
+	// fetchTime bounds one download: some hundred MiB over a slow line.
+	fetchTime = 30 * time.Minute
+	// stallTime is how long a download may go without a byte.
+	stallTime = time.Minute
+	maxFetch  = 2 << 30 // bytes
+)
+
+// Fetch gets all tools, and tells what it does in lines. A source out of reach or with other content is an error that names
+// its setting: fault.Unavailable, Corrupt, NotFound, Invalid.
+func (f Fetcher) Fetch(ctx context.Context, s Sources, say func(string)) (t Tools, err error) {
+	for _, part := range []struct {
+		setting, value string
+		to             *fetched
+	}{
+		{"mise_source", s.Mise, &t.mise}, {"opencode_source", s.Opencode, &t.opencode},
+		{"tmux_resurrect_source", s.TmuxResurrect, &t.resurrect}, {"tmux_continuum_source", s.TmuxContinuum, &t.continuum},
+	} {
+		if *part.to, err = f.fetch(ctx, part.setting, part.value, say); err != nil {
+			return Tools{}, err
+		}
+	}
+	return t, nil
+}
+
+func (f Fetcher) fetch(ctx context.Context, setting, text string, say func(string)) (fetched, error) {
+	out := fetched{setting: setting, from: text}
+	s, err := parseSource(text)
+	if err != nil {
+		return out, fault.New(fault.Invalid, setting, "%q %s", text, err)
+	}
+	if err := os.MkdirAll(f.Cache, 0o700); err != nil {
+		return out, fault.Wrap(err, fault.Internal, f.Cache, "the cache cannot be written")
+	}
+	switch s.kind {
+	case kindNPM:
+		_, out.version = splitPackage(s.at)
+	case kindFile:
+		out.path = s.at
+		if s.pin == "" {
+			if _, err := os.Stat(s.at); err != nil {
+				return out, fault.Wrap(err, fault.NotFound, setting, "%s cannot be read", s.at).WithHint("correct %s in config.toml", setting)
+			}
+			return out, nil
+		}
+		sum, err := sumOf(ctx, s.at)
+		if err != nil {
+			return out, fault.Wrap(err, fault.NotFound, setting, "%s cannot be read", s.at).WithHint("correct %s in config.toml", setting)
+		}
+		return out, checkSum(sum, s.pin, setting, text)
+	case kindGit:
+		return f.git(ctx, s, out, say)
+	}
+	out.path = filepath.Join(f.Cache, s.pin)
+	if sum, err := sumOf(ctx, out.path); err == nil && sum == s.pin { // a cache may be anything
+		say("have " + text)
+		return out, nil
+	}
+	url := s.at
+	if s.kind == kindNPM {
+		name, version := splitPackage(s.at)
+		url = registry() + name + "/-/" + name[strings.LastIndexByte(name, '/')+1:] + "-" + version + ".tgz"
+	}
+	say("fetching " + url)
+	return out, f.download(ctx, url, s.pin, out)
+}
+
+// splitPackage splits name@version; the name may begin with an @ itself.
+func splitPackage(text string) (name, version string) {
+	at := strings.LastIndexByte(text, '@')
+	return text[:at], text[at+1:]
+}
+
+// registry is the npm registry of the user's configuration, with a slash at its end: of the environment, else of ~/.npmrc, else
+// the public one (docs.npmjs.com, config).
+func registry() string {
+	for _, name := range []string{"npm_config_registry", "NPM_CONFIG_REGISTRY"} {
+		if v := os.Getenv(name); v != "" {
+			return strings.TrimRight(v, "/") + "/"
+		}
+	}
+	if home, err := os.UserHomeDir(); err == nil {
+		if b, err := os.ReadFile(filepath.Join(home, ".npmrc")); err == nil {
+			for line := range strings.Lines(string(b)) {
+				if key, value, ok := strings.Cut(line, "="); ok && strings.TrimSpace(key) == "registry" {
+					return strings.TrimRight(strings.TrimSpace(value), "/") + "/"
+				}
+			}
+		}
+	}
+	return "https://registry.npmjs.org/"
+}
+
+func checkSum(got, want, setting, from string) error {
+	if got == want {
+		return nil
+	}
+	return fault.New(fault.Corrupt, setting, "what is at %s has the SHA-256 %s", from, got).
+		WithHint("it is another version, was damaged or tampered with: correct %s in config.toml if it is what you want", setting)
+}
+
+func sumOf(ctx context.Context, path string) (string, error) {
+	in, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer in.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, &bounded{ctx: ctx, r: in}); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// bounded is a reader that ends with its context.
+type bounded struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (b *bounded) Read(p []byte) (int, error) {
+	if b.ctx.Err() != nil {
+		return 0, context.Cause(b.ctx)
+	}
+	return b.r.Read(p)
+}
+
+// download fetches a URL into the cache, whole or not at all.
+func (f Fetcher) download(ctx context.Context, url, pin string, out fetched) (err error) {
+	limited, cancel := context.WithTimeout(ctx, fetchTime)
+	defer cancel()
+	stalled := time.AfterFunc(stallTime, cancel)
+	defer stalled.Stop()
+	unreachable := func(err error) error {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return fault.Wrap(err, fault.Unavailable, out.setting, "%s cannot be fetched", url).
+			WithHint("set %s in config.toml to a place that this machine reaches: another URL, a local file or git repository (docs/images.md)", out.setting)
+	}
+	r, err := http.NewRequestWithContext(limited, http.MethodGet, url, nil)
+	if err != nil {
+		return fault.Wrap(err, fault.Invalid, out.setting, "%s is no URL", url)
+	}
+	client := f.HTTP
+	if client == nil {
+		client = http.DefaultClient
+	}
+	resp, err := client.Do(r)
+	if err != nil {
+		return unreachable(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return unreachable(errors.New(resp.Status))
+	}
+	temp, err := os.CreateTemp(f.Cache, ".new-*")
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, f.Cache, "the cache cannot be written")
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(temp.Name()) // the failure that led here is being returned
+		}
+		_ = temp.Close() // synced where it matters
+	}()
+	h := sha256.New()
+	body := bufio.NewReaderSize(&wakeful{resp.Body, stalled}, 1<<20)
+	n, err := io.Copy(temp, io.TeeReader(io.LimitReader(body, maxFetch+1), h))
+	switch {
+	case err != nil:
+		return unreachable(err)
+	case n > maxFetch:
+		return unreachable(fmt.Errorf("it has more than %d bytes", int64(maxFetch)))
+	}
+	if err := checkSum(hex.EncodeToString(h.Sum(nil)), pin, out.setting, url); err != nil {
+		return err
+	}
+	if err := errors.Join(temp.Sync(), os.Rename(temp.Name(), out.path)); err != nil {
+		return fault.Wrap(err, fault.Internal, out.path, "the cache cannot be written")
+	}
+	return nil
+}
+
+// wakeful puts an alarm off while bytes come.
+type wakeful struct {
+	r     io.Reader
+	alarm *time.Timer
+}
+
+func (w *wakeful) Read(p []byte) (int, error) {
+	n, err := w.r.Read(p)
+	if n > 0 {
+		w.alarm.Reset(stallTime)
+	}
+	return n, err
+}
+
+// git makes an archive of a commit, of a repository of this machine or of one that is fetched.
+func (f Fetcher) git(ctx context.Context, s source, out fetched, say func(string)) (fetched, error) {
+	ctx, cancel := context.WithTimeout(ctx, fetchTime)
+	defer cancel()
+	if _, err := exec.LookPath("git"); err != nil {
+		return out, fault.Wrap(err, fault.Unavailable, "git", "is not installed, and %s is a git repository", out.setting).WithHint("sudo apt install git")
+	}
+	remote := strings.Contains(s.at, "://")
+	repository := s.at
+	if remote {
+		out.path = filepath.Join(f.Cache, "git-"+s.pin+".tar")
+		if _, err := os.Stat(out.path); err == nil { // made whole or not at all
+			say("have " + out.from)
+			return out, nil
+		}
+		say("fetching " + out.from)
+		dir, err := os.MkdirTemp(f.Cache, ".git-*")
+		if err != nil {
+			return out, fault.Wrap(err, fault.Internal, f.Cache, "the cache cannot be written")
+		}
+		defer os.RemoveAll(dir)
+		repository = dir
+		for _, args := range [][]string{{"init", "--quiet", "--bare", dir}, {"-C", dir, "fetch", "--quiet", "--depth", "1", s.at, s.pin}} {
+			if message, err := run(ctx, "git", args...); err != nil {
+				if ctx.Err() != nil {
+					return out, context.Cause(ctx)
+				}
+				return out, fault.Wrap(err, fault.Unavailable, out.setting, "%s cannot be fetched: %s", s.at, message).
+					WithHint("set %s in config.toml to a place that this machine reaches: another URL, a local file or git repository (docs/images.md)", out.setting)
+			}
+		}
+	}
+	ref := s.pin
+	if ref == "" {
+		ref = "HEAD"
+	}
+	commit, err := run(ctx, "git", "-C", repository, "rev-parse", "--verify", "--quiet", "--end-of-options", ref+"^{commit}")
+	if err != nil || !commitForm.MatchString(commit) {
+		return out, fault.Wrap(err, fault.NotFound, out.setting, "%s has no commit %s, or is no git repository of yours", s.at, ref).WithHint("correct %s in config.toml", out.setting)
+	}
+	if !remote {
+		say("taking commit " + commit + " of " + s.at)
+		out.path = filepath.Join(f.Cache, "git-"+commit+".tar")
+		if _, err := os.Stat(out.path); err == nil {
+			return out, nil
+		}
+	}
+	temp, err := os.CreateTemp(f.Cache, ".new-*")
+	if err != nil {
+		return out, fault.Wrap(err, fault.Internal, f.Cache, "the cache cannot be written")
+	}
+	defer os.Remove(temp.Name()) // gone if it was renamed
+	defer temp.Close()
+	message, err := run(ctx, "git", "-C", repository, "archive", "--format=tar", "--output="+temp.Name(), commit)
+	if err != nil {
+		return out, fault.Wrap(err, fault.Corrupt, out.setting, "commit %s of %s cannot be read: %s", commit, s.at, message).WithHint("check it: git -C %s fsck", s.at)
+	}
+	if err := errors.Join(temp.Sync(), os.Rename(temp.Name(), out.path)); err != nil {
+		return out, fault.Wrap(err, fault.Internal, out.path, "the cache cannot be written")
+	}
+	return out, nil
+}
+
+// run runs a program and returns its first line. It asks nobody anything.
+func run(ctx context.Context, name string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), "GIT_TERMINAL_PROMPT=0", "LC_ALL=C")
+	cmd.WaitDelay = 5 * time.Second // a helper of git's may hold its output open
+	out, err := cmd.CombinedOutput()
+	line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
+	return line, err
+}
+
+// opened is an open file of the host, at its begin.
+type opened struct {
+	*os.File
+	size  int64
+	first []byte
+	ends  []func()
+}
+
+func (o *opened) head() []byte { return o.first }
+
+func (o *opened) Close() error {
+	for _, end := range o.ends {
+		end()
+	}
+	return o.File.Close()
+}
+
+// open opens what was fetched: as an archive, if it is a tar one, compressed or not.
+func (f fetched) open(ctx context.Context) (*opened, *tar.Reader, error) {
+	file, err := os.Open(f.path)
+	if err != nil {
+		return nil, nil, fault.Wrap(err, fault.NotFound, f.setting, "%s cannot be read", f.path)
+	}
+	o := &opened{File: file, first: make([]byte, 512)}
+	fi, err := file.Stat()
+	if err == nil {
+		o.size = fi.Size()
+		var n int
+		n, err = io.ReadFull(file, o.first)
+		if o.first = o.first[:n]; errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
+			err = nil
+		}
+	}
+	if err == nil {
+		_, err = file.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		return nil, nil, errors.Join(f.damaged(err), o.Close())
+	}
+	var r io.Reader = &bounded{ctx: ctx, r: file}
+	head := string(o.first)
+	switch {
+	case strings.HasPrefix(head, "\x1f\x8b"):
+		r, err = gzip.NewReader(r)
+	case strings.HasPrefix(head, "\xfd7zXZ"):
+		r, err = xz.NewReader(r)
+	case strings.HasPrefix(head, "\x28\xb5\x2f\xfd"):
+		var z *zstd.Decoder
+		if z, err = zstd.NewReader(r, zstd.WithDecoderMaxWindow(128<<20), zstd.WithDecoderConcurrency(1)); err == nil {
+			o.ends = append(o.ends, z.Close)
+			r = z
+		}
+	case len(head) == 512 && head[257:262] == "ustar":
+	default:
+		return o, nil, nil
+	}
+	if err != nil {
+		return nil, nil, errors.Join(f.damaged(err), o.Close())
+	}
+	return o, tar.NewReader(r), nil
+}
+
+func (f fetched) damaged(cause error) error {
+	return fault.Wrap(cause, fault.Corrupt, f.setting, "what is at %s cannot be read", f.from).WithHint("check it, and correct %s in config.toml", f.setting)
+}

@@ -1,0 +1,132 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// pluginRepository is a git repository with what a plugin of tmux is, as far as it is seen here.
+func pluginRepository(t *testing.T, name string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "tmux-"+name)
+	run(t, "git", "init", "--quiet", dir)
+	text := fmt.Sprintf("#!/usr/bin/env bash\ntmux set-environment -g LOADED_%s yes\n", strings.ToUpper(name))
+	if err := os.WriteFile(filepath.Join(dir, name+".tmux"), []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "git", "-C", dir, "add", ".")
+	run(t, "git", "-C", dir, "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false", "commit", "--quiet", "-m", "one")
+	return dir
+}
+
+// buildTime bounds a build, in which an emulated guest is given some hundred MiB.
+const buildTime = 15 * time.Minute
+
+// tryFor is try for what takes longer than a boot.
+func (h *host) tryFor(bound time.Duration, args ...string) result {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), bound)
+	defer cancel()
+	cmd := h.command(ctx, args...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	start := time.Now()
+	err := cmd.Run()
+	r := result{"banger " + strings.Join(args, " "), stdout.String(), stderr.String(), cmd.ProcessState.ExitCode(), time.Since(start)}
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) || ctx.Err() != nil {
+		h.t.Fatalf("%s: %v", r, errors.Join(err, ctx.Err()))
+	}
+	return r
+}
+
+// TestImageBuild builds an image with Docker and a script, looks at what it leaves on the host, and at what is in a VM of it.
+// mise and opencode are the real ones, of the npm registry; the plugins of tmux are the test's.
+func TestImageBuild(t *testing.T) {
+	slow(t)
+	h := newHost(t, fmt.Sprintf("tmux_resurrect_source = %q", pluginRepository(t, "resurrect")), fmt.Sprintf("tmux_continuum_source = %q", pluginRepository(t, "continuum")))
+	script := filepath.Join(t.TempDir(), "setup.sh")
+	if err := os.WriteFile(script, []byte("set -e\necho hello from the script\nid -u > /opt/by-script\necho seeded > /root/seeded\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	built := h.tryFor(buildTime, "image", "build", "--name", "docker-dev", "--docker", "--script", script)
+	t.Logf("%s", built)
+	if built.code != 0 || built.stdout != "docker-dev: built\n" || !strings.Contains(built.stderr, "\nhello from the script\n") {
+		t.Fatalf("%s", built)
+	}
+	t.Logf("built in %s", built.took.Round(time.Second))
+	if left := h.list(); len(left) != 0 {
+		t.Errorf("VMs are left: %+v", left)
+	}
+	logs, err := filepath.Glob(filepath.Join(h.state, "image-build", "*-docker-dev-*.log"))
+	if err != nil || len(logs) != 1 {
+		t.Errorf("logs: %v, %v", logs, err)
+	}
+	var img struct {
+		Base      string `json:"base"`
+		WorkSeed  string `json:"work_seed"`
+		Allocated int64  `json:"base_allocated_bytes"`
+		Size      int64  `json:"size_bytes"`
+	}
+	h.json(&img, "image", "show", "docker-dev")
+	for _, id := range []string{img.Base, img.WorkSeed} {
+		run(t, "e2fsck", "-fn", filepath.Join(h.state, "images", id))
+	}
+	if img.Allocated > img.Size/2 {
+		t.Errorf("the root filesystem takes %d bytes of the host, of %d", img.Allocated, img.Size)
+	}
+	// What is in the image has nothing of the machine that it was built in.
+	for _, path := range []string{"/etc/ssh/ssh_host_ed25519_key", "/etc/ssh/banger_authorized_keys"} {
+		if out := run(t, "debugfs", "-R", "stat "+path, filepath.Join(h.state, "images", img.Base)); strings.Contains(out, "Inode:") {
+			t.Errorf("the image has %s", path)
+		}
+	}
+
+	h.create("dd", "--image", "docker-dev", "--memory", "1G")
+	for command, want := range map[string]string{
+		"cat /opt/by-script /root/seeded":                 "0\nseeded",
+		"bash -lc 'type -P mise; type -t mise'":           "/usr/local/bin/mise\nfunction",
+		"bash -ic 'type -t mise' 2>/dev/null":             "function",
+		"bash -lc 'mise which opencode'":                  "/root/.local/share/mise/installs/opencode/1.18.33/bin/opencode",
+		"readlink -f /usr/local/bin/opencode":             "/usr/local/lib/opencode/bin/opencode",
+		"systemctl is-enabled docker.socket":              "enabled",
+		"stat -c '%a %U' /root":                           "700 root",
+		"findmnt -no FSTYPE /; findmnt -no FSTYPE /root":  "overlay\next4",
+		"grep -c continuum-restore..off /root/.tmux.conf": "1",
+		"tmux new-session -d -s s && sleep 2 && tmux show-environment -g LOADED_RESURRECT && tmux show-environment -g LOADED_CONTINUUM": "LOADED_RESURRECT=yes\nLOADED_CONTINUUM=yes",
+	} {
+		if got := h.in("dd", command); got != want {
+			t.Errorf("%s: %q, want %q", command, got, want)
+		}
+	}
+	got := h.in("dd", `set -e
+tar -C "$(dirname "$(readlink -f /sbin/ldconfig)")" -c ldconfig | docker import - own/image:1 >/dev/null
+docker run --rm own/image:1 /ldconfig --version | head -n 1`)
+	if !strings.HasPrefix(got, "ldconfig (") {
+		t.Errorf("docker run: %q", got)
+	}
+	h.refused(4, []string{"image", "delete", "docker-dev"}, "in use by dd")
+}
+
+// TestImageBuildWithoutItsSources wants the setting named, and nothing left.
+func TestImageBuildWithoutItsSources(t *testing.T) {
+	slow(t)
+	h := newHost(t, fmt.Sprintf("tmux_resurrect_source = %q", pluginRepository(t, "resurrect")), "tmux_continuum_source = \"/nowhere/at-all\"")
+	h.refused(3, []string{"image", "build", "--name", "bad"}, "tmux_continuum_source", "/nowhere/at-all cannot be read")
+	if left := h.list(); len(left) != 0 {
+		t.Errorf("VMs are left: %+v", left)
+	}
+	if left, err := os.ReadDir(filepath.Join(h.state, "vms")); err == nil && len(left) != 0 {
+		t.Errorf("disks are left: %v", left)
+	}
+}
