@@ -45,6 +45,7 @@ func TestNetworksCost(t *testing.T) {
 		in := install(t, func(c *config.Config) { c.Network, c.DNSListenAddr = kind, "" })
 		yes := true
 		id := in.done(in.s.Create(in.ctx(), sandbox.CreateRequest{Name: "web", NAT: &yes}))
+		t.Cleanup(func() { in.stop(id) }) // the user network's program outlives the daemon, and the test
 		ways = append(ways, struct {
 			name  string
 			guest *networktest.Machine
