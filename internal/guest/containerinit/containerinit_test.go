@@ -115,6 +115,18 @@ func TestSupervisor(t *testing.T) {
 	}
 }
 
+// TestStartProgram: what is reaped and signalled later is what was started.
+func TestStartProgram(t *testing.T) {
+	pid, err := startProgram("/bin/sh", "sh")
+	if err != nil || pid <= 0 {
+		t.Fatal(pid, err)
+	}
+	var status syscall.WaitStatus // its input is empty, so it is done
+	if got, err := syscall.Wait4(pid, &status, 0, nil); err != nil || got != pid || !status.Exited() || status.ExitStatus() != 0 {
+		t.Errorf("waiting for %d: %d, %v, %v", pid, got, status, err)
+	}
+}
+
 func TestSupervisorStops(t *testing.T) {
 	for sig, reboot := range map[os.Signal]bool{system.SignalPowerOff: false, system.SignalHalt: false, unix.SIGPWR: false, system.SignalReboot: true, unix.SIGINT: true} {
 		k := &kernel{status: 1 << 8}

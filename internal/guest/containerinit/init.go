@@ -215,7 +215,8 @@ func startProgram(program, name string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	return p.Pid, p.Release()
+	pid := p.Pid // Release forgets it, and -1 is everybody to kill(2)
+	return pid, p.Release()
 }
 
 func reapOne() (int, syscall.WaitStatus) {
