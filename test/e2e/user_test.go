@@ -55,7 +55,14 @@ func newOrdinaryUser(t *testing.T, settings ...string) (*host, *user.User) {
 	h := newHostIn(t, filepath.Join(home, "e2e"), settings...)
 	run(t, "chown", "-R", fmt.Sprintf("%d:%d", uid, gid), filepath.Join(home, "e2e"))
 	h.program = filepath.Join(prefix, "bin/banger")
-	h.sys = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
+	credential := &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+	if os.Getenv("BANGER_E2E_VMM") == "firecracker" { // which takes KVM, and that a group on most hosts
+		if kvm, err := user.LookupGroup("kvm"); err == nil {
+			id, _ := strconv.Atoi(kvm.Gid)
+			credential.Groups = []uint32{uint32(id)}
+		}
+	}
+	h.sys = &syscall.SysProcAttr{Credential: credential}
 	h.env = []string{"HOME=" + home, "PATH=/usr/bin:/bin", "USER=" + name, "BANGER_STATE_DIR=" + h.state, "BANGER_CONFIG=" + filepath.Join(home, "e2e", "config.toml"),
 		"BANGER_TEST_RUN=" + os.Getenv("BANGER_TEST_RUN"), "GOCOVERDIR=" + os.Getenv("GOCOVERDIR")} // no XDG_RUNTIME_DIR: as after su
 
