@@ -40,6 +40,8 @@ tests() {
     need python3-pip pip3 "fetches Firecracker where its release page is out of reach"
     need procps ps "looks at processes in tests"
     need strace strace "counts the programs that a create executes (make bench)"
+    need busybox-static busybox "is in the container images that VMs are made of in tests"
+    need umoci umoci "unpacks images, as the reference that banger's own unpacking is compared with"
     need shellcheck shellcheck "checks the shell scripts"
     need bash-completion /usr/share/bash-completion/bash_completion "lets bash complete, in the tests of completion"
     need zsh zsh "completes, in the tests of completion"

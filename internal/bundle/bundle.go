@@ -47,6 +47,8 @@ const (
 
 	Firecracker Role = "firecracker" // firecracker, optional: the VMM where there is KVM; static
 	Jailer      Role = "jailer"      // jailer, optional: of the same version as firecracker; static
+
+	GuestSSHD Role = "guest_sshd" // banger-guest-sshd, optional: the SSH server of images that have none; static
 )
 
 // FileName gives the name of a role's artifact in a bundle that `make runtime` makes.
@@ -56,7 +58,7 @@ var fileNames = map[Role]string{
 	Kernel: "vmlinux", Initrd: "initrd.img", Modules: "modules.ext4",
 	RootFS: "rootfs-docker.ext4", WorkSeed: "rootfs-docker.work-seed.ext4", BaseRootFS: "rootfs.ext4",
 	Agent: "banger-vsock-agent", Packages: "packages.apt", SSHKey: "id_ed25519",
-	Firecracker: "firecracker", Jailer: "jailer",
+	Firecracker: "firecracker", Jailer: "jailer", GuestSSHD: "banger-guest-sshd",
 }
 
 // Required are the roles without which a bundle is damaged, in the order in which they are checked; the SSH key only where the bundle
@@ -68,7 +70,7 @@ func Required() []Role {
 // Optional are the roles that a whole bundle may lack: without Firecracker, VMs run under QEMU. One
 // that is listed is checked as the required ones are.
 func Optional() []Role {
-	return []Role{BaseRootFS, Firecracker, Jailer}
+	return []Role{BaseRootFS, Firecracker, Jailer, GuestSSHD}
 }
 
 // Artifact is one file of a bundle. The SSH key has neither size nor checksum: it is made where the

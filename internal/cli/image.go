@@ -23,7 +23,7 @@ func (a *app) imageCommand() *cobra.Command {
   banger image register --name local-test --rootfs rootfs.ext4
   banger vm create --image docker-dev`,
 	})
-	cmd.AddCommand(a.imageListCommand(), a.imageShowCommand(), a.imageBuildCommand(), a.imageRegisterCommand(), a.imagePromoteCommand(),
+	cmd.AddCommand(a.imageListCommand(), a.imageShowCommand(), a.imageBuildCommand(), a.imageRegisterCommand(), a.imagePullCommand(), a.imagePromoteCommand(),
 		a.imageExportCommand(), a.imageImportCommand(), a.imageDeleteCommand(), a.imagePruneCommand())
 	return cmd
 }

@@ -42,6 +42,7 @@ var printed = map[string]any{
 	"banger image promote":      []imageResult{},
 	"banger image export":       imageView{},
 	"banger image import":       imageView{},
+	"banger image pull":         imageView{},
 	"banger image delete":       []imageResult{},
 	"banger image prune":        pruneView{},
 	"banger operation list":     []operationView{},

@@ -29,6 +29,8 @@ type Format struct {
 	// tools since 1.47.1 that were built with libarchive can. Neither makes an empty filesystem.
 	Root string
 	Tar  io.Reader
+	// Inodes is how many there are to be; 0 means one for 16 KiB.
+	Inodes int64
 }
 
 // Tool is an mke2fs: its argv prefix, since a newer one may have to be run through its own dynamic
@@ -132,6 +134,9 @@ func (f Format) args(t Tool, path, root string) []string {
 	}
 	a[len(a)-1] += ext // the value of -E, which mke2fs takes once
 	a = append(a, "-e", "remount-ro", "-L", f.Label, "-U", uuid)
+	if f.Inodes != 0 {
+		a = append(a, "-N", strconv.FormatInt(f.Inodes, 10))
+	}
 	if root != "" {
 		a = append(a, "-d", root)
 	}

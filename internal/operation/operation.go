@@ -39,6 +39,7 @@ const (
 	ImageRegister Kind = "image-register"
 	ImageExport   Kind = "image-export"
 	ImageImport   Kind = "image-import"
+	ImagePull     Kind = "image-pull"
 	ImageBuild    Kind = "image-build"
 )
 

@@ -128,6 +128,14 @@ func (h *imageHandler) PruneImages(ctx context.Context, r *bangerv1.PruneImagesR
 	return m, nil
 }
 
+func (h *imageHandler) PullImage(ctx context.Context, r *bangerv1.PullImageRequest) (*bangerv1.PullImageResponse, error) {
+	op, err := h.svc.PullImage(ctx, r.GetReference(), r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return &bangerv1.PullImageResponse{Operation: operationMessage(op)}, nil
+}
+
 func (h *imageHandler) BuildImage(ctx context.Context, r *bangerv1.BuildImageRequest) (*bangerv1.BuildImageResponse, error) {
 	request := sandbox.BuildRequest{
 		Name: r.GetName(), From: r.GetFrom(), Docker: r.GetDocker(), Packages: r.GetPackages(), Size: r.GetSizeBytes(), KeepOnFailure: r.GetKeepOnFailure(),

@@ -59,6 +59,7 @@ type Images interface {
 	PruneImages(ctx context.Context, r sandbox.PruneRequest) (sandbox.Pruned, error)
 	ExportImage(ctx context.Context, ref, path string) (operation.Operation, error)
 	ImportImage(ctx context.Context, path, name string) (operation.Operation, error)
+	PullImage(ctx context.Context, reference, name string) (operation.Operation, error)
 	BuildImage(ctx context.Context, r sandbox.BuildRequest) (op operation.Operation, log string, err error)
 	BuildLog(ctx context.Context, opID string, send func([]byte) error) error
 }

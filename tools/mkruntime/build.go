@@ -329,21 +329,40 @@ func makeImage(ctx context.Context, tools toolchain, kind ext4.Kind, label, tarF
 	return err
 }
 
-// buildAgent gives the guest program: the one named, or the checkout's own, built static.
+// buildAgent gives the guest program: the one named, or the checkout's own.
 func buildAgent(ctx context.Context, o options, file string) error {
 	if o.agent != "" {
 		_, err := placeFile(ctx, o.agent, file, 0o755)
 		return err
 	}
+	return buildProgram(ctx, o, "banger-vsock-agent", file)
+}
+
+// buildSSHD gives the guests' SSH server: the one beside the guest program that is named, if there is one, or the
+// checkout's own.
+func buildSSHD(ctx context.Context, o options, file string) (bool, error) {
+	if o.agent == "" {
+		return true, buildProgram(ctx, o, "banger-guest-sshd", file)
+	}
+	beside := filepath.Join(filepath.Dir(o.agent), bundle.FileName(bundle.GuestSSHD))
+	if !fileExists(beside) {
+		return false, nil
+	}
+	_, err := placeFile(ctx, beside, file, 0o755)
+	return true, err
+}
+
+// buildProgram builds a program of the checkout that runs in guests, static.
+func buildProgram(ctx context.Context, o options, name, file string) error {
 	ldflags := "-s -w -X git.thaloco.com/thaloco/banger/internal/version.release=" + o.version
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", ldflags, "-o", file, "./cmd/banger-vsock-agent")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", ldflags, "-o", file, "./cmd/"+name)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+runtime.GOARCH)
 	out, err := cmd.CombinedOutput()
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	if err != nil {
-		return fault.Wrap(err, fault.Internal, "banger-vsock-agent", "cannot be built:\n%s", strings.TrimSpace(string(out)))
+		return fault.Wrap(err, fault.Internal, name, "cannot be built:\n%s", strings.TrimSpace(string(out)))
 	}
 	return nil
 }

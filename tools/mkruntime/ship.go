@@ -79,7 +79,7 @@ func pack(ctx context.Context, p *progress, o options) (err error) {
 // modeOf is the mode of a bundle's file, whatever it is on the disk.
 func modeOf(name string) fs.FileMode {
 	switch name {
-	case bundle.FileName(bundle.Agent), bundle.FileName(bundle.Firecracker), bundle.FileName(bundle.Jailer):
+	case bundle.FileName(bundle.Agent), bundle.FileName(bundle.Firecracker), bundle.FileName(bundle.Jailer), bundle.FileName(bundle.GuestSSHD):
 		return 0o755
 	case bundle.FileName(bundle.SSHKey):
 		return 0o600

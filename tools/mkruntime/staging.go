@@ -134,7 +134,8 @@ func (s *staging) stamp() error {
 	return nil
 }
 
-// addAgent stages the guest program and the initrd that carries it, made from an older initrd of ours.
+// addAgent stages the guest program and the initrd that carries it, made from an older initrd of ours, and the
+// guests' SSH server.
 func (s *staging) addAgent(ctx context.Context, o options, initrd string) error {
 	agent := filepath.Join(s.dir, bundle.FileName(bundle.Agent))
 	if err := buildAgent(ctx, o, agent); err != nil {
@@ -155,7 +156,17 @@ func (s *staging) addAgent(ctx context.Context, o options, initrd string) error 
 	if err := os.WriteFile(filepath.Join(s.dir, bundle.FileName(bundle.Initrd)), renewed, 0o644); err != nil {
 		return fault.Wrap(err, fault.Exhausted, initrd, "cannot be written")
 	}
-	for _, r := range []bundle.Role{bundle.Agent, bundle.Initrd} {
+	staged := []bundle.Role{bundle.Agent, bundle.Initrd}
+	has, err := buildSSHD(ctx, o, filepath.Join(s.dir, bundle.FileName(bundle.GuestSSHD)))
+	if err != nil {
+		return err
+	}
+	if has {
+		staged = append(staged, bundle.GuestSSHD)
+	} else {
+		delete(s.done, bundle.GuestSSHD) // one of another guest program
+	}
+	for _, r := range staged {
 		a, err := bundle.Describe(ctx, s.dir, bundle.FileName(r))
 		if err != nil {
 			return err

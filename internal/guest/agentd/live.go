@@ -270,7 +270,7 @@ func (l *live) shutdown(ctx context.Context, reboot bool) error {
 		return stopRunit(ctx, l.state.Runit, reboot)
 	}
 	if !l.state.Systemd {
-		go stopWithoutSystemd(reboot)
+		go stopWithoutSystemd(l.state.OwnInit, reboot)
 		return nil
 	}
 	verb := "poweroff"

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/guest/exec"
+	"git.thaloco.com/thaloco/banger/internal/guest/system"
 )
 
 // loginPath is where programs are looked for if nothing says otherwise: what Debian's login gives
@@ -320,7 +321,7 @@ func hangUp(session int) {
 		_ = unix.Kill(pid, unix.SIGHUP)
 		_ = unix.Kill(pid, unix.SIGCONT) // one that is stopped would not notice
 	}
-	waitGone(members, hangUpTime)
+	system.WaitGone(members, hangUpTime)
 	for _, pid := range sessionMembers(session) {
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}

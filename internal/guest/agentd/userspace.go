@@ -34,6 +34,9 @@ func (l *live) watchUserspace(ctx context.Context) {
 		return
 	}
 	state, failed := "unknown", []string(nil)
+	if l.state.OwnInit {
+		state = "running" // it has nothing to finish
+	}
 	if l.state.Systemd {
 		if err := waitPath(ctx, systemdSocket); err == nil {
 			state, failed = systemdState(ctx)

@@ -39,6 +39,7 @@ const binaryDir = "/banger/program"
 const (
 	SupervisorName = "banger-supervisor"
 	AgentName      = "banger-vsock-agent"
+	OwnInitName    = "banger-init"
 )
 
 // Boot boots the guest. It must be process 1 of an initramfs.
@@ -97,6 +98,7 @@ type booter struct {
 	initPath   string
 	rootDetail []string
 	own        []string // mount points that the booted system sees and must leave to us
+	container  boot.Container
 }
 
 // keep remembers that at, a directory of the new root, is a mount of ours.
@@ -222,11 +224,30 @@ func (b *booter) root() error {
 	if b.rootFS, err = openRoot(newRoot); err != nil {
 		return err
 	}
-	if b.initPath, err = findInit(b.rootFS); err != nil {
+	b.readContainer()
+	if b.container.NoInit {
+		b.initPath, b.state.OwnInit = system.Binary, true
+	} else if b.initPath, err = findInit(b.rootFS); err != nil {
 		return err
 	}
 	b.state.Systemd = filepath.Base(b.initPath) == "systemd"
 	return b.mountModules()
+}
+
+// readContainer looks what an image that was made for containers says of itself. What cannot be read is noted:
+// with an init of its own the guest boots without it.
+func (b *booter) readContainer() {
+	content, err := b.rootFS.read(boot.ContainerPath)
+	if err == nil && content == nil {
+		return
+	}
+	if err == nil {
+		b.container, err = boot.ParseContainer(content)
+	}
+	if err != nil {
+		b.container = boot.Container{}
+		b.note("%v", err)
+	}
 }
 
 // findInit returns the path, in the root, of the distribution's init with symlinks resolved.
@@ -430,12 +451,14 @@ func (b *booter) files() error {
 	if err != nil {
 		return err
 	}
-	if len(b.cfg.Environment) > 0 {
+	environment := b.container.SessionEnvironment()
+	maps.Copy(environment, b.cfg.Environment)
+	if len(environment) > 0 {
 		have, err := b.rootFS.read("/etc/environment")
 		if err != nil {
 			return err
 		}
-		merged := mergeEnvironment(string(have), b.cfg.Environment, slices.Sorted(maps.Keys(b.cfg.Environment)))
+		merged := mergeEnvironment(string(have), environment, slices.Sorted(maps.Keys(environment)))
 		if err := text("/etc/environment", merged, 0o644); err != nil {
 			return err
 		}
@@ -597,6 +620,9 @@ func (b *booter) init() error {
 	env := []string{"HOME=/", "TERM=linux", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	// systemd wants its name in argv[0] only for messages; others look at it for a mode.
 	args[0] = "/sbin/init"
+	if b.state.OwnInit {
+		args = []string{OwnInitName}
+	}
 	return fmt.Errorf("%s cannot be executed: %w", b.initPath, unix.Exec(b.initPath, args, env))
 }
 

@@ -47,8 +47,9 @@ type State struct {
 	VMID    string    `json:"vm_id"`
 	Secret  string    `json:"secret"`
 	CID     uint32    `json:"cid"`
-	Systemd bool      `json:"systemd"`         // the distribution's init is systemd
-	Runit   string    `json:"runit,omitempty"` // path of the distribution's init, if it is runit with our program as its last script
+	Systemd bool      `json:"systemd"`            // the distribution's init is systemd
+	Runit   string    `json:"runit,omitempty"`    // path of the distribution's init, if it is runit with our program as its last script
+	OwnInit bool      `json:"own_init,omitempty"` // banger's own init runs, since the image has none
 	Stages  []Stage   `json:"stages"`
 	Mounted []Mounted `json:"mounted"`
 	Tunnel  *Tunnel   `json:"tunnel,omitempty"` // nil: the network interface is a device of the machine's, or there is none

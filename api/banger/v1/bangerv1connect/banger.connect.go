@@ -107,6 +107,8 @@ const (
 	// ImageServicePruneImagesProcedure is the fully-qualified name of the ImageService's PruneImages
 	// RPC.
 	ImageServicePruneImagesProcedure = "/banger.v1.ImageService/PruneImages"
+	// ImageServicePullImageProcedure is the fully-qualified name of the ImageService's PullImage RPC.
+	ImageServicePullImageProcedure = "/banger.v1.ImageService/PullImage"
 	// OperationServiceGetOperationProcedure is the fully-qualified name of the OperationService's
 	// GetOperation RPC.
 	OperationServiceGetOperationProcedure = "/banger.v1.OperationService/GetOperation"
@@ -742,6 +744,9 @@ type ImageServiceClient interface {
 	ReadBuildLog(context.Context, *v1.ReadBuildLogRequest) (*connect.ServerStreamForClient[v1.ReadBuildLogResponse], error)
 	// PruneImages removes content that nothing refers to and, if asked to, images that no VM was made from.
 	PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error)
+	// Makes an image of a container image: of a registry, or of files on this machine. An image of the name that
+	// was made by banger is replaced; VMs that were made from it keep what they have.
+	PullImage(context.Context, *v1.PullImageRequest) (*v1.PullImageResponse, error)
 }
 
 // NewImageServiceClient constructs a client for the banger.v1.ImageService service. By default, it
@@ -815,6 +820,12 @@ func NewImageServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(imageServiceMethods.ByName("PruneImages")),
 			connect.WithClientOptions(opts...),
 		),
+		pullImage: connect.NewClient[v1.PullImageRequest, v1.PullImageResponse](
+			httpClient,
+			baseURL+ImageServicePullImageProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("PullImage")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -830,6 +841,7 @@ type imageServiceClient struct {
 	buildImage    *connect.Client[v1.BuildImageRequest, v1.BuildImageResponse]
 	readBuildLog  *connect.Client[v1.ReadBuildLogRequest, v1.ReadBuildLogResponse]
 	pruneImages   *connect.Client[v1.PruneImagesRequest, v1.PruneImagesResponse]
+	pullImage     *connect.Client[v1.PullImageRequest, v1.PullImageResponse]
 }
 
 // ListImages calls banger.v1.ImageService.ListImages.
@@ -918,6 +930,15 @@ func (c *imageServiceClient) PruneImages(ctx context.Context, req *v1.PruneImage
 	return nil, err
 }
 
+// PullImage calls banger.v1.ImageService.PullImage.
+func (c *imageServiceClient) PullImage(ctx context.Context, req *v1.PullImageRequest) (*v1.PullImageResponse, error) {
+	response, err := c.pullImage.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // ImageServiceHandler is an implementation of the banger.v1.ImageService service.
 type ImageServiceHandler interface {
 	ListImages(context.Context, *v1.ListImagesRequest) (*v1.ListImagesResponse, error)
@@ -940,6 +961,9 @@ type ImageServiceHandler interface {
 	ReadBuildLog(context.Context, *v1.ReadBuildLogRequest, *connect.ServerStream[v1.ReadBuildLogResponse]) error
 	// PruneImages removes content that nothing refers to and, if asked to, images that no VM was made from.
 	PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error)
+	// Makes an image of a container image: of a registry, or of files on this machine. An image of the name that
+	// was made by banger is replaced; VMs that were made from it keep what they have.
+	PullImage(context.Context, *v1.PullImageRequest) (*v1.PullImageResponse, error)
 }
 
 // NewImageServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1009,6 +1033,12 @@ func NewImageServiceHandler(svc ImageServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(imageServiceMethods.ByName("PruneImages")),
 		connect.WithHandlerOptions(opts...),
 	)
+	imageServicePullImageHandler := connect.NewUnaryHandlerSimple(
+		ImageServicePullImageProcedure,
+		svc.PullImage,
+		connect.WithSchema(imageServiceMethods.ByName("PullImage")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/banger.v1.ImageService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ImageServiceListImagesProcedure:
@@ -1031,6 +1061,8 @@ func NewImageServiceHandler(svc ImageServiceHandler, opts ...connect.HandlerOpti
 			imageServiceReadBuildLogHandler.ServeHTTP(w, r)
 		case ImageServicePruneImagesProcedure:
 			imageServicePruneImagesHandler.ServeHTTP(w, r)
+		case ImageServicePullImageProcedure:
+			imageServicePullImageHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1078,6 +1110,10 @@ func (UnimplementedImageServiceHandler) ReadBuildLog(context.Context, *v1.ReadBu
 
 func (UnimplementedImageServiceHandler) PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.PruneImages is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) PullImage(context.Context, *v1.PullImageRequest) (*v1.PullImageResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.ImageService.PullImage is not implemented"))
 }
 
 // OperationServiceClient is a client for the banger.v1.OperationService service.
