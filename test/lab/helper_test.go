@@ -51,7 +51,7 @@ func TestRootHelper(t *testing.T) {
 	if got := user.in("web", greeting); !strings.HasPrefix(got, "SSH-2.0") {
 		t.Errorf("with NAT the guest hears %q of the world", got)
 	}
-	if got := user.do("resolvectl query web.vm"); !strings.Contains(got, address) || !strings.Contains(got, "banger0") {
+	if got := user.do("resolvectl query web.vm"); !strings.Contains(got, address) {
 		t.Errorf("the host resolves web.vm: %s", got)
 	}
 	want("the guest resolves itself", user.in("web", "getent ahostsv4 web.vm | head -1 | cut -d' ' -f1"), address)
@@ -74,6 +74,7 @@ func TestRootHelper(t *testing.T) {
 		t.Errorf("the helper is removed under a VM that runs: %s, %v", out, err)
 	}
 
+	root.do("ip netns pids world | xargs -r kill; ip link del world; ip netns del world")
 	user.leave()
 	want("what is left of the network", root.do("ip -o link | grep -E 'banger|bgr' || true; nft list tables | grep banger || true"), "")
 	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Second) {
