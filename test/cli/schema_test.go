@@ -155,7 +155,7 @@ func TestSchema(t *testing.T) {
 			continue
 		}
 		switch c.Command {
-		case "banger system install", "banger system uninstall", "banger daemon install", "banger daemon uninstall", "banger events", "banger image register", "banger image export", "banger image import", "banger vm cp", "banger vm port-forward", "banger operation watch", "banger operation cancel": // take more than a line
+		case "banger system install", "banger system uninstall", "banger daemon install", "banger daemon uninstall", "banger events", "banger image register", "banger image build", "banger image pull", "banger image export", "banger image import", "banger vm cp", "banger vm port-forward", "banger operation watch", "banger operation cancel": // take more than a line
 		default:
 			t.Errorf("%s is not tried here", c.Command)
 		}
