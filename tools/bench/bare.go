@@ -22,6 +22,7 @@ import (
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/internal/bundle"
+	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
@@ -76,9 +77,9 @@ type model struct {
 	stock   string // directory of the untrimmed guest
 }
 
-// measureBare makes the three machines in turn.
+// measureBare makes the three machines in turn, without a network: Firecracker alone would need a TAP that banger made for it.
 func measureBare(ctx context.Context, r *report, o options, dir string, say func(string, ...any)) (err error) {
-	s, err := newSite(filepath.Join(dir, "site"), o.banger, o.bangerd, "BANGER_RUNTIME_DIR="+o.runtime)
+	s, err := newSite(filepath.Join(dir, "site"), o.banger, o.bangerd, config.NetworkNone, "BANGER_RUNTIME_DIR="+o.runtime)
 	if err != nil {
 		return err
 	}

@@ -19,13 +19,14 @@ import (
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/api/banger/v1/bangerv1connect"
 	"git.thaloco.com/thaloco/banger/internal/bundle"
+	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 // measureStarts times programs that ask no daemon anything.
 func measureStarts(ctx context.Context, r *report, o options, dir string) error {
-	s, err := newSite(filepath.Join(dir, "starts"), o.banger, o.fake)
+	s, err := newSite(filepath.Join(dir, "starts"), o.banger, o.fake, config.NetworkUser)
 	if err != nil {
 		return err
 	}
@@ -46,7 +47,7 @@ func measureStarts(ctx context.Context, r *report, o options, dir string) error 
 // measureFake fills an installation with fake VMs and measures at each level.
 func measureFake(ctx context.Context, r *report, o options, dir, fakeBundle string, say func(string, ...any)) (err error) {
 	env := []string{"BANGER_RUNTIME_DIR=" + fakeBundle, "BANGER_FAKE_WORLD=" + filepath.Join(dir, "world")}
-	s, err := newSite(filepath.Join(dir, "fake"), o.banger, o.fake, env...)
+	s, err := newSite(filepath.Join(dir, "fake"), o.banger, o.fake, config.NetworkUser, env...)
 	if err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
+	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 )
@@ -41,7 +42,7 @@ var realStages = []struct{ name, label string }{
 // measureReal makes real VMs: the first one, which captures the image, then some more.
 func measureReal(ctx context.Context, r *report, o options, dir string, say func(string, ...any)) (err error) {
 	env := []string{"BANGER_RUNTIME_DIR=" + o.runtime}
-	s, err := newSite(filepath.Join(dir, "real"), o.banger, o.bangerd, env...)
+	s, err := newSite(filepath.Join(dir, "real"), o.banger, o.bangerd, config.NetworkUser, env...)
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ import (
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
+	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
@@ -27,12 +28,17 @@ type site struct {
 	client *client.Client
 }
 
-// newSite makes the directories. The daemon is started by the first command, as a user's is.
-func newSite(dir, banger, daemon string, env ...string) (*site, error) {
-	for _, d := range []string{"run", "home"} {
-		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
+// newSite makes the directories. The daemon is started by the first command, as a user's is. network is the setting: never
+// root's default, which would put a bridge and rules on the machine that measures.
+func newSite(dir, banger, daemon, network string, env ...string) (*site, error) {
+	settings := filepath.Join(dir, "config", "banger")
+	for _, d := range []string{filepath.Join(dir, "run"), filepath.Join(dir, "home"), settings} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, err
 		}
+	}
+	if err := os.WriteFile(filepath.Join(settings, "config.toml"), fmt.Appendf(nil, "network = %q\n", network), 0o600); err != nil {
+		return nil, err
 	}
 	s := &site{dir: dir, banger: banger}
 	s.env = append([]string{
@@ -214,7 +220,7 @@ func newTraced(dir, banger, daemon string, env ...string) (*traced, error) {
 	if err := os.WriteFile(wrapper, []byte(script), 0o700); err != nil {
 		return nil, err
 	}
-	t.site, err = newSite(dir, banger, wrapper, env...)
+	t.site, err = newSite(dir, banger, wrapper, config.NetworkUser, env...)
 	return t, err
 }
 
