@@ -8,8 +8,11 @@ package vmm
 
 import (
 	"context"
+	"errors"
 	"net"
 	"time"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 // Role names what a drive is for. It is also the drive's serial where the VMM has serials.
@@ -211,4 +214,15 @@ type Driver interface {
 	// takes: the artifacts it was started from may be gone) by its pidfile (pid, start time, command line)
 	// and socket. fault.NotFound if none runs, with everything stale in the run directory removed.
 	Adopt(ctx context.Context, spec Spec) (Machine, error)
+}
+
+// StartFailed marks the error of a driver's Start with the operation, and makes a fault of what is none; program is what could not
+// be started then.
+func StartFailed(err error, program string) error {
+	var f *fault.Error
+	if errors.As(err, &f) {
+		f.Op = "vmm start"
+		return err
+	}
+	return fault.Wrap(err, fault.CodeOf(err), "", "%s cannot be started", program).WithOp("vmm start")
 }

@@ -49,6 +49,7 @@ func firstOf(s string) string {
 // TestGuestInTrouble is one VM whose guest runs out of disk, then of memory, and then hangs: every verb ends within its bound, and says what it waited
 // for. Before that it has a container, which takes a guest that is well.
 func TestGuestInTrouble(t *testing.T) {
+	slow(t)
 	h := newHost(t, `stop_timeout = "20s"`)
 	const name = "ill"
 	h.create(name, "--system-size", "2G", "--disk-size", "1G")

@@ -22,6 +22,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
 // program makes a shell script that stands in Firecracker's place.
@@ -410,7 +411,7 @@ func crash(when, dir string) {
 }
 
 func halfConfigure(ctx context.Context, s vmm.Spec) error {
-	dir, err := lockRunDir(ctx, s)
+	dir, err := rundir.OpenLocked(ctx, s.RunDir, s.Name)
 	if err != nil {
 		return err
 	}

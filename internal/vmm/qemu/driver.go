@@ -178,9 +178,9 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 	if d.platform.vsock && spec.CID < 3 {
 		return nil, fault.New(fault.Invalid, spec.Name, "the vsock context id %d is reserved", spec.CID).WithOp("vmm start")
 	}
-	dir, err := lockRunDir(ctx, spec)
+	dir, err := rundir.OpenLocked(ctx, spec.RunDir, spec.Name)
 	if err != nil {
-		return nil, asStart(err)
+		return nil, vmm.StartFailed(err, "QEMU")
 	}
 	defer dir.Close()
 	// Open, not Find: looking through /proc would make a create cost more with each VM. A QEMU whose
@@ -190,35 +190,13 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 		return m, nil
 	}
 	if !fault.Is(err, fault.NotFound) {
-		return nil, asStart(err)
+		return nil, vmm.StartFailed(err, "QEMU")
 	}
 	m, err = d.launch(ctx, dir, spec)
 	if err != nil {
-		return nil, asStart(err)
+		return nil, vmm.StartFailed(err, "QEMU")
 	}
 	return m, nil
-}
-
-// asStart marks the fault with the operation, and makes one of what is none.
-func asStart(err error) error {
-	var f *fault.Error
-	if errors.As(err, &f) {
-		f.Op = "vmm start"
-		return err
-	}
-	return fault.Wrap(err, fault.CodeOf(err), "", "QEMU cannot be started").WithOp("vmm start")
-}
-
-func lockRunDir(ctx context.Context, spec vmm.Spec) (*rundir.Dir, error) {
-	dir, err := rundir.Open(spec.RunDir)
-	if err != nil {
-		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its run directory cannot be opened")
-	}
-	if err := dir.Lock(ctx); err != nil {
-		dir.Close()
-		return nil, fault.Wrap(err, fault.CodeOf(err), spec.Name, "another start or stop of it holds its run directory")
-	}
-	return dir, nil
 }
 
 // clean removes what a QEMU that is gone left behind. Fine if there is nothing.
@@ -349,7 +327,7 @@ func (d *Driver) Adopt(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 	}
 	if err == nil {
 		dir.Close()
-		dir, err = lockRunDir(ctx, spec)
+		dir, err = rundir.OpenLocked(ctx, spec.RunDir, spec.Name)
 	}
 	if err != nil {
 		return nil, err

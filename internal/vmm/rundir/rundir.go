@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 // Dir is an open run directory. Sockets in it are bound and dialled by way of /proc/self/fd, since
@@ -36,6 +38,19 @@ func Open(path string) (*Dir, error) {
 		return nil, &fs.PathError{Op: "dup", Path: path, Err: err}
 	}
 	return &Dir{os.NewFile(uintptr(n), path)}, nil
+}
+
+// OpenLocked is Open and Lock for a machine of that name; its errors are faults.
+func OpenLocked(ctx context.Context, path, name string) (*Dir, error) {
+	dir, err := Open(path)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Unavailable, name, "its run directory cannot be opened")
+	}
+	if err := dir.Lock(ctx); err != nil {
+		dir.Close()
+		return nil, fault.Wrap(err, fault.CodeOf(err), name, "another start or stop of it holds its run directory")
+	}
+	return dir, nil
 }
 
 // Close lets go of the directory and of its lock.
