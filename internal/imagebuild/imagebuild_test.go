@@ -336,3 +336,37 @@ func TestScriptsAreSh(t *testing.T) {
 		t.Errorf("steps %v", names)
 	}
 }
+
+// Check says what is wrong with a source before anything is fetched.
+func TestCheck(t *testing.T) {
+	good := Sources{Mise: DefaultMise, Opencode: DefaultOpencode, TmuxResurrect: DefaultTmuxResurrect, TmuxContinuum: DefaultTmuxContinuum}
+	if err := Check(good); err != nil {
+		t.Errorf("the pinned sources: %v", err)
+	}
+	here := good
+	here.Mise = t.TempDir()
+	if err := Check(here); err != nil {
+		t.Errorf("a directory of this machine: %v", err)
+	}
+	for name, c := range map[string]struct {
+		change  func(*Sources)
+		code    fault.Code
+		subject string
+	}{
+		"no form":     {func(s *Sources) { s.Opencode = "latest" }, fault.Invalid, "opencode_source"},
+		"not there":   {func(s *Sources) { s.TmuxContinuum = "/nonexistent/plugin.tar" }, fault.NotFound, "tmux_continuum_source"},
+		"not pinned":  {func(s *Sources) { s.Mise = "https://mise.example/mise" }, fault.Invalid, "mise_source"},
+		"no such git": {func(s *Sources) { s.TmuxResurrect = "git+file:///nonexistent/repository" }, fault.NotFound, "tmux_resurrect_source"},
+	} {
+		s := good
+		c.change(&s)
+		var f *fault.Error
+		if err := Check(s); !errors.As(err, &f) || f.Code != c.code || f.Subject != c.subject {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	t.Setenv("PATH", t.TempDir())
+	if err := Check(good); !fault.Is(err, fault.Unavailable) {
+		t.Errorf("without git: %v", err)
+	}
+}

@@ -144,6 +144,41 @@ func (f Fetcher) Fetch(ctx context.Context, s Sources, say func(string)) (t Tool
 	return t, nil
 }
 
+// Check looks whether Fetch can begin: at the form of each source, at those on this machine, and for git if one takes it. Nothing
+// is fetched. The error names the setting, as Fetch's.
+func Check(s Sources) error {
+	for _, part := range []struct{ setting, value string }{
+		{"mise_source", s.Mise}, {"opencode_source", s.Opencode}, {"tmux_resurrect_source", s.TmuxResurrect}, {"tmux_continuum_source", s.TmuxContinuum},
+	} {
+		at, err := parseSource(part.value)
+		if err != nil {
+			return fault.New(fault.Invalid, part.setting, "%q %s", part.value, err)
+		}
+		if filepath.IsAbs(at.at) {
+			if _, err := os.Stat(at.at); err != nil {
+				return unreadable(err, part.setting, at.at)
+			}
+		}
+		if at.kind == kindGit {
+			if err := needGit(part.setting); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func unreadable(err error, setting, path string) error {
+	return fault.Wrap(err, fault.NotFound, setting, "%s cannot be read", path).WithHint("correct %s in config.toml", setting)
+}
+
+func needGit(setting string) error {
+	if _, err := exec.LookPath("git"); err != nil {
+		return fault.Wrap(err, fault.Unavailable, "git", "is not installed, and %s is a git repository", setting).WithHint("sudo apt install git")
+	}
+	return nil
+}
+
 func (f Fetcher) fetch(ctx context.Context, setting, text string, say func(string)) (fetched, error) {
 	out := fetched{setting: setting, from: text}
 	s, err := parseSource(text)
@@ -160,13 +195,13 @@ func (f Fetcher) fetch(ctx context.Context, setting, text string, say func(strin
 		out.path = s.at
 		if s.pin == "" {
 			if _, err := os.Stat(s.at); err != nil {
-				return out, fault.Wrap(err, fault.NotFound, setting, "%s cannot be read", s.at).WithHint("correct %s in config.toml", setting)
+				return out, unreadable(err, setting, s.at)
 			}
 			return out, nil
 		}
 		sum, err := sumOf(ctx, s.at)
 		if err != nil {
-			return out, fault.Wrap(err, fault.NotFound, setting, "%s cannot be read", s.at).WithHint("correct %s in config.toml", setting)
+			return out, unreadable(err, setting, s.at)
 		}
 		return out, checkSum(sum, s.pin, setting, text)
 	case kindGit:
@@ -321,8 +356,8 @@ func (w *wakeful) Read(p []byte) (int, error) {
 func (f Fetcher) git(ctx context.Context, s source, out fetched, say func(string)) (fetched, error) {
 	ctx, cancel := context.WithTimeout(ctx, fetchTime)
 	defer cancel()
-	if _, err := exec.LookPath("git"); err != nil {
-		return out, fault.Wrap(err, fault.Unavailable, "git", "is not installed, and %s is a git repository", out.setting).WithHint("sudo apt install git")
+	if err := needGit(out.setting); err != nil {
+		return out, err
 	}
 	remote := strings.Contains(s.at, "://")
 	repository := s.at

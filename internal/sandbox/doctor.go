@@ -12,6 +12,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
+	"git.thaloco.com/thaloco/banger/internal/imagebuild"
 	"git.thaloco.com/thaloco/banger/internal/version"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
@@ -23,7 +24,7 @@ func (s *Service) Doctor(ctx context.Context, fix bool) []doctor.Finding {
 	for _, c := range s.machines.parts {
 		checks = append(checks, c.Check)
 	}
-	return doctor.Run(ctx, append(checks, checkSSH, s.checkState, s.checkLingering, s.checkNames, s.checkAgents, s.checkWarnings), fix)
+	return doctor.Run(ctx, append(checks, checkSSH, s.checkState, s.checkLingering, s.checkBuilds, s.checkNames, s.checkAgents, s.checkWarnings), fix)
 }
 
 func checkSSH(context.Context) []doctor.Finding {
@@ -88,6 +89,16 @@ func (s *Service) checkLingering(context.Context) []doctor.Finding {
 	if !ok {
 		f.Severity, f.Fix = doctor.Warn, "sudo loginctl enable-linger "+user
 		f.Detail = "systemd may end them with the last session of " + user + ", who does not linger"
+	}
+	return []doctor.Finding{f}
+}
+
+// checkBuilds looks at what image builds need beside what VMs do. A VM takes nothing of it.
+func (s *Service) checkBuilds(context.Context) []doctor.Finding {
+	f := doctor.Finding{Code: "image-build", Severity: doctor.Pass, Title: "Image builds", Detail: "their sources are named and pinned; what is not here is fetched by a build"}
+	if err := imagebuild.Check(s.sources()); err != nil {
+		f = doctor.FromError(f.Code, f.Title, err)
+		f.Severity = doctor.Warn
 	}
 	return []doctor.Finding{f}
 }
