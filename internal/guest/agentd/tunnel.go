@@ -26,7 +26,13 @@ const keyTime = 10 * time.Second
 // removed the interface goes without: that is no reason to end the agent.
 func (l *live) serveTunnel(ctx context.Context) {
 	t := l.state.Tunnel
-	dial := func() (net.Conn, error) { return vsock.Dial(vsock.Host, t.Port, nil) } // bounded by the kernel: two seconds
+	dial := func() (net.Conn, error) {
+		conn, err := vsock.Dial(vsock.Host, t.Port, nil) // bounded by the kernel: two seconds
+		if err != nil {
+			return nil, err
+		}
+		return &packets{Conn: conn}, nil
+	}
 	if err := keepTunnel(ctx, t.Interface, boot.TunnelKey(l.state.Secret), dial); err != nil {
 		l.stages.Reach(system.Now("network lost", err.Error()))
 	}
