@@ -25,6 +25,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/exec"
 	"git.thaloco.com/thaloco/banger/internal/guest/frame"
+	"git.thaloco.com/thaloco/banger/internal/guest/system"
 	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
@@ -330,9 +331,9 @@ func TestStatusIsPrintable(t *testing.T) {
 	}
 }
 
-// TestExecOOMScore: a command has the ordinary standing towards the OOM killer from its first
-// instruction, whatever the agent's is, and the agent keeps its own.
-func TestExecOOMScore(t *testing.T) {
+// TestExecIsLikeOthers: a command has the ordinary standing towards the OOM killer and huge pages from its first
+// instruction, whatever the agent has, and the agent keeps its own.
+func TestExecIsLikeOthers(t *testing.T) {
 	const own, agents = "/proc/self/oom_score_adj", "100" // an ordinary user may raise it, and take that back
 	before, err := os.ReadFile(own)
 	if err != nil {
@@ -360,6 +361,16 @@ func TestExecOOMScore(t *testing.T) {
 			})
 		}
 		wg.Wait()
+		if err := system.SetSmallPages(true); err != nil {
+			t.Fatal(err)
+		}
+		got := runIn(t, s, sh("grep THP_enabled /proc/self/status"), nil)
+		if small, err := system.SmallPages(); got.out != "THP_enabled:\t1\n" || !small || err != nil {
+			t.Errorf("a command has %q, and this process small pages: %v, %v", got.out, small, err)
+		}
+		if err := system.SetSmallPages(false); err != nil {
+			t.Fatal(err)
+		}
 		if now, err := os.ReadFile(own); err != nil || strings.TrimSpace(string(now)) != agents {
 			t.Errorf("the agent has %q now (%v), had %s", now, err, agents)
 		}

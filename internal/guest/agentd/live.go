@@ -288,7 +288,7 @@ func systemctl(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, "systemctl", args...)
 	var output strings.Builder
 	cmd.Stdout, cmd.Stderr = &output, &output
-	if err := unprotected(cmd.Start); err != nil {
+	if err := asOthers(cmd.Start); err != nil {
 		return "", err
 	}
 	err := cmd.Wait()

@@ -191,7 +191,7 @@ func StartProcess(r exec.Request) (*Process, error) {
 		attr.Sys.Credential = &syscall.Credential{Uid: who.uid, Gid: who.gid, Groups: who.groups}
 	}
 	var child *os.Process
-	err = unprotected(func() (err error) {
+	err = asOthers(func() (err error) {
 		child, err = os.StartProcess(program, r.Args, attr)
 		return err
 	})

@@ -519,7 +519,15 @@ func (b *booter) agent() error {
 		Stdin: null, Stdout: null, Stderr: null,
 		SysProcAttr: &syscall.SysProcAttr{Chroot: newRoot, Setsid: true},
 	}
-	if err := supervisor.Start(); err != nil {
+	// It and the agent, and not what this process becomes.
+	if err := system.SetSmallPages(true); err != nil {
+		return err
+	}
+	err = supervisor.Start()
+	if unset := system.SetSmallPages(false); unset != nil {
+		return errors.Join(unset, err)
+	}
+	if err != nil {
 		return fmt.Errorf("start the agent's supervisor: %w", err)
 	}
 	return supervisor.Process.Release() // it is the distribution's init's child from now on
