@@ -370,3 +370,33 @@ func TestCheck(t *testing.T) {
 		t.Errorf("without git: %v", err)
 	}
 }
+
+// Where packages come from is what npm is configured for, and npm's own to say where nothing is.
+func TestRegistry(t *testing.T) {
+	home, programs := t.TempDir(), t.TempDir()
+	t.Setenv("HOME", home)
+	t.Setenv("PATH", programs)
+	t.Setenv("npm_config_registry", "")
+	t.Setenv("NPM_CONFIG_REGISTRY", "")
+	var f *fault.Error
+	if at, err := registry(t.Context(), "mise_source"); !errors.As(err, &f) || f.Code != fault.Unavailable || f.Subject != "mise_source" || f.Hint == "" {
+		t.Errorf("without npm: %q, %v", at, err)
+	}
+	npm := "#!/bin/sh\n[ \"$*\" = 'config get registry' ] && echo https://npm.example/packages\n"
+	if err := os.WriteFile(filepath.Join(programs, "npm"), []byte(npm), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ rc, env, want string }{
+		{"", "", "https://npm.example/packages/"},
+		{"color=true\nregistry = https://rc.example/\n", "", "https://rc.example/"},
+		{"registry=https://rc.example/\n", "https://env.example", "https://env.example/"},
+	} {
+		if err := os.WriteFile(filepath.Join(home, ".npmrc"), []byte(c.rc), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		t.Setenv("npm_config_registry", c.env)
+		if at, err := registry(t.Context(), "mise_source"); at != c.want || err != nil {
+			t.Errorf("%+v: %q, %v", c, at, err)
+		}
+	}
+}

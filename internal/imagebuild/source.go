@@ -125,6 +125,8 @@ const (
 	// stallTime is how long a download may go without a byte.
 	stallTime = time.Minute
 	maxFetch  = 2 << 30 // bytes
+	// askTime bounds the question to npm about its settings: a second or two on a busy machine.
+	askTime = 30 * time.Second
 )
 
 // Fetch gets all tools, and tells what it does in lines. A source out of reach or with other content is an error that names
@@ -215,7 +217,11 @@ func (f Fetcher) fetch(ctx context.Context, setting, text string, say func(strin
 	url := s.at
 	if s.kind == kindNPM {
 		name, version := splitPackage(s.at)
-		url = registry() + name + "/-/" + name[strings.LastIndexByte(name, '/')+1:] + "-" + version + ".tgz"
+		at, err := registry(ctx, setting)
+		if err != nil {
+			return out, err
+		}
+		url = at + name + "/-/" + name[strings.LastIndexByte(name, '/')+1:] + "-" + version + ".tgz"
 	}
 	say("fetching " + url)
 	return out, f.download(ctx, url, s.pin, out)
@@ -228,23 +234,31 @@ func splitPackage(text string) (name, version string) {
 }
 
 // registry is the npm registry of the user's configuration, with a slash at its end: of the environment, else of ~/.npmrc, else
-// the public one (docs.npmjs.com, config).
-func registry() string {
+// what npm says itself, which knows the public one. fault.Unavailable without any, with the setting that wants it.
+func registry(ctx context.Context, setting string) (string, error) {
 	for _, name := range []string{"npm_config_registry", "NPM_CONFIG_REGISTRY"} {
 		if v := os.Getenv(name); v != "" {
-			return strings.TrimRight(v, "/") + "/"
+			return strings.TrimRight(v, "/") + "/", nil
 		}
 	}
 	if home, err := os.UserHomeDir(); err == nil {
 		if b, err := os.ReadFile(filepath.Join(home, ".npmrc")); err == nil {
 			for line := range strings.Lines(string(b)) {
 				if key, value, ok := strings.Cut(line, "="); ok && strings.TrimSpace(key) == "registry" {
-					return strings.TrimRight(strings.TrimSpace(value), "/") + "/"
+					return strings.TrimRight(strings.TrimSpace(value), "/") + "/", nil
 				}
 			}
 		}
 	}
-	return "https://registry.npmjs.org/"
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
+	said, err := exec.CommandContext(ctx, "npm", "config", "get", "registry").Output()
+	at := strings.TrimRight(strings.TrimSpace(string(said)), "/")
+	if err != nil || !strings.HasPrefix(at, "https://") && !strings.HasPrefix(at, "http://") {
+		return "", fault.Wrap(err, fault.Unavailable, setting, "names an npm package, and npm does not say where packages come from").
+			WithHint("sudo apt install npm, or name another source with %s in config.toml", setting)
+	}
+	return at + "/", nil
 }
 
 func checkSum(got, want, setting, from string) error {
