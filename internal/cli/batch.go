@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"strings"
 	"sync"
 
@@ -276,5 +277,25 @@ func (a *app) deleteCommand() *cobra.Command {
 				return r.GetOperation(), err
 			})
 		},
+	}
+}
+
+// once goes through answers about VMs with what each is remembered by, and leaves out those about a VM that was named twice.
+func once[T interface {
+	GetRef() string
+	GetVm() *bangerv1.VM
+}](answers []T) iter.Seq2[string, T] {
+	return func(yield func(string, T) bool) {
+		seen := map[string]bool{}
+		for _, a := range answers {
+			key := a.GetVm().GetId()
+			if key == "" {
+				key = "ref " + a.GetRef()
+			}
+			if !seen[key] && !yield(key, a) {
+				return
+			}
+			seen[key] = true
+		}
 	}
 }

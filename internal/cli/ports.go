@@ -85,16 +85,7 @@ type portView struct {
 
 func viewPorts(results []*bangerv1.VMPorts) (views []portsView, errs []error) {
 	views = []portsView{}
-	seen := map[string]bool{}
-	for _, r := range results {
-		key := r.GetVm().GetId()
-		if key == "" {
-			key = "ref " + r.GetRef()
-		}
-		if seen[key] {
-			continue
-		}
-		seen[key] = true
+	for _, r := range once(results) {
 		v := portsView{Ref: r.GetRef(), ID: r.GetVm().GetId(), Name: r.GetVm().GetName(), Host: r.GetHost(), Ports: []portView{},
 			err: client.FromFault(r.GetFault())}
 		if v.err != nil {

@@ -133,16 +133,7 @@ func (m *meter) take(ctx context.Context) (look, error) {
 	}
 	views := []statsView{}
 	var failed []error
-	seen := map[string]bool{}
-	for _, r := range resp.GetResults() {
-		key := r.GetVm().GetId()
-		if key == "" {
-			key = "ref " + r.GetRef()
-		}
-		if seen[key] {
-			continue
-		}
-		seen[key] = true
+	for key, r := range once(resp.GetResults()) {
 		v := m.view(r)
 		if r.GetFault() != nil {
 			failed = append(failed, client.FromFault(r.GetFault()))
