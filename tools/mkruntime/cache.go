@@ -203,3 +203,15 @@ func (c *cache) prune(kind string) error {
 	}
 	return nil
 }
+
+// tools are those that come with the bundle's kernel, which is built first if it is not there.
+func (c *cache) tools(ctx context.Context, p *progress) (toolchain, error) {
+	dir, _, err := c.get(ctx, "kernel", kernelKey(), false, func(dir string) ([]string, error) {
+		mode, err := debootstrapMode()
+		if err != nil {
+			return nil, err
+		}
+		return buildKernel(ctx, p, mode, dir)
+	})
+	return toolchain{filepath.Join(dir, dirTools)}, err
+}

@@ -65,13 +65,7 @@ func makeLab(ctx context.Context, p *progress, o options) error {
 		return err
 	}
 	defer c.close()
-	kernelDir, _, err := c.get(ctx, "kernel", kernelKey(), false, func(dir string) ([]string, error) {
-		mode, err := debootstrapMode()
-		if err != nil {
-			return nil, err
-		}
-		return buildKernel(ctx, p, mode, dir)
-	})
+	tools, err := c.tools(ctx, p)
 	if err != nil {
 		return err
 	}
@@ -81,7 +75,7 @@ func makeLab(ctx context.Context, p *progress, o options) error {
 		if err != nil {
 			return nil, err
 		}
-		return buildLab(ctx, p, mode, dir, packages, string(script), toolchain{filepath.Join(kernelDir, dirTools)})
+		return buildLab(ctx, p, mode, dir, packages, string(script), tools)
 	})
 	if err != nil {
 		return err

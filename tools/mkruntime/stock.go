@@ -44,13 +44,7 @@ func makeStock(ctx context.Context, p *progress, o options) error {
 		return err
 	}
 	defer c.close()
-	kernelDir, _, err := c.get(ctx, "kernel", kernelKey(), false, func(dir string) ([]string, error) {
-		mode, err := debootstrapMode()
-		if err != nil {
-			return nil, err
-		}
-		return buildKernel(ctx, p, mode, dir)
-	})
+	tools, err := c.tools(ctx, p)
 	if err != nil {
 		return err
 	}
@@ -60,7 +54,7 @@ func makeStock(ctx context.Context, p *progress, o options) error {
 		if err != nil {
 			return nil, err
 		}
-		return buildStock(ctx, p, mode, dir, toolchain{filepath.Join(kernelDir, dirTools)})
+		return buildStock(ctx, p, mode, dir, tools)
 	})
 	if err != nil {
 		return err

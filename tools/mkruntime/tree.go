@@ -46,13 +46,7 @@ func makeTree(ctx context.Context, p *progress, o options, in io.Reader) (err er
 		return err
 	}
 	defer c.close()
-	kernelDir, _, err := c.get(ctx, "kernel", kernelKey(), false, func(dir string) ([]string, error) {
-		mode, err := debootstrapMode()
-		if err != nil {
-			return nil, err
-		}
-		return buildKernel(ctx, p, mode, dir)
-	})
+	tools, err := c.tools(ctx, p)
 	if err != nil {
 		return err
 	}
@@ -80,7 +74,7 @@ func makeTree(ctx context.Context, p *progress, o options, in io.Reader) (err er
 		return fault.New(fault.Invalid, "the tree", "is no root filesystem: it has no /root")
 	}
 	p.begin("writing %s", o.to)
-	if err := makeImages(ctx, toolchain{filepath.Join(kernelDir, dirTools)}, dir, sizes, blocks); err != nil {
+	if err := makeImages(ctx, tools, dir, sizes, blocks); err != nil {
 		if blocks != 0 && ctx.Err() == nil {
 			return fault.Wrap(err, fault.Exhausted, o.to, "cannot be made with %s", o.size).WithHint("its content takes about %s", gib((sizes[0].blocks+sizes[0].inodes/16)*ext4.BlockSize))
 		}
