@@ -99,36 +99,26 @@ func (l *buildLog) say(format string, args ...any) {
 }
 
 // lines is a writer of a guest's output, of which the last line is told.
-func (l *buildLog) lines(tell func(string)) *buildLines { return &buildLines{log: l, tell: tell} }
+func (l *buildLog) lines(tell func(string)) *buildLines {
+	return &buildLines{log: l, tell: tell, cut: lines{ends: "\n\r"}}
+}
 
 // buildLines passes output on, line by line, without anything that a terminal acts upon.
 type buildLines struct {
 	log  *buildLog
 	tell func(string)
 
-	mu      sync.Mutex // a command's output and errors come at once
-	partial []byte
-	latest  string
-	told    time.Time
+	mu     sync.Mutex // a command's output and errors come at once
+	cut    lines
+	latest string
+	told   time.Time
 }
 
 func (b *buildLines) Write(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	n := len(p)
-	for len(p) > 0 {
-		at := bytes.IndexAny(p, "\n\r")
-		if at < 0 && len(b.partial)+len(p) < longestLine {
-			b.partial = append(b.partial, p...)
-			break
-		}
-		if at < 0 {
-			at = len(p) - 1
-		}
-		b.line(append(b.partial, p[:at+1]...))
-		b.partial, p = b.partial[:0], p[at+1:]
-	}
-	return n, nil
+	b.cut.take(p, b.line)
+	return len(p), nil
 }
 
 func (b *buildLines) line(raw []byte) {
@@ -149,10 +139,7 @@ func (b *buildLines) line(raw []byte) {
 func (b *buildLines) rest() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if len(b.partial) > 0 {
-		b.line(b.partial)
-		b.partial = nil
-	}
+	b.cut.rest(b.line)
 }
 
 // last is the last line that was not empty.

@@ -31,7 +31,7 @@ func (s *Service) ReadLog(ctx context.Context, id vm.ID, r LogRequest, send func
 	pass := send
 	rest := func() error { return nil }
 	if r.VMM || r.Plain {
-		l := &logLines{request: r, send: send}
+		l := newLogLines(r, send)
 		pass, rest = l.take, l.rest
 	}
 	if r.VMM && lines >= 0 { // chosen from all: the VMM's last ones may be far from the end
@@ -58,7 +58,7 @@ func (s *Service) lastOwn(ctx context.Context, v vm.VM, r LogRequest, send func(
 		return err
 	}
 	var chosen []byte
-	l := &logLines{request: r, send: func(b []byte) error { chosen = append(chosen, b...); return nil }}
+	l := newLogLines(r, func(b []byte) error { chosen = append(chosen, b...); return nil })
 	if err := errors.Join(l.take(log), l.rest()); err != nil {
 		return err
 	}
@@ -70,7 +70,8 @@ func (s *Service) lastOwn(ctx context.Context, v vm.VM, r LogRequest, send func(
 	if !r.Follow {
 		return nil
 	}
-	r.Lines, l = 0, &logLines{request: r, send: send}
+	r.Lines = 0
+	l = newLogLines(r, send)
 	return console.Read(ctx, s.logFile(v.ID), 0, true, l.take)
 }
 
@@ -78,26 +79,16 @@ func (s *Service) lastOwn(ctx context.Context, v vm.VM, r LogRequest, send func(
 type logLines struct {
 	request LogRequest
 	send    func([]byte) error
-	partial []byte
+	cut     lines
 }
 
-// longestLine is what is kept of a line that does not end, in bytes: longer ones are broken.
-const longestLine = 64 << 10
+func newLogLines(r LogRequest, send func([]byte) error) *logLines {
+	return &logLines{request: r, send: send, cut: lines{ends: "\n"}}
+}
 
 func (l *logLines) take(b []byte) error {
 	var out []byte
-	for len(b) > 0 {
-		at := bytes.IndexByte(b, '\n')
-		if at < 0 && len(l.partial)+len(b) < longestLine {
-			l.partial = append(l.partial, b...)
-			break
-		}
-		if at < 0 {
-			at = len(b) - 1
-		}
-		out = l.line(append(l.partial, b[:at+1]...), out)
-		l.partial, b = l.partial[:0], b[at+1:]
-	}
+	l.cut.take(b, func(line []byte) { out = l.line(line, out) })
 	if len(out) == 0 {
 		return nil
 	}
@@ -106,11 +97,8 @@ func (l *logLines) take(b []byte) error {
 
 // rest sends a last line that does not end.
 func (l *logLines) rest() error {
-	if len(l.partial) == 0 {
-		return nil
-	}
-	out := l.line(l.partial, nil)
-	l.partial = nil
+	var out []byte
+	l.cut.rest(func(line []byte) { out = l.line(line, out) })
 	if len(out) == 0 {
 		return nil
 	}

@@ -18,7 +18,7 @@ func TestLogLines(t *testing.T) {
 	} {
 		for _, step := range []int{1, 3, 7, len(log)} {
 			var out strings.Builder
-			l := &logLines{request: c.r, send: func(b []byte) error { out.Write(b); return nil }}
+			l := newLogLines(c.r, func(b []byte) error { out.Write(b); return nil })
 			for rest := []byte(log); len(rest) > 0; {
 				n := min(step, len(rest))
 				if err := l.take(rest[:n]); err != nil {
@@ -34,13 +34,13 @@ func TestLogLines(t *testing.T) {
 			}
 		}
 	}
-	l := &logLines{request: LogRequest{Plain: true}, send: func([]byte) error { return nil }}
+	l := newLogLines(LogRequest{Plain: true}, func([]byte) error { return nil })
 	for range 1000 {
 		if err := l.take([]byte(strings.Repeat("x", 1000))); err != nil {
 			t.Fatal(err)
 		}
-		if len(l.partial) > longestLine {
-			t.Fatalf("%d bytes of a line are kept", len(l.partial))
+		if len(l.cut.partial) > longestLine {
+			t.Fatalf("%d bytes of a line are kept", len(l.cut.partial))
 		}
 	}
 }
