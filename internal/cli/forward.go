@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strconv"
 	"strings"
@@ -107,6 +108,12 @@ func (a *app) forward(ctx context.Context, ref string, forwards []forwarding) er
 	defer cancel()
 	var all sync.WaitGroup
 	var mu sync.Mutex // of what follows and of stderr
+	watch := a.watchPulse(ctx, c, v, "Ctrl-C", func(text string) {
+		mu.Lock()
+		defer mu.Unlock()
+		_, _ = io.WriteString(a.stderr, text)
+	})
+	defer watch.end()
 	var failure error
 	for i, l := range listeners {
 		port := forwards[i].guest
