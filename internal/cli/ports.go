@@ -35,7 +35,7 @@ names all VMs that run are shown. What listens on the guest's loopback alone can
 				}
 				views, errs := viewPorts(resp.GetResults())
 				failed = reportedAll(errs)
-				return look{json: views, text: func(w io.Writer) error { return a.printPorts(w, views, len(args) == 0, watching && a.color) }}, nil
+				return look{json: views, over: allGone(args, errs), text: func(w io.Writer) error { return a.printPorts(w, views, len(args) == 0, watching && a.color) }}, nil
 			}
 			if watching {
 				return a.watch(cmd.Context(), take)
