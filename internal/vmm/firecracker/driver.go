@@ -211,7 +211,7 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 
 // clean removes what a Firecracker that is gone left behind. Fine if there is nothing.
 func clean(dir *rundir.Dir) error {
-	return dir.Remove(apiSocket, agentSocket, nicSocket, pidfile, pidfile+".tmp")
+	return dir.Remove(apiSocket, agentSocket, nicSocket, upSocket, pidfile, pidfile+".tmp")
 }
 
 // linkNIC lets the guest's connections to NICPort end at the socket of its network interface: Firecracker connects to
@@ -259,6 +259,15 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 	if err := linkNIC(dir, spec); err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "the way to its network cannot be laid")
 	}
+	up, err := listenUp(dir)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its guest cannot be listened for")
+	}
+	defer func() {
+		if err != nil {
+			up.close()
+		}
+	}()
 	socket, err := watchFor(dir, apiSocket)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its run directory cannot be watched")
@@ -281,7 +290,7 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 
 	failed := d.configure(ctx, dir, spec, p, socket)
 	if failed == nil {
-		return d.watchOver(spec, p, logged), nil
+		return d.watchOver(spec, p, logged, up), nil
 	}
 	// Its own end explains more than a broken connection.
 	ended := false
@@ -463,10 +472,10 @@ func (d *Driver) adopt(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, find
 		return nil, gone(errors.New("the process with its marker is no Firecracker"))
 	}
 	if p.Stopped() { // it answers nothing, and did run
-		return d.watchOver(spec, p, 0), nil
+		return d.watchOver(spec, p, 0, nil), nil
 	}
 	if hasGuest(p.PID()) {
-		return d.watchOver(spec, p, 0), nil
+		return d.watchOver(spec, p, 0, nil), nil
 	}
 	// Its daemon was killed in the middle of the start, or it is just ending: there is no guest to lose.
 	select {
