@@ -279,7 +279,6 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 		// Nothing of the daemon's environment is Firecracker's business.
 		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
 		Log: spec.Log, Pidfile: dir.Name() + "/" + pidfile, Marker: spec.Marker(), Files: files,
-		Cgroup: spec.Cgroup,
 	})
 	if errors.Is(err, fs.ErrPermission) {
 		return nil, fault.Wrap(err, fault.Permission, spec.Name, "%s cannot be executed", path).WithHint("chmod +x %s", path)
@@ -288,7 +287,16 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "Firecracker cannot be started").WithHint("%s", fix)
 	}
 
-	failed := d.configure(ctx, dir, spec, p, socket)
+	// Its group is made while it starts and takes its machine, and is there before the guest runs.
+	grouped := make(chan struct{})
+	go func() {
+		defer close(grouped)
+		if spec.Cgroup != nil {
+			spec.Cgroup(ctx, p.PID())
+		}
+	}()
+	failed := d.configure(ctx, dir, spec, p, socket, grouped)
+	<-grouped // bounded by itself
 	if failed == nil {
 		return d.watchOver(spec, p, logged, up), nil
 	}
@@ -319,9 +327,9 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 	return nil, fault.Wrap(failed, fault.Unavailable, spec.Name, "Firecracker's API fails%s", said)
 }
 
-// configure makes the machine by the API of a fresh process and starts its guest. Only the last call
-// runs anything: a daemon that is killed before leaves a process that is ended by the next.
-func (d *Driver) configure(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, p *process.Process, socket *pathWatch) error {
+// configure makes the machine by the API of a fresh process and starts its guest once the process is grouped. Only the last
+// call runs anything: a daemon that is killed before leaves a process that is ended by the next.
+func (d *Driver) configure(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, p *process.Process, socket *pathWatch, grouped <-chan struct{}) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
@@ -349,6 +357,7 @@ func (d *Driver) configure(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, 
 			return refusedBy(spec, err, r.about)
 		}
 	}
+	<-grouped
 	if err := c.do(ctx, http.MethodPut, "/actions", action{"InstanceStart"}, nil); err != nil {
 		return refusedBy(spec, err, "to start with the kernel "+spec.Kernel)
 	}
