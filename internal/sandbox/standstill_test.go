@@ -53,7 +53,6 @@ func TestVerbsOfAGuestThatStandsStill(t *testing.T) {
 		"stats": {askTime, "did not answer", func(r *rig, v vm.VM) error { return r.s.Stats(r.ctx(), []string{v.Name})[0].GuestErr }},
 		"ports": {askTime + probesTime, "did not answer", func(r *rig, v vm.VM) error { return r.s.Ports(r.ctx(), []string{v.Name})[0].Err }},
 		"show":  {2 * time.Second, "", func(r *rig, v vm.VM) error { _, err := r.s.Show(r.ctx(), v.Name); return err }},
-		"clock": {askTime, "", func(r *rig, v vm.VM) error { r.s.setClock(r.ctx(), v); return nil }},
 		"trim": {askTime, "did not answer", func(r *rig, v vm.VM) error {
 			return op(r, func() (string, error) { o, err := r.s.Trim(r.ctx(), v.ID); return o.ID, err })
 		}},
@@ -90,8 +89,6 @@ func TestVerbsOfAGuestThatStandsStill(t *testing.T) {
 				}
 				g.Trim = func(context.Context) (*agentv1.TrimResponse, error) { return &agentv1.TrimResponse{}, nil }
 				g.Grow = func(context.Context) ([]agentd.Grown, error) { freeze(); return nil, nil }
-				g.Now = time.Now
-				g.SetNow = func(time.Time) error { freeze(); return nil }
 				g.Shutdown = func(context.Context, bool) error { freeze(); return nil }
 				g.DialTCP = func(ctx context.Context, _ int) (net.Conn, error) { freeze(); <-ctx.Done(); return nil, ctx.Err() }
 			})
