@@ -18,17 +18,17 @@ import (
 func TestInterruptKey(t *testing.T) {
 	for name, c := range map[string]struct {
 		silent, answers bool
-		output          time.Duration // after the first key
-		keys            []time.Duration
+		output          int // milliseconds after the first key
+		keys            []int
 		want            bool
 	}{
-		"one":                        {keys: []time.Duration{0}},
-		"one, and known to hang":     {silent: true, keys: []time.Duration{0}, want: true},
-		"three, and it hangs":        {keys: []time.Duration{0, 500, 1000}, want: true},
-		"three, and it answers":      {answers: true, keys: []time.Duration{0, 500, 1000}},
-		"three, and something came":  {output: 300, keys: []time.Duration{0, 500, 1000}},
-		"three, one after the other": {keys: []time.Duration{0, 1500, 3000}},
-		"many, and it hangs":         {keys: []time.Duration{0, 1500, 3000, 3100, 3200}, want: true},
+		"one":                        {keys: []int{0}},
+		"one, and known to hang":     {silent: true, keys: []int{0}, want: true},
+		"three, and it hangs":        {keys: []int{0, 500, 1000}, want: true},
+		"three, and it answers":      {answers: true, keys: []int{0, 500, 1000}},
+		"three, and something came":  {output: 300, keys: []int{0, 500, 1000}},
+		"three, one after the other": {keys: []int{0, 1500, 3000}},
+		"many, and it hangs":         {keys: []int{0, 1500, 3000, 3100, 3200}, want: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -42,7 +42,7 @@ func TestInterruptKey(t *testing.T) {
 					e.interruptKey(time.Now(), func() bool { return c.answers })
 				}}
 				if c.output > 0 {
-					time.AfterFunc(c.output*time.Millisecond, func() { _, _ = out.Write([]byte("x")) })
+					time.AfterFunc(time.Duration(c.output)*time.Millisecond, func() { _, _ = out.Write([]byte("x")) })
 				}
 				if _, err := io.Copy(io.Discard, in); err != nil {
 					t.Error(err)
@@ -59,14 +59,14 @@ func TestInterruptKey(t *testing.T) {
 // typist types Ctrl-C at moments, in milliseconds.
 type typist struct {
 	begin time.Time
-	keys  []time.Duration
+	keys  []int
 }
 
 func (k *typist) Read(b []byte) (int, error) {
 	if len(k.keys) == 0 {
 		return 0, io.EOF
 	}
-	time.Sleep(time.Until(k.begin.Add(k.keys[0] * time.Millisecond)))
+	time.Sleep(time.Until(k.begin.Add(time.Duration(k.keys[0]) * time.Millisecond)))
 	k.keys = k.keys[1:]
 	return copy(b, "a\x03"), nil
 }

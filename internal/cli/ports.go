@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"strconv"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -131,10 +130,7 @@ func (a *app) printPorts(w io.Writer, views []portsView, all, over bool) error {
 					endpoint.link = p.Endpoint
 				}
 			}
-			web := ""
-			if p.Scheme != "" {
-				web = strings.TrimSpace(fmt.Sprintf("%s %d %s", p.Scheme, p.Status, p.Title))
-			}
+			web := client.WebText(p.Scheme, p.Status, p.Title)
 			rows = append(rows, []cell{{text: v.Name}, {text: fmt.Sprintf("%d/%s", p.Port, p.Protocol)}, endpoint, {text: web}, {text: p.Process}, {text: p.Command, color: dim}})
 		}
 	}

@@ -266,7 +266,7 @@ func TestVerbs(t *testing.T) {
 				t.Fatal(err)
 			}
 			at := time.UnixMicro(int64(guest * 1e6))
-			off = max(before.Sub(at), at.Sub(time.Now()), 0)
+			off = max(before.Sub(at), time.Until(at), 0)
 			return off < 2*time.Second
 		})
 		t.Logf("right again %s after it went on, but for %s", time.Since(began), off)
@@ -276,17 +276,24 @@ func TestVerbs(t *testing.T) {
 		h := h.with(t)
 		// Nobody asks it anything meanwhile: the daemon is away, and so is this. What its threads ran is in nanoseconds
 		// (Documentation/scheduler/sched-stats.rst).
-		h.in(name, `nohup sh -c 'sleep 10; p=$(pidof banger-vsock-agent | tr " " "\n" | sort -n | head -n 1)
+		h.in(name, `nohup sh -c 'p=$(pidof banger-vsock-agent | tr " " "\n" | sort -n | head -n 1)
 			ran() { cat /proc/$p/task/*/schedstat | awk "{n += \$1} END {printf \"%.0f\", n}"; }
-			a=$(ran); sleep 20; echo ran $(($(ran) - a)) ns
+			for i in 1 2 3 4 5 6 7 8; do a=$(ran); sleep 5; echo ran $(($(ran) - a)) ns; done
 			awk "/^Rss|^VmRSS/ {print \$1, \$2}" /proc/$p/status' > /run/measured 2>&1 &`)
 		h.do("daemon", "stop")
-		time.Sleep(32 * time.Second)
+		time.Sleep(45 * time.Second)
 		measured := h.in(name, "cat /run/measured")
-		t.Logf("in 20 s in which nobody asked it anything, the agent\n%s", measured)
-		var ran int64 = -1
-		if _, err := fmt.Sscanf(measured, "ran %d ns", &ran); err != nil || ran < 0 || ran > 1_000_000 {
-			t.Errorf("the agent ran for %d ns although nobody asked, %v", ran, err)
+		t.Logf("in every five seconds of forty in which nobody asked it anything, the agent\n%s", measured)
+		// It gives memory back soon after it was last asked; after that it does nothing.
+		var ran []int64
+		for line := range strings.Lines(measured) {
+			var n int64
+			if _, err := fmt.Sscanf(line, "ran %d ns", &n); err == nil {
+				ran = append(ran, n)
+			}
+		}
+		if len(ran) != 8 || ran[4]+ran[5]+ran[6]+ran[7] > 1_000_000 {
+			t.Errorf("the agent ran although nobody asked: %d ns", ran)
 		}
 		// What is its own: the rest is the program, which lies in the guest's memory in any case.
 		own := 0

@@ -2428,7 +2428,7 @@ type Port struct {
 	Command  string                 `protobuf:"bytes,7,opt,name=command,proto3" json:"command,omitempty"`
 	// What a TCP listener answered; empty: neither.
 	Scheme        string `protobuf:"bytes,8,opt,name=scheme,proto3" json:"scheme,omitempty"`  // https, http
-	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"` // of HTTP
+	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"` // of HTTP; 0 with a scheme: it gave no page in time
 	Title         string `protobuf:"bytes,10,opt,name=title,proto3" json:"title,omitempty"`   // of the page
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
