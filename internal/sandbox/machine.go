@@ -548,7 +548,9 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	}
 	now := time.Now()
 	v.StartedAt = &now
-	s.watchers.Go(func() { c.followBoot(v.ID, m) })
+	started := *v
+	s.watchers.Go(func() { c.followBoot(started.ID, m) })
+	s.watchers.Go(func() { s.setClock(s.bg, started) }) // that of some machines begins seconds off
 	return nil
 }
 
