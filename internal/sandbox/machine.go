@@ -43,6 +43,8 @@ type machine struct {
 	mu       sync.Mutex
 	sess     *agent.Session
 	released bool // no session may be put into sess any more
+
+	pulse pulse
 }
 
 // whileAlive is ctx that ends with the machine as well: what is gone will never answer.
