@@ -477,11 +477,11 @@ func (n *Network) Check(ctx context.Context) []doctor.Finding {
 	out := []doctor.Finding{{Code: "network", Severity: doctor.Pass, Title: title, Detail: detail}}
 	obstacles, err := n.host.Obstacles()
 	if err != nil {
-		return append(out, doctor.FromError("firewall", "Firewall of the host", err))
+		return append(out, doctor.FromError(doctor.Firewall, "Firewall of the host", err))
 	}
 	for _, o := range obstacles {
-		out = append(out, doctor.Finding{Code: "firewall", Severity: doctor.Warn, Title: "Firewall of the host",
-			Detail: "chain " + o.Chain + " of table " + o.Table + " drops what VMs with NAT send", Fix: o.Fix})
+		out = append(out, doctor.Finding{Code: doctor.Firewall, Severity: doctor.Warn, Title: "Firewall of the host",
+			Detail: "chain " + o.Chain + " of table " + o.Table + " drops what VMs with NAT send or ask", Fix: o.Fix})
 	}
 	return out
 }
