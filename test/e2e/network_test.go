@@ -27,8 +27,8 @@ const (
 )
 
 // ownNetwork puts this goroutine's thread, and all programs that it starts, into a network namespace of their own, with its own
-// /etc/resolv.conf, and serves there. The thread ends with the test.
-func ownNetwork(t *testing.T) {
+// /etc/resolv.conf, and serves there. The thread ends with the test. Connections to port 9000 of the world come to the caller.
+func ownNetwork(t *testing.T) (came <-chan net.Conn) {
 	t.Helper()
 	runtime.LockOSThread() // never unlocked
 	must := func(what string, err error) {
@@ -49,6 +49,7 @@ func ownNetwork(t *testing.T) {
 
 	ready := make(chan error, 1)
 	end := make(chan struct{})
+	conns := make(chan net.Conn, 16)
 	t.Cleanup(func() { close(end) })
 	go func() {
 		runtime.LockOSThread()
@@ -74,7 +75,20 @@ func ownNetwork(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			go func() { <-end; _, _ = l.Close(), u.Close() }()
+			raw, err := net.Listen("tcp", worldAddr+":9000")
+			if err != nil {
+				return err
+			}
+			go func() { <-end; _, _, _ = l.Close(), u.Close(), raw.Close() }()
+			go func() {
+				for {
+					conn, err := raw.Accept()
+					if err != nil {
+						return
+					}
+					conns <- conn
+				}
+			}()
 			go func() {
 				_ = http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					_, _ = fmt.Fprintf(w, "the world, to %s\n", r.RemoteAddr[:strings.LastIndex(r.RemoteAddr, ":")])
@@ -97,6 +111,7 @@ func ownNetwork(t *testing.T) {
 	must("make the world", <-ready)
 	must("bring lo up", address("lo", ""))
 	must("bring the uplink up", address("uplink", hostAddr+"/24"))
+	return conns
 }
 
 // address brings a link of this thread's namespace up, with an address if there is one.
@@ -126,7 +141,7 @@ func TestUserNetwork(t *testing.T) {
 		settings = append(settings, `vmm = "qemu"`)
 	}
 	h, _ := newOrdinaryUser(t, settings...)
-	ownNetwork(t)
+	came := ownNetwork(t)
 	l, err := net.Listen("tcp", ":8080") // the host's own server, which guests must not get to
 	if err != nil {
 		t.Fatal(err)
@@ -192,6 +207,7 @@ func TestUserNetwork(t *testing.T) {
 	if err := request(conn); err != nil {
 		t.Errorf("a connection, with the next daemon: %v", err)
 	}
+	h.throughDaemons("web", at, came)
 	if again := lookup(); again != at {
 		t.Errorf("web.vm was %s, and is %s", at, again)
 	}
