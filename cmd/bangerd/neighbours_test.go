@@ -87,12 +87,11 @@ func newNeighbours(t *testing.T) *neighbours {
 
 // command is a program of theirs.
 func (n *neighbours) command(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	path, err := exec.LookPath("chroot")
 	if err != nil {
 		path = "/usr/sbin/chroot"
 	}
-	cmd = exec.CommandContext(ctx, path, append([]string{n.root}, args...)...)
+	cmd := exec.CommandContext(ctx, path, append([]string{n.root}, args...)...)
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
 	return cmd
 }

@@ -70,7 +70,7 @@ type Config struct {
 	IPv6CIDR            string       // likewise, a unique local /64, or IPv6Auto or IPv6None
 	DefaultNAT          bool
 	DefaultNetworkGroup string // "" for none
-	PublishedPorts      Ports  // of VMs on the user network
+	PublishedPorts      Ports  // of VMs on the user network; nil: those that their guests listen on
 
 	BootTimeout time.Duration
 	StopTimeout time.Duration
@@ -246,9 +246,13 @@ var keys = []key{
 		func(c Config) string { return c.DefaultNetworkGroup }},
 	{"published_ports",
 		func(c *Config, _ loader, v any) error {
+			if v == PortsAuto {
+				c.PublishedPorts = nil
+				return nil
+			}
 			p, err := parsePorts(fmt.Sprint(v))
 			if err != nil {
-				return notA(v, fmt.Sprintf("ports and ranges of them, such as \"80,3000-3010\", %d at most", maxPorts))
+				return notA(v, fmt.Sprintf("ports and ranges of them, such as \"80,3000-3010\", %d at most, or %q", maxPorts, PortsAuto))
 			}
 			c.PublishedPorts = p
 			return nil
@@ -288,7 +292,6 @@ func Defaults(h vm.Host) Config {
 		DefaultDiskSize:   8 * vm.GiB,
 		DefaultSystemSize: 16 * vm.GiB,
 		Network:           NetworkAuto,
-		PublishedPorts:    defaultPorts(),
 		BridgeName:        "banger0",
 		CIDR:              netip.MustParsePrefix("172.16.88.0/24"), // outside of what Docker takes by itself
 		IPv6CIDR:          IPv6Auto,

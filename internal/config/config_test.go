@@ -78,6 +78,8 @@ var keyCases = []struct {
 	{"default_nat", `true`, func(c Config) any { return c.DefaultNAT }, true},
 	{"default_network_group", `"team-web"`, func(c Config) any { return c.DefaultNetworkGroup }, "team-web"},
 	{"published_ports", `" 3000-3002, 80,3001 "`, func(c Config) any { return c.PublishedPorts }, Ports{80, 3000, 3001, 3002}},
+	{"published_ports", `"auto"`, func(c Config) any { return c.PublishedPorts }, Ports(nil)},
+	{"published_ports", `""`, func(c Config) any { return c.PublishedPorts }, Ports{}},
 	{"boot_timeout", `"90s"`, func(c Config) any { return c.BootTimeout }, 90 * time.Second},
 	{"stop_timeout", `45`, func(c Config) any { return c.StopTimeout }, 45 * time.Second},
 	{"ssh_reminder", `false`, func(c Config) any { return c.SSHReminder }, false},
