@@ -87,6 +87,7 @@ func TestBridgeNetwork(t *testing.T) {
 	}
 
 	h.throughDaemons("web", "172.16.88.2", came)
+	h.containers("web", "172.16.88.2")
 
 	h.do("vm", "set", "db", "--no-network-group", "--nat")
 	if got := in("db", "timeout 3 bash -c '</dev/tcp/172.16.88.2/22'; echo $?; getent hosts web.vm; echo $?"); !strings.HasPrefix(got, "124") || !strings.HasSuffix(got, "\n2") {

@@ -207,6 +207,7 @@ func TestUserNetwork(t *testing.T) {
 	defer conn.Close()
 
 	h.portsFollow("web", at)
+	h.containers("web", at)
 
 	h.do("daemon", "stop")
 	if err := request(conn); err != nil {
