@@ -35,6 +35,9 @@ type neighbours struct {
 // process. It returns nil in the process that is outside.
 func newNeighbours(t *testing.T) *neighbours {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("slow: make test-full runs it")
+	}
 	disk, err := filepath.Abs(labDisk)
 	if err != nil {
 		t.Fatal(err)
@@ -385,6 +388,35 @@ func TestBesideFirewalld(t *testing.T) {
 	in.done(in.s.Delete(in.ctx(), id))
 	in.close()
 	stop()
+}
+
+// TestBesideUfw has a real ufw beside VMs, which drops what it was not told of: what doctor says to type is enough, and stays so when ufw
+// is loaded again.
+func TestBesideUfw(t *testing.T) {
+	n := newNeighbours(t)
+	if n == nil {
+		return
+	}
+	n.do("ufw", "--force", "enable")
+	in := install(t, onBridge)
+	id, g := in.create("web", "", true)
+	serve(t, g)
+	if from := world(t, g, networktest.Silence); from != "" {
+		t.Errorf("the world sees %q of a guest: ufw drops nothing, and this test shows nothing", from)
+	}
+	found := in.firewall()
+	if len(found) != 2 { // what goes through the host, and what goes to it
+		t.Fatalf("doctor says: %+v", found)
+	}
+	n.fix(found)
+	in.reaches("with ufw told", id)
+	in.quiet("with ufw told")
+	n.do("ufw", "reload")
+	in.reaches("with ufw loaded again", id)
+	in.quiet("with ufw loaded again")
+	g.Leave()
+	in.done(in.s.Delete(in.ctx(), id))
+	in.close()
 }
 
 // bus starts the system's bus of theirs.

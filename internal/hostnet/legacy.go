@@ -12,6 +12,7 @@ import (
 	"unsafe"
 
 	"github.com/google/nftables/expr"
+	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
 )
 
@@ -254,6 +255,8 @@ func (q query) matchesLegacy(m []byte) bool {
 	case "conntrack": // struct xt_conntrack_mtinfo3: sixteen addresses and masks, expiry, ports, flags, states
 		const flags = 8*16 + 2*4 + 5*2
 		return len(info) >= flags+6 && ne.Uint16(info[flags:])&^xtAlias == xtState && ne.Uint16(info[flags+2:]) == 0 && uint32(ne.Uint16(info[flags+4:]))&q.state != 0
+	case "addrtype": // struct xt_addrtype_info_v1: source, target, flags
+		return q.local() && len(info) >= 8 && ne.Uint32(info) == uint32(xt.AddrTypeLocal)<<16 && ne.Uint32(info[4:]) == 0
 	case "state": // struct xt_state_info
 		return len(info) >= 4 && ne.Uint32(info)&q.state != 0
 	}

@@ -152,6 +152,10 @@ func (t *table) step(q query, exprs []expr.Any) step {
 			if known[e.Register] = nil; e.Key == expr.CtKeySTATE {
 				known[e.Register] = binary.NativeEndian.AppendUint32(nil, q.state)
 			}
+		case *expr.Fib:
+			if known[e.Register] = nil; q.local() && e.ResultADDRTYPE && e.FlagDADDR {
+				known[e.Register] = binary.NativeEndian.AppendUint32(nil, unix.RTN_LOCAL)
+			}
 		case *expr.Payload:
 			if e.OperationType == expr.PayloadLoad {
 				known[e.DestRegister] = q.payload(e)
@@ -235,6 +239,9 @@ func (q query) meta(key expr.MetaKey) []byte {
 	return nil
 }
 
+// local says whether it is for the host itself.
+func (q query) local() bool { return q.hook == "input" }
+
 func (q query) payload(e *expr.Payload) []byte {
 	switch {
 	case q.port != 0 && e.Base == expr.PayloadBaseTransportHeader && e.Offset == 2 && e.Len == 2: // both TCP's and UDP's
@@ -266,6 +273,10 @@ func (q query) matches(e *expr.Match) bool {
 		return state(info.ConntrackMtinfoBase, uint32(info.StateMask))
 	case *xt.ConntrackMtinfo3:
 		return state(info.ConntrackMtinfoBase, uint32(info.StateMask))
+	case *xt.AddrType:
+		return q.local() && info.Dest == uint16(xt.AddrTypeLocal) && info.Source == 0 && !info.InvertDest
+	case *xt.AddrTypeV1:
+		return q.local() && info.Dest == uint16(xt.AddrTypeLocal) && info.Source == 0 && info.Flags == 0
 	case *xt.Udp:
 		return within(unix.IPPROTO_UDP, info.SrcPorts, info.DstPorts) && info.InvFlags == 0
 	case *xt.Tcp:
