@@ -174,7 +174,19 @@ func (n *neighbours) docker(legacy bool) (stop func()) {
 		}
 		env = []string{"PATH=" + dir + ":/usr/sbin:/usr/bin:/sbin:/bin"}
 	}
-	stop = n.start([]string{"docker", "version"}, env, "dockerd", "--storage-driver=vfs", "--iptables=true")
+	// Control groups are in no namespace of ours. A parent of its own for them can be taken away in the end.
+	parent := fmt.Sprintf("banger-test-%d", os.Getpid())
+	n.t.Cleanup(func() {
+		for _, pattern := range []string{"/sys/fs/cgroup/" + parent, "/sys/fs/cgroup/*/" + parent} {
+			left, _ := filepath.Glob(pattern)
+			for _, dir := range left {
+				if err := os.Remove(dir); err != nil {
+					n.t.Error(err)
+				}
+			}
+		}
+	})
+	stop = n.start([]string{"docker", "version"}, env, "dockerd", "--storage-driver=vfs", "--cgroup-parent=/"+parent)
 	n.do("sh", "-c", "mkdir -p /tmp/image/bin && cp /bin/busybox /tmp/image/bin/ && tar -C /tmp/image -c . | docker import - box")
 	return stop
 }
