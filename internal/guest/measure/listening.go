@@ -26,8 +26,12 @@ const (
 // at once, and whenever they are others than before, until ctx ends or send fails. The kernel tells of changes, by a tracepoint;
 // one that does not is looked at every two seconds. One call at a time.
 func FollowPorts(ctx context.Context, proc string, send func([]uint16) error) error {
-	wait := func() error { return pause(ctx, lookTime) }
-	if c, err := watchListeners(); err == nil { // before the first look: what changes from then on is told
+	return followPorts(ctx, proc, watchListeners, lookTime, send)
+}
+
+func followPorts(ctx context.Context, proc string, watch func() (*changes, error), look time.Duration, send func([]uint16) error) error {
+	wait := func() error { return pause(ctx, look) }
+	if c, err := watch(); err == nil { // before the first look: what changes from then on is told
 		defer c.close()
 		stop := context.AfterFunc(ctx, func() { _ = c.pipe.SetReadDeadline(time.Unix(1, 0)) })
 		defer stop()

@@ -14,12 +14,12 @@ import (
 )
 
 // follow returns the lists as they are sent.
-func follow(t *testing.T) <-chan []uint16 {
+func follow(t *testing.T, watch func() (*changes, error)) <-chan []uint16 {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	lists, done := make(chan []uint16, 1000), make(chan error, 1)
 	go func() {
-		done <- FollowPorts(ctx, "/proc", func(p []uint16) error { lists <- p; return nil })
+		done <- followPorts(ctx, "/proc", watch, 20*time.Millisecond, func(p []uint16) error { lists <- p; return nil })
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -53,13 +53,21 @@ func until(t *testing.T, lists <-chan []uint16, port int, there bool) {
 	}
 }
 
+// TestFollowPorts with the kernel's word, where this user may hear it, and without.
 func TestFollowPorts(t *testing.T) {
+	t.Run("told", func(t *testing.T) { testFollowPorts(t, watchListeners) })
+	t.Run("looked at", func(t *testing.T) {
+		testFollowPorts(t, func() (*changes, error) { return nil, errors.New("it tells nothing") })
+	})
+}
+
+func testFollowPorts(t *testing.T, watch func() (*changes, error)) {
 	before, err := net.Listen("tcp", ":0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	port := before.Addr().(*net.TCPAddr).Port
-	lists := follow(t)
+	lists := follow(t, watch)
 	until(t, lists, port, true)
 	_ = before.Close()
 	until(t, lists, port, false)
