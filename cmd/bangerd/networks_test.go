@@ -353,7 +353,7 @@ func (d byAgent) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 
 func conforms(t *testing.T, kind string, uid int, root rootHelper, agents bool) {
 	before := devices(t)
-	in := installFor(t, uid, root, agents, func(c *config.Config) { c.Network = kind })
+	in := installFor(t, uid, root, agents, func(c *config.Config) { c.Network, c.HostPorts = kind, config.Ports{4712} })
 	yes, no := true, false
 	shop, shopGuest := in.create("shop", "", false)
 	spy, spyGuest := in.create("spy", "", true)
@@ -415,7 +415,7 @@ func conforms(t *testing.T, kind string, uid int, root rootHelper, agents bool) 
 		t.Errorf("with NAT gone the world sees %q", from)
 	}
 
-	// Of the host a guest reaches nothing but DNS.
+	// Of the host a guest reaches nothing but DNS, and what the bridge's settings allow at the bridge's address.
 	server, err := net.Listen("tcp", "0.0.0.0:4711")
 	if err != nil {
 		t.Fatal(err)
@@ -426,6 +426,23 @@ func conforms(t *testing.T, kind string, uid int, root rootHelper, agents bool) 
 		if conn, err := shopGuest.Dial(netip.AddrPortFrom(a, 4711), networktest.Silence); err == nil {
 			t.Errorf("a guest reaches the host at %s", a)
 			_ = conn.Close()
+		}
+	}
+
+	allowed, err := net.Listen("tcp", "0.0.0.0:4712")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer allowed.Close()
+	go networktest.Echo(allowed)
+	for _, a := range []netip.Addr{networktest.HostAddr, shopGuest.Interface.Gateway4} {
+		want := kind == vm.BridgeNetwork && a == shopGuest.Interface.Gateway4
+		conn, err := shopGuest.Dial(netip.AddrPortFrom(a, 4712), networktest.Silence)
+		if err == nil {
+			_ = conn.Close()
+		}
+		if (err == nil) != want {
+			t.Errorf("a port of the host's that is allowed, at %s: %v", a, err)
 		}
 	}
 

@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/network"
 	"git.thaloco.com/thaloco/banger/internal/spelling"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
@@ -70,6 +71,7 @@ type Config struct {
 	IPv6CIDR            string       // likewise, a unique local /64, or IPv6Auto or IPv6None
 	DefaultNAT          bool
 	DefaultNetworkGroup string // "" for none
+	HostPorts           Ports  // that guests on the bridge reach of the host, at most network.MaxHostPorts
 	PublishedPorts      Ports  // of VMs on the user network; nil: those that their guests listen on
 
 	BootTimeout time.Duration
@@ -244,6 +246,16 @@ var keys = []key{
 			return nil
 		},
 		func(c Config) string { return c.DefaultNetworkGroup }},
+	{"host_ports",
+		func(c *Config, _ loader, v any) error {
+			p, err := parsePorts(fmt.Sprint(v))
+			if err != nil || len(p) > network.MaxHostPorts {
+				return notA(v, fmt.Sprintf("ports and ranges of them, such as \"5432,11434\", %d at most", network.MaxHostPorts))
+			}
+			c.HostPorts = p
+			return nil
+		},
+		func(c Config) string { return c.HostPorts.String() }},
 	{"published_ports",
 		func(c *Config, _ loader, v any) error {
 			if v == PortsAuto {
@@ -293,6 +305,7 @@ func Defaults(h vm.Host) Config {
 		DefaultSystemSize: 16 * vm.GiB,
 		Network:           NetworkAuto,
 		BridgeName:        "banger0",
+		HostPorts:         Ports{},
 		CIDR:              netip.MustParsePrefix("172.16.88.0/24"), // outside of what Docker takes by itself
 		IPv6CIDR:          IPv6Auto,
 		// A guest under emulation on a busy host needs up to 30 s to sshd (docs/benchmarks.md has

@@ -109,7 +109,7 @@ func (s *rules) remember(p network.Policy, before, own uint32) error {
 	if err != nil {
 		return failed(err, "nftables", "the firewall cannot be reached")
 	}
-	p.Guests, p.Hosts = slices.Clone(p.Guests), slices.Clone(p.Hosts)
+	p.Guests, p.Hosts, p.HostPorts = slices.Clone(p.Guests), slices.Clone(p.Hosts), slices.Clone(p.HostPorts)
 	s.last, s.generation = &p, after
 	if after != before+own {
 		s.generation = before // never again the kernel's: the next set looks

@@ -53,6 +53,8 @@ type Options struct {
 	Plan   network.Plan
 	Bridge string // name of the bridge
 	Pool   int    // TAPs to have ready
+	// HostPorts are of TCP: guests reach them on the host, at its addresses on the bridge.
+	HostPorts []uint16
 	// Free returns the slots that the next n VMs will have. It is called from another goroutine.
 	Free func(n int) []int
 	Log  *slog.Logger
@@ -250,7 +252,8 @@ func (n *Network) setUp(ctx context.Context) error {
 func (n *Network) policy() network.Policy {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	p := network.Policy{Installation: n.o.Plan.Installation, Bridge: n.o.Bridge, TAPPrefix: n.o.Plan.TAPPrefix(), Hosts: []netip.Addr{n.o.Plan.Host4().Addr()}}
+	p := network.Policy{Installation: n.o.Plan.Installation, Bridge: n.o.Bridge, TAPPrefix: n.o.Plan.TAPPrefix(), Hosts: []netip.Addr{n.o.Plan.Host4().Addr()},
+		HostPorts: n.o.HostPorts}
 	if n.o.Plan.IPv6.IsValid() {
 		p.Hosts = append(p.Hosts, n.o.Plan.Host6().Addr())
 	}
