@@ -548,7 +548,9 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	}
 	now := time.Now()
 	v.StartedAt = &now
-	s.watchers.Go(func() { c.followBoot(v.ID, m) })
+	up := *v
+	s.watchers.Go(func() { c.followBoot(up.ID, m) })
+	s.watchers.Go(func() { s.publishPorts(up, m) })
 	return nil
 }
 
@@ -658,6 +660,7 @@ func (c *agentCapability) Observe(_ context.Context, v *vm.VM) (bool, error) {
 	s := c.machines.service
 	found := *v
 	s.watchers.Go(func() { c.followBoot(found.ID, m) })
+	s.watchers.Go(func() { s.publishPorts(found, m) })
 	s.watchers.Go(func() { s.setClock(s.bg, found) }) // the host may have slept while no daemon was there
 	return true, nil
 }
