@@ -548,9 +548,10 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	}
 	now := time.Now()
 	v.StartedAt = &now
-	started := *v
-	s.watchers.Go(func() { c.followBoot(started.ID, m) })
-	s.watchers.Go(func() { s.setClock(s.bg, started) }) // that of some machines begins seconds off
+	up := *v
+	s.watchers.Go(func() { c.followBoot(up.ID, m) })
+	s.watchers.Go(func() { s.publishPorts(up, m) })
+	s.watchers.Go(func() { s.setClock(s.bg, up) }) // that of some machines begins seconds off
 	return nil
 }
 
@@ -660,6 +661,7 @@ func (c *agentCapability) Observe(_ context.Context, v *vm.VM) (bool, error) {
 	s := c.machines.service
 	found := *v
 	s.watchers.Go(func() { c.followBoot(found.ID, m) })
+	s.watchers.Go(func() { s.publishPorts(found, m) })
 	s.watchers.Go(func() { s.setClock(s.bg, found) }) // the host may have slept while no daemon was there
 	return true, nil
 }

@@ -100,6 +100,9 @@ func (s *Service) set(r SetRequest, again bool) func(context.Context, *operation
 				h.Notice(n)
 			}
 		}
+		if !v.Spec.NAT {
+			s.noticeFirewall(ctx, h, to)
+		}
 		restart := half || up && len(vm.NeedsStop(v.Spec, to)) > 0
 		if restart {
 			if err := s.roomToRun(); err != nil { // before anything is changed
