@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -49,8 +52,29 @@ type imageView struct {
 	WorkSeedAllocatedBytes int64 `json:"work_seed_allocated_bytes,omitempty"`
 
 	// Not in `image list`.
-	Filesystem    string `json:"filesystem,omitempty"`
-	WorkSeedBytes int64  `json:"work_seed_bytes,omitempty"`
+	Filesystem    string           `json:"filesystem,omitempty"`
+	WorkSeedBytes int64            `json:"work_seed_bytes,omitempty"`
+	Config        *imageConfigView `json:"config,omitempty"`
+}
+
+// imageConfigView is what an image made for containers says of the programs that run in it.
+type imageConfigView struct {
+	NoInit      bool              `json:"no_init"`
+	Command     []string          `json:"command"`
+	Environment map[string]string `json:"environment"`
+	User        string            `json:"user"`
+	WorkingDir  string            `json:"working_dir"`
+}
+
+func viewImageConfig(m *bangerv1.ImageConfig) *imageConfigView {
+	if m == nil {
+		return nil
+	}
+	v := &imageConfigView{m.GetNoInit(), append([]string{}, m.GetCommand()...), m.GetEnvironment(), m.GetUser(), m.GetWorkingDir()}
+	if v.Environment == nil {
+		v.Environment = map[string]string{}
+	}
+	return v
 }
 
 func viewImage(m *bangerv1.Image) *imageView {
@@ -62,7 +86,7 @@ func viewImage(m *bangerv1.Image) *imageView {
 		HasWorkSeed: m.GetHasWorkSeed(), IsDefault: m.GetIsDefault(), Source: m.GetSource(), CreatedAt: timeOf(m.GetCreatedAt()),
 		Packages: m.GetPackages(), OwnKernel: m.GetOwnKernel(), Base: m.GetBase(), WorkSeed: m.GetWorkSeed(), VMs: append([]string{}, m.GetVms()...),
 		Filesystem: m.GetFilesystem(), BaseAllocatedBytes: m.GetBaseAllocatedBytes(), WorkSeedAllocatedBytes: m.GetWorkSeedAllocatedBytes(),
-		WorkSeedBytes: m.GetWorkSeedBytes(),
+		WorkSeedBytes: m.GetWorkSeedBytes(), Config: viewImageConfig(m.GetConfig()),
 	}
 }
 
@@ -273,10 +297,42 @@ func (a *app) printImage(im *bangerv1.Image) error {
 		kernel = strings.TrimSpace(kernel + " (that of the default image)")
 	}
 	add("kernel", kernel)
+	if c := im.GetConfig(); c != nil {
+		command := make([]string, len(c.GetCommand()))
+		for i, word := range c.GetCommand() {
+			if command[i] = shown(word); word == "" {
+				command[i] = `""`
+			}
+		}
+		runs := "the image's own"
+		if c.GetNoInit() {
+			runs = "banger's, the image has none"
+		}
+		add("init", runs)
+		add("command", strings.Join(command, " "))
+		add("user", shown(c.GetUser()))
+		add("directory", shown(c.GetWorkingDir()))
+		for i, name := range slices.Sorted(maps.Keys(c.GetEnvironment())) {
+			title := "environment"
+			if i > 0 {
+				title = ""
+			}
+			rows = append(rows, []cell{{text: title, color: dim}, {text: shown(name + "=" + c.GetEnvironment()[name])}})
+		}
+	}
 	add("content", im.GetBase())
 	add("VMs", strings.Join(im.GetVms(), " "))
 	add("created", formatAge(a.now(), im.GetCreatedAt()))
 	return table(a.stdout, a.color, nil, rows)
+}
+
+// shown is a word of somebody else's, who made the image: what a shell would take for something else, or a terminal for a
+// command to it, is quoted.
+func shown(s string) string {
+	if strings.ContainsFunc(s, func(r rune) bool { return r == ' ' || r == '"' || r == '\'' || r == '\\' || !unicode.IsPrint(r) }) {
+		return strconv.Quote(s)
+	}
+	return s
 }
 
 // filePath is a flag with a file of the user's, which the daemon is told by its absolute path.

@@ -363,7 +363,7 @@ func checkInitrd(path string) error {
 // register is the body of a registration.
 func (s *Service) register(ctx context.Context, h *operation.Handle, r RegisterRequest) error {
 	p := publication{Name: r.Name, Rootfs: r.Rootfs, Seed: r.WorkSeed, Source: r.Rootfs, Packages: r.PackagesManifest,
-		Check: func(path string) error { _, err := rootfs.Check(path); return err }}
+		Check: rootfs.Check}
 	if r.Kernel != "" || r.Initrd != "" || r.Modules != "" {
 		h.Stage("kernel")
 		files := bootFiles{r.Kernel, r.Initrd, r.Modules, "--kernel", "--modules", "in the command"}
@@ -439,11 +439,11 @@ type publication struct {
 	Own      bool   // the files are banger's own and nobody writes them any more: they are moved, not copied
 	Kernel   string // id of a kernel on record that is held, "" for the default image's
 	Managed  bool
-	Source   string // for people: what it was made from
-	Packages string // likewise
-	Config   *image.Config
-	// Check looks at the root filesystem once it is captured; nil: it was made here, and is sound.
-	Check func(path string) error
+	Source   string        // for people: what it was made from
+	Packages string        // likewise
+	Config   *image.Config // what the root filesystem says of its programs, if it was looked at
+	// Check looks at the root filesystem once it is captured; nil: it was made here, and was looked at.
+	Check func(path string) (rootfs.Info, error)
 }
 
 // publish makes an image of finished files: captured by content, complete or not at all, and named in one transaction.
@@ -491,10 +491,12 @@ func (s *Service) publish(ctx context.Context, h *operation.Handle, p publicatio
 		if part.what == "root filesystem" {
 			img.SizeBytes = st.Size
 			if p.Check != nil {
-				if err := p.Check(st.Path()); err != nil {
+				info, err := p.Check(st.Path())
+				if err != nil {
 					return img, fault.Wrap(err, fault.CodeOf(err), part.path, "what was captured of it is not what was looked at: it changed meanwhile").
 						WithHint("wait until whatever writes it is done, then try again")
 				}
+				img.Config = configOf(info.Container)
 			}
 		}
 	}

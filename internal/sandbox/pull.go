@@ -12,6 +12,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/ext4"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/oci"
 	"git.thaloco.com/thaloco/banger/internal/operation"
@@ -117,7 +118,7 @@ func (s *Service) pull(ctx context.Context, h *operation.Handle, reference, name
 		p.Seed = seed
 	}
 	c := img.Container()
-	p.Config = &image.Config{Environment: c.SessionEnvironment(), User: c.User, WorkingDir: c.WorkingDir, Command: c.Command, NoInit: c.NoInit}
+	p.Config = configOf(&c)
 	if img.Digest != "" {
 		p.Source += "@" + img.Digest
 	}
@@ -129,6 +130,14 @@ func (s *Service) pull(ctx context.Context, h *operation.Handle, reference, name
 	}
 	h.Notice(fmt.Sprintf("%s: %d files; %s", img.Reference, made.Files, initNotice(c.NoInit, len(c.Command) > 0)))
 	return nil
+}
+
+// configOf is what is on record of what a root filesystem says of its programs; nil is nothing.
+func configOf(c *boot.Container) *image.Config {
+	if c == nil {
+		return nil
+	}
+	return &image.Config{Environment: c.SessionEnvironment(), User: c.User, WorkingDir: c.WorkingDir, Command: c.Command, NoInit: c.NoInit}
 }
 
 // addSSHServer puts the bundle's SSH server for guests into an image. It says whether there is one.

@@ -38,6 +38,9 @@ func imageDetailMessage(d sandbox.ImageDetail) *bangerv1.Image {
 	m := imageMessage(d.Image)
 	m.Kernel, m.IsDefault, m.Vms = d.KernelVersion, d.Default, d.VMs
 	m.BaseAllocatedBytes, m.WorkSeedAllocatedBytes, m.WorkSeedBytes, m.Filesystem = d.BaseAllocated, d.SeedAllocated, d.SeedBytes, d.Filesystem
+	if c := d.Image.Config; c != nil {
+		m.Config = &bangerv1.ImageConfig{NoInit: c.NoInit, Command: c.Command, Environment: c.Environment, User: c.User, WorkingDir: c.WorkingDir}
+	}
 	return m
 }
 
