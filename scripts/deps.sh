@@ -38,6 +38,7 @@ tests() {
     need iproute2 ip "looks at the host's network in tests"
     need jq jq "reads JSON output in tests"
     need python3-pip pip3 "fetches Firecracker where its release page is out of reach"
+    need npm npm "knows where npm packages come from: mise and opencode, which image builds install"
     need procps ps "looks at processes in tests"
     need strace strace "counts the programs that a create executes (make bench)"
     need busybox-static busybox "is in the container images that VMs are made of in tests"

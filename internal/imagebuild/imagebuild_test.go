@@ -339,6 +339,16 @@ func TestScriptsAreSh(t *testing.T) {
 
 // Check says what is wrong with a source before anything is fetched.
 func TestCheck(t *testing.T) {
+	programs := t.TempDir() // git and npm, as far as they are looked for
+	for _, name := range []string{"git", "npm"} {
+		if err := os.WriteFile(filepath.Join(programs, name), []byte("#!/bin/sh\nexit 1\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("PATH", programs)
+	t.Setenv("HOME", t.TempDir())
+	t.Setenv("npm_config_registry", "")
+	t.Setenv("NPM_CONFIG_REGISTRY", "")
 	good := Sources{Mise: DefaultMise, Opencode: DefaultOpencode, TmuxResurrect: DefaultTmuxResurrect, TmuxContinuum: DefaultTmuxContinuum}
 	if err := Check(good); err != nil {
 		t.Errorf("the pinned sources: %v", err)
@@ -365,9 +375,15 @@ func TestCheck(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	t.Setenv("PATH", t.TempDir())
-	if err := Check(good); !fault.Is(err, fault.Unavailable) {
-		t.Errorf("without git: %v", err)
+	for _, c := range []struct{ without, subject string }{{"npm", "mise_source"}, {"git", "git"}} {
+		if err := os.Remove(filepath.Join(programs, c.without)); err != nil {
+			t.Fatal(err)
+		}
+		var f *fault.Error
+		if err := Check(good); !errors.As(err, &f) || f.Code != fault.Unavailable || f.Subject != c.subject || f.Hint == "" {
+			t.Errorf("without %s: %v", c.without, err)
+		}
+		t.Setenv("npm_config_registry", "https://npm.example") // npm need not be asked
 	}
 }
 

@@ -146,8 +146,8 @@ func (f Fetcher) Fetch(ctx context.Context, s Sources, say func(string)) (t Tool
 	return t, nil
 }
 
-// Check looks whether Fetch can begin: at the form of each source, at those on this machine, and for git if one takes it. Nothing
-// is fetched. The error names the setting, as Fetch's.
+// Check looks whether Fetch can begin: at the form of each source, at those on this machine, and for git and npm if one takes
+// them. Nothing is fetched and no program run. The error names the setting, as Fetch's.
 func Check(s Sources) error {
 	for _, part := range []struct{ setting, value string }{
 		{"mise_source", s.Mise}, {"opencode_source", s.Opencode}, {"tmux_resurrect_source", s.TmuxResurrect}, {"tmux_continuum_source", s.TmuxContinuum},
@@ -161,10 +161,16 @@ func Check(s Sources) error {
 				return unreadable(err, part.setting, at.at)
 			}
 		}
-		if at.kind == kindGit {
-			if err := needGit(part.setting); err != nil {
-				return err
+		switch at.kind {
+		case kindGit:
+			err = needGit(part.setting)
+		case kindNPM:
+			if configuredRegistry() == "" {
+				_, err = findNPM(part.setting)
 			}
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
@@ -233,32 +239,54 @@ func splitPackage(text string) (name, version string) {
 	return text[:at], text[at+1:]
 }
 
-// registry is the npm registry of the user's configuration, with a slash at its end: of the environment, else of ~/.npmrc, else
-// what npm says itself, which knows the public one. fault.Unavailable without any, with the setting that wants it.
-func registry(ctx context.Context, setting string) (string, error) {
+// configuredRegistry is the npm registry that the environment names, else ~/.npmrc; "" if neither does.
+func configuredRegistry() string {
 	for _, name := range []string{"npm_config_registry", "NPM_CONFIG_REGISTRY"} {
 		if v := os.Getenv(name); v != "" {
-			return strings.TrimRight(v, "/") + "/", nil
+			return v
 		}
 	}
 	if home, err := os.UserHomeDir(); err == nil {
 		if b, err := os.ReadFile(filepath.Join(home, ".npmrc")); err == nil {
 			for line := range strings.Lines(string(b)) {
 				if key, value, ok := strings.Cut(line, "="); ok && strings.TrimSpace(key) == "registry" {
-					return strings.TrimRight(strings.TrimSpace(value), "/") + "/", nil
+					return strings.TrimSpace(value)
 				}
 			}
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, askTime)
-	defer cancel()
-	said, err := exec.CommandContext(ctx, "npm", "config", "get", "registry").Output()
-	at := strings.TrimRight(strings.TrimSpace(string(said)), "/")
-	if err != nil || !strings.HasPrefix(at, "https://") && !strings.HasPrefix(at, "http://") {
-		return "", fault.Wrap(err, fault.Unavailable, setting, "names an npm package, and npm does not say where packages come from").
+	return ""
+}
+
+// findNPM finds npm. fault.Unavailable without it, with the setting that wants it.
+func findNPM(setting string) (string, error) {
+	path, err := exec.LookPath("npm")
+	if err != nil {
+		return "", fault.Wrap(err, fault.Unavailable, setting, "names an npm package, and npm, which knows where packages come from, is not installed").
 			WithHint("sudo apt install npm, or name another source with %s in config.toml", setting)
 	}
-	return at + "/", nil
+	return path, nil
+}
+
+// registry is the npm registry of the user's configuration, with a slash at its end: the configured one, else what npm says
+// itself, which knows the public one. fault.Unavailable without any, with the setting that wants it.
+func registry(ctx context.Context, setting string) (string, error) {
+	at := configuredRegistry()
+	if at == "" {
+		npm, err := findNPM(setting)
+		if err != nil {
+			return "", err
+		}
+		ctx, cancel := context.WithTimeout(ctx, askTime)
+		defer cancel()
+		said, err := exec.CommandContext(ctx, npm, "config", "get", "registry").Output()
+		at = strings.TrimSpace(string(said))
+		if err != nil || !strings.HasPrefix(at, "https://") && !strings.HasPrefix(at, "http://") {
+			return "", fault.Wrap(err, fault.Unavailable, setting, "names an npm package, and npm does not say where packages come from").
+				WithHint("see: npm config get registry; or name another source with %s in config.toml", setting)
+		}
+	}
+	return strings.TrimRight(at, "/") + "/", nil
 }
 
 func checkSum(got, want, setting, from string) error {
