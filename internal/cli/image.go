@@ -549,14 +549,18 @@ type pruneView struct {
 	Images []string `json:"images"`
 	Files  int32    `json:"files"`
 	Bytes  int64    `json:"bytes"`
+
+	Layers     int32 `json:"layers"`
+	LayerBytes int64 `json:"layer_bytes"`
+	LayersBusy bool  `json:"layers_busy,omitempty"`
 }
 
 func (a *app) imagePruneCommand() *cobra.Command {
 	r := &bangerv1.PruneImagesRequest{}
 	cmd := &cobra.Command{
 		Use: "prune", Short: "Remove what no image and no VM needs",
-		Long: `Remove captured content that no image and no VM refers to. With --unused also images that no VM was made from, except
-the default one.`,
+		Long: `Remove captured content that no image and no VM refers to, and the layers of pulled images that are kept for the next
+pull. With --unused also images that no VM was made from, except the default one.`,
 		Example: `  banger image prune --unused --dry-run
   banger image prune --unused`,
 		Args: noArgs,
@@ -570,7 +574,8 @@ the default one.`,
 				return err
 			}
 			if a.json {
-				view := pruneView{r.GetDryRun(), []string{}, resp.GetFiles(), resp.GetBytes()}
+				view := pruneView{DryRun: r.GetDryRun(), Images: []string{}, Files: resp.GetFiles(), Bytes: resp.GetBytes(),
+					Layers: resp.GetLayers(), LayerBytes: resp.GetLayerBytes(), LayersBusy: resp.GetLayersBusy()}
 				for _, im := range resp.GetImages() {
 					view.Images = append(view.Images, im.GetName())
 				}
@@ -583,7 +588,13 @@ the default one.`,
 			for _, im := range resp.GetImages() {
 				fmt.Fprintf(a.stdout, "%s: %s\n", im.GetName(), done)
 			}
-			fmt.Fprintf(a.stdout, "%s %s\n", formatBytes(resp.GetBytes()), freed)
+			if n := resp.GetLayers(); n > 0 {
+				fmt.Fprintf(a.stdout, "layers of pulled images, %d of them with %s: %s\n", n, formatBytes(resp.GetLayerBytes()), done)
+			}
+			if resp.GetLayersBusy() {
+				fmt.Fprintln(a.stderr, "an image is being pulled: layers stay")
+			}
+			fmt.Fprintf(a.stdout, "%s %s\n", formatBytes(resp.GetBytes()+resp.GetLayerBytes()), freed)
 			return nil
 		},
 	}

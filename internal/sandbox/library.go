@@ -19,6 +19,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/kernel"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
+	"git.thaloco.com/thaloco/banger/internal/oci"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/rootfs"
 	"git.thaloco.com/thaloco/banger/internal/vm"
@@ -591,11 +592,12 @@ type PruneRequest struct {
 type Pruned struct {
 	Images []image.Image
 	Files  int
-	Bytes  int64 // of the host's disk
+	Bytes  int64     // of the host's disk
+	Layers oci.Swept // of pulled images, in the cache
 }
 
-// PruneImages removes captured content that nothing refers to, what was made of it in the cache, and, if asked to,
-// images that no VM was made from.
+// PruneImages removes captured content that nothing refers to, what was made of it in the cache, the layers of pulled images
+// there, and, if asked to, images that no VM was made from.
 func (s *Service) PruneImages(ctx context.Context, r PruneRequest) (Pruned, error) {
 	im := s.images
 	unlock, err := im.mu.lock(ctx)
@@ -631,8 +633,8 @@ func (s *Service) PruneImages(ctx context.Context, r PruneRequest) (Pruned, erro
 		p.Files++
 		p.Bytes += n
 	}
-	if r.DryRun {
-		return p, nil
+	if p.Layers, err = oci.Sweep(s.layers(), oci.Keep{}, r.DryRun); err != nil || r.DryRun {
+		return p, err
 	}
 	for _, img := range p.Images {
 		if err := im.store.DeleteImage(ctx, img.Name); err != nil {

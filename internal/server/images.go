@@ -124,7 +124,8 @@ func (h *imageHandler) PruneImages(ctx context.Context, r *bangerv1.PruneImagesR
 	if err != nil {
 		return nil, err
 	}
-	m := &bangerv1.PruneImagesResponse{Files: int32(p.Files), Bytes: p.Bytes}
+	m := &bangerv1.PruneImagesResponse{Files: int32(p.Files), Bytes: p.Bytes,
+		Layers: int32(p.Layers.Layers), LayerBytes: p.Layers.Bytes, LayersBusy: p.Layers.Busy}
 	for _, im := range p.Images {
 		m.Images = append(m.Images, imageMessage(im))
 	}

@@ -5618,8 +5618,11 @@ func (x *PruneImagesRequest) GetDryRun() bool {
 type PruneImagesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Images        []*Image               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
-	Files         int32                  `protobuf:"varint,2,opt,name=files,proto3" json:"files,omitempty"` // of content that nothing refers to any more
-	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"` // of the host's disk, that they took
+	Files         int32                  `protobuf:"varint,2,opt,name=files,proto3" json:"files,omitempty"`                             // of content that nothing refers to any more
+	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`                             // of the host's disk, that they took
+	Layers        int32                  `protobuf:"varint,4,opt,name=layers,proto3" json:"layers,omitempty"`                           // of pulled images, in the cache
+	LayerBytes    int64                  `protobuf:"varint,5,opt,name=layer_bytes,json=layerBytes,proto3" json:"layer_bytes,omitempty"` // of the host's disk, that they took
+	LayersBusy    bool                   `protobuf:"varint,6,opt,name=layers_busy,json=layersBusy,proto3" json:"layers_busy,omitempty"` // an image is being pulled: no layer was removed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5673,6 +5676,27 @@ func (x *PruneImagesResponse) GetBytes() int64 {
 		return x.Bytes
 	}
 	return 0
+}
+
+func (x *PruneImagesResponse) GetLayers() int32 {
+	if x != nil {
+		return x.Layers
+	}
+	return 0
+}
+
+func (x *PruneImagesResponse) GetLayerBytes() int64 {
+	if x != nil {
+		return x.LayerBytes
+	}
+	return 0
+}
+
+func (x *PruneImagesResponse) GetLayersBusy() bool {
+	if x != nil {
+		return x.LayersBusy
+	}
+	return false
 }
 
 type BuildImageRequest struct {
@@ -6685,11 +6709,16 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"E\n" +
 	"\x12PruneImagesRequest\x12\x16\n" +
 	"\x06unused\x18\x01 \x01(\bR\x06unused\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"k\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"\xc5\x01\n" +
 	"\x13PruneImagesResponse\x12(\n" +
 	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images\x12\x14\n" +
 	"\x05files\x18\x02 \x01(\x05R\x05files\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\xe2\x01\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\x12\x16\n" +
+	"\x06layers\x18\x04 \x01(\x05R\x06layers\x12\x1f\n" +
+	"\vlayer_bytes\x18\x05 \x01(\x03R\n" +
+	"layerBytes\x12\x1f\n" +
+	"\vlayers_busy\x18\x06 \x01(\bR\n" +
+	"layersBusy\"\xe2\x01\n" +
 	"\x11BuildImageRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\tR\x04from\x12\x16\n" +
