@@ -42,6 +42,8 @@ tests() {
     need procps ps "looks at processes in tests"
     need strace strace "counts the programs that a create executes (make bench)"
     need busybox-static busybox "is in the container images that VMs are made of in tests"
+    need erofs-utils mkfs.erofs "makes a root filesystem that nobody can write to, which VMs are booted of in tests"
+    need squashfs-tools mksquashfs "makes another one"
     need umoci umoci "unpacks images, as the reference that banger's own unpacking is compared with"
     need shellcheck shellcheck "checks the shell scripts"
     need bash-completion /usr/share/bash-completion/bash_completion "lets bash complete, in the tests of completion"
