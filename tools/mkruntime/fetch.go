@@ -28,6 +28,13 @@ type manifest struct {
 		URL    string `toml:"url"` // likewise
 		SHA256 string `toml:"sha256"`
 	} `toml:"firecracker"`
+	// Tools are what the default image has beside its packages: "" is the pinned source, leftOut is without it.
+	Tools struct {
+		Mise          string `toml:"mise_source"`
+		Opencode      string `toml:"opencode_source"`
+		TmuxResurrect string `toml:"tmux_resurrect_source"`
+		TmuxContinuum string `toml:"tmux_continuum_source"`
+	} `toml:"tools"`
 }
 
 func readRuntimeManifest(file string) (manifest, error) {
