@@ -36,7 +36,8 @@ type Sources struct {
 // Places in the guest. Programs lie in the image, which all VMs share; what is a user's own lies in /root.
 const (
 	misePath = "usr/local/bin/mise"
-	// opencodeInstalls is where mise has the versions of opencode that all users of a machine share, each in a directory.
+	// opencodeInstalls is where mise has the versions of opencode that all users of a machine share, each a directory with the
+	// program: tried with mise 2026.9.15, which finds it in no bin directory of such.
 	opencodeInstalls = "usr/local/share/mise/installs/opencode"
 	opencodeLink     = "usr/local/bin/opencode"
 	miseConfig       = "etc/mise/config.toml"
@@ -137,6 +138,9 @@ func ParsePackages(text string) []string {
 // Tools are fetched parts; some may be left out.
 type Tools struct{ mise, opencode, resurrect, continuum fetched }
 
+// opencodeAt is where the program of a version lies.
+func opencodeAt(version string) string { return opencodeInstalls + "/" + version + "/opencode" }
+
 // version is opencode's as mise knows it.
 func (t Tools) version() string {
 	if t.opencode.version == "" {
@@ -236,7 +240,7 @@ func (t Tools) Archive(ctx context.Context, out *tar.Writer) error {
 		}
 	}
 	if t.opencode.path != "" {
-		program := opencodeInstalls + "/" + t.version() + "/bin/opencode"
+		program := opencodeAt(t.version())
 		if err := t.opencode.program(ctx, out, "opencode", program); err != nil {
 			return err
 		}

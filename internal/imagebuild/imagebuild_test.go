@@ -183,14 +183,14 @@ func TestToolsComeFromEveryPlace(t *testing.T) {
 		have := unpacked(t, tools)
 		for name, want := range map[string]string{
 			"usr/local/bin/mise": elf("mise"),
-			"usr/local/share/mise/installs/opencode/local/bin/opencode": elf("opencode"),
-			"usr/local/bin/opencode":                                    "/usr/local/share/mise/installs/opencode/local/bin/opencode",
-			"etc/mise/config.toml":                                      "# Written by banger.\n[tools]\nopencode = \"local\"\n",
-			"etc/profile.d/banger-mise.sh":                              profile,
-			"usr/local/share/banger/tools":                              tools.Stamp(),
-			"root/.tmux/plugins/tmux-resurrect/resurrect.tmux":          "one",
-			"root/.tmux/plugins/tmux-continuum/continuum.tmux":          "c",
-			"root/.tmux/plugins/tmux-continuum/near":                    "continuum.tmux",
+			"usr/local/share/mise/installs/opencode/local/opencode": elf("opencode"),
+			"usr/local/bin/opencode":                                "/usr/local/share/mise/installs/opencode/local/opencode",
+			"etc/mise/config.toml":                                  "# Written by banger.\n[tools]\nopencode = \"local\"\n",
+			"etc/profile.d/banger-mise.sh":                          profile,
+			"usr/local/share/banger/tools":                          tools.Stamp(),
+			"root/.tmux/plugins/tmux-resurrect/resurrect.tmux":      "one",
+			"root/.tmux/plugins/tmux-continuum/continuum.tmux":      "c",
+			"root/.tmux/plugins/tmux-continuum/near":                "continuum.tmux",
 		} {
 			if have[name] != want {
 				t.Errorf("%s: %q", name, have[name])

@@ -156,7 +156,7 @@ func (s Sources) Identity(ctx context.Context) (string, error) {
 		return "", nil
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "%x\n", sha256.Sum256([]byte(profile+bashrcMore+tmuxIntro+tmuxResurrect+tmuxContinuum)))
+	fmt.Fprintf(&b, "%x\n", sha256.Sum256([]byte(opencodeAt("")+profile+bashrcMore+tmuxIntro+tmuxResurrect+tmuxContinuum)))
 	for _, p := range s.parts(&Tools{}) {
 		at, err := parseSource(p.source)
 		if err != nil {

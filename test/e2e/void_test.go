@@ -139,8 +139,8 @@ func voidImage(t *testing.T, image string) {
 		"/var/db/xbps/keys/3d:b9:c0.plist": "a key",
 		"/keys":                            "3d:b9:c0.plist\n",
 		"/usr/local/bin/mise":              "#!/bin/sh\necho mise\n",
-		"/usr/local/share/mise/installs/opencode/local/bin/opencode": "#!/bin/sh\necho opencode\n",
-		"/etc/mise/config.toml": "# Written by banger.\n[tools]\nopencode = \"local\"\n",
+		"/usr/local/share/mise/installs/opencode/local/opencode": "#!/bin/sh\necho opencode\n",
+		"/etc/mise/config.toml":                                  "# Written by banger.\n[tools]\nopencode = \"local\"\n",
 	} {
 		if got := debugfs(t, image, "cat "+file); got != want {
 			t.Errorf("%s is %q, want %q", file, got, want)
