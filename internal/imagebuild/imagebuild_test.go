@@ -231,7 +231,7 @@ func TestFetchReachable(t *testing.T) {
 	s := Sources{Mise: write(t, "mise", []byte(elf("mise"))), Opencode: "http://127.0.0.1:1/x#sha256=" + zeros, TmuxResurrect: "git+http://127.0.0.1:1/x#" + zeros[:40]}
 	f := Fetcher{Cache: filepath.Join(t.TempDir(), "cache")}
 	tools, without, err := f.FetchReachable(t.Context(), s, func(string) {})
-	if err != nil || len(without) != 2 || !strings.Contains(without[0].Error(), "opencode_source") || !strings.Contains(without[1].Error(), "tmux_resurrect_source") {
+	if err != nil || len(without) != 2 || without[0].Tool() != "opencode" || without[1].Tool() != "tmux-resurrect" || !fault.Is(without[1].Err, fault.Unavailable) {
 		t.Fatalf("without %v, %v", without, err)
 	}
 	have := unpacked(t, tools)

@@ -205,16 +205,27 @@ func (f Fetcher) Fetch(ctx context.Context, s Sources, say func(string)) (t Tool
 	return t, nil
 }
 
-// FetchReachable is Fetch for those to whom tools are welcome and not needed: one whose source is out of reach is left out, with
-// the error as the reason.
-func (f Fetcher) FetchReachable(ctx context.Context, s Sources, say func(string)) (t Tools, without []error, err error) {
+// Missing is a tool that could not be had: the setting that names its source, and why.
+type Missing struct {
+	Setting string
+	Err     error
+}
+
+// Tool is the name of what is missing.
+func (m Missing) Tool() string {
+	return strings.ReplaceAll(strings.TrimSuffix(m.Setting, "_source"), "_", "-")
+}
+
+// FetchReachable is Fetch for those to whom tools are welcome and not needed: one whose source is out of reach is left out, and
+// told of.
+func (f Fetcher) FetchReachable(ctx context.Context, s Sources, say func(string)) (t Tools, without []Missing, err error) {
 	for _, p := range s.parts(&t) {
 		got, err := f.fetch(ctx, p.setting, p.source, say)
 		switch {
 		case err == nil:
 			*p.to = got
 		case ctx.Err() == nil && fault.Is(err, fault.Unavailable):
-			without = append(without, err)
+			without = append(without, Missing{p.setting, err})
 		default:
 			return Tools{}, nil, err
 		}

@@ -74,13 +74,8 @@ func fetchTools(ctx context.Context, p *progress, o options, s imagebuild.Source
 			WithHint("correct it under [tools] in a copy of runtime-bundle.toml, and name that: RUNTIME_MANIFEST=<file>; %q leaves a tool out", leftOut)
 	}
 	var without []string
-	for _, err := range missing {
-		var f *fault.Error
-		name := "a tool"
-		if errors.As(err, &f) {
-			name = strings.ReplaceAll(strings.TrimSuffix(f.Subject, "_source"), "_", "-")
-		}
-		without = append(without, name+": "+strings.ReplaceAll(err.Error(), "\n", " "))
+	for _, m := range missing {
+		without = append(without, m.Tool()+": "+strings.ReplaceAll(m.Err.Error(), "\n", " "))
 	}
 	if t.Stamp() == "" {
 		return addition{}, without, nil
