@@ -426,7 +426,7 @@ func halfConfigure(ctx context.Context, s vmm.Spec) error {
 	}
 	c := newClient(dir)
 	defer c.close()
-	for _, r := range requests(s)[:2] {
+	for _, r := range requests(s, layout{})[:2] {
 		if err := c.do(ctx, r.method, r.path, r.body, nil); err != nil {
 			return err
 		}

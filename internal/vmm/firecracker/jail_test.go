@@ -1,0 +1,123 @@
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/jail"
+	"git.thaloco.com/thaloco/banger/internal/process"
+	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/vmmtest"
+)
+
+// jailHost makes real jails, with the jailer beside the real Firecracker. What it changes of this host are directories of the test's: mounts
+// are in namespaces of the processes.
+func jailHost(t testing.TB) *jail.Host {
+	t.Helper()
+	program, err := installed()
+	if err != nil {
+		t.Skipf("no Firecracker runs here (make runtime brings one; %s names one): %v", programVariable, err)
+	}
+	jailer := filepath.Join(filepath.Dir(program), "jailer")
+	if _, err := os.Stat(jailer); err != nil {
+		t.Skip("no jailer is beside the Firecracker: ", err)
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("jails take root")
+	}
+	h := jail.NewHost(jail.Options{User: 0, Dir: filepath.Join(t.TempDir(), "jails"),
+		Programs: func() (jail.Programs, error) { return jail.Programs{Firecracker: program, Jailer: jailer}, nil },
+		GiveTAP:  func(string, int) error { return errors.New("there are no TAPs in these tests") }})
+	here, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer here.Close()
+	if err := h.Check(t.Context(), here); fault.Is(err, fault.Unsupported) {
+		t.Skip("this host has no jails: ", err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+// TestJailedConformance holds Firecrackers in real jails to what those without are held to.
+func TestJailedConformance(t *testing.T) {
+	h := jailHost(t)
+	c := conformance()
+	c.New = func(t *testing.T) vmm.Driver {
+		d := newDriver(t)
+		d.UseJails(Jails{Jail: h, Want: true, Must: true})
+		return d
+	}
+	vmmtest.Run(t, c)
+}
+
+// fakeJail has no jail to offer, and says so.
+type fakeJail struct {
+	Jail
+	err    error
+	starts int
+}
+
+func (f *fakeJail) Find(context.Context, jail.Name) (int, *os.File, error) {
+	return 0, nil, fault.New(fault.NotFound, "jail", "none runs")
+}
+
+func (f *fakeJail) Signal(context.Context, jail.Name, int) error {
+	return fault.New(fault.NotFound, "jail", "none runs")
+}
+
+func (f *fakeJail) Check(context.Context, *os.File) error { return f.err }
+
+func (f *fakeJail) Start(context.Context, jail.Request, jail.Files) (process.Started, error) {
+	f.starts++
+	return process.Started{}, f.err
+}
+
+// TestNoJail: where jails do not work, VMs start without one and say why, unless they are to run in one or not at all.
+func TestNoJail(t *testing.T) {
+	overlay := fault.New(fault.Unsupported, "/vm", "its filesystem (overlayfs) cannot map user ids")
+	for _, c := range []struct {
+		name   string
+		jails  Jails
+		starts bool
+		why    string
+	}{
+		{"none", Jails{Why: "the root helper is not installed"}, true, "the root helper is not installed"},
+		{"not wanted", Jails{Jail: &fakeJail{}, Why: "jailer = \"off\""}, true, "jailer = \"off\""},
+		{"none, and it must", Jails{Must: true, Why: "the root helper is not installed"}, false, ""},
+		{"not here", Jails{Jail: &fakeJail{err: overlay}, Want: true}, true, overlay.Error()},
+		{"not here, and it must", Jails{Jail: &fakeJail{err: overlay}, Want: true, Must: true}, false, ""},
+		{"it fails", Jails{Jail: &fakeJail{err: fault.New(fault.Unavailable, "root helper", "it hung up")}, Want: true}, false, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := newDriver(t)
+			d.UseJails(c.jails)
+			s := newSpec(t)
+			s.ID = string(vm.NewID())
+			m, err := d.Start(t.Context(), s)
+			if err == nil {
+				own(t, m)
+			}
+			if (err == nil) != c.starts {
+				t.Fatalf("%v", err)
+			}
+			if err != nil {
+				if c.jails.Must && fault.HintOf(err) == "" {
+					t.Errorf("no hint: %v", err)
+				}
+				wantNothing(t, s)
+				return
+			}
+			if m.(*machine).Jailed() || d.NoJail() != c.why {
+				t.Errorf("in a jail: %v, why not: %q, want %q", m.(*machine).Jailed(), d.NoJail(), c.why)
+			}
+		})
+	}
+}
