@@ -59,6 +59,7 @@ type Config struct {
 	DNSListenAddr string // where names under .vm are answered: IP address and port; "" for nowhere
 
 	VMM               string // auto, firecracker, qemu
+	Jailer            string // auto, on, off: whether Firecracker runs in a jail
 	DefaultVCPU       int
 	DefaultMemoryMiB  int64
 	DefaultDiskSize   int64 // bytes
@@ -82,6 +83,13 @@ const (
 	VMMAuto        = "auto"
 	VMMFirecracker = "firecracker"
 	VMMQEMU        = "qemu"
+)
+
+// Values of the key jailer.
+const (
+	JailerAuto = "auto" // where there is one
+	JailerOn   = "on"   // or not at all
+	JailerOff  = "off"
 )
 
 // Values of the key network.
@@ -159,6 +167,16 @@ var keys = []key{
 			return nil
 		},
 		func(c Config) string { return c.VMM }},
+	{"jailer",
+		func(c *Config, _ loader, v any) error {
+			s, ok := v.(string)
+			if !ok || !slices.Contains([]string{JailerAuto, JailerOn, JailerOff}, s) {
+				return notA(v, "one of auto, on, off")
+			}
+			c.Jailer = s
+			return nil
+		},
+		func(c Config) string { return c.Jailer }},
 	intKey("default_vcpu", vm.MinVCPU, vm.MaxVCPU, func(c *Config) *int { return &c.DefaultVCPU }),
 	{"default_memory",
 		func(c *Config, _ loader, v any) error {
@@ -287,6 +305,7 @@ func Defaults(h vm.Host) Config {
 		DefaultMemoryMiB:  2048,
 		DefaultDiskSize:   8 * vm.GiB,
 		DefaultSystemSize: 16 * vm.GiB,
+		Jailer:            JailerAuto,
 		Network:           NetworkAuto,
 		PublishedPorts:    defaultPorts(),
 		BridgeName:        "banger0",

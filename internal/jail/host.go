@@ -16,9 +16,6 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/process"
 )
 
-// RunDir is where the records of jails are, on this host.
-const RunDir = "/run/banger/jails"
-
 // lockTime bounds the wait for the records, which others hold for some milliseconds.
 const lockTime = 10 * time.Second
 
@@ -281,8 +278,8 @@ func (h *Host) Find(ctx context.Context, n Name) (pid int, pidfd *os.File, err e
 	return 0, nil, none
 }
 
-// Signals are those that may be sent to jails: an end, and to stop and go on.
-var Signals = []int{int(unix.SIGKILL), int(unix.SIGTERM), int(unix.SIGINT), int(unix.SIGHUP), int(unix.SIGSTOP), int(unix.SIGCONT)}
+// Signals are those that may be sent to jails: none (is it there?), an end, and to stop and go on.
+var Signals = []int{0, int(unix.SIGKILL), int(unix.SIGTERM), int(unix.SIGINT), int(unix.SIGHUP), int(unix.SIGSTOP), int(unix.SIGCONT)}
 
 // Signal sends a signal to a VM's jail. fault.NotFound if none runs.
 func (h *Host) Signal(ctx context.Context, n Name, sig int) error {
@@ -339,6 +336,47 @@ func (h *Host) Sweep(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// everybody calls f for each jail that runs, of all users but root, whose daemon needs no helper.
+func everybody(ctx context.Context, dir string, f func(h *Host, n Name) error) error {
+	all, err := records(dir).all()
+	if err != nil {
+		return err
+	}
+	for _, r := range all {
+		if r.User == 0 {
+			continue
+		}
+		h := NewHost(Options{User: r.User, Dir: dir, Programs: func() (Programs, error) { return Programs{}, nil }})
+		_, pidfd, err := h.Find(ctx, r.Name)
+		if fault.Is(err, fault.NotFound) {
+			continue
+		}
+		if err == nil {
+			err = errors.Join(pidfd.Close(), f(h, r.Name))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// CountAll says how many jails run, of all users but root.
+func CountAll(ctx context.Context, dir string) (n int, err error) {
+	err = everybody(ctx, dir, func(*Host, Name) error { n++; return nil })
+	return n, err
+}
+
+// EndAll ends all jails of all users but root, with SIGKILL.
+func EndAll(ctx context.Context, dir string) error {
+	return everybody(ctx, dir, func(h *Host, n Name) error {
+		if err := h.Signal(ctx, n, int(unix.SIGKILL)); err != nil && !fault.Is(err, fault.NotFound) {
+			return err
+		}
+		return nil
+	})
 }
 
 func (n Name) about() string { return fmt.Sprintf("VM %.12s", n.VM) }

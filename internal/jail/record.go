@@ -45,6 +45,13 @@ func (d records) broken(err error) error {
 
 // lock keeps all others from changing records until it is released, and makes the directory.
 func (d records) lock(ctx context.Context) (release func(), err error) {
+	// Whoever is first makes the directory that has the helpers' sockets, too, which is for all to pass.
+	above := filepath.Dir(string(d))
+	if err := os.Mkdir(above, 0o755); err == nil {
+		if err := os.Chmod(above, 0o755); err != nil { // the umask is for files
+			return nil, d.broken(err)
+		}
+	}
 	if err := os.MkdirAll(d.path(jailBase), 0o700); err != nil {
 		return nil, d.broken(err)
 	}
@@ -116,7 +123,12 @@ func (d records) drop(r record) error {
 }
 
 // of returns the records of a user.
-func (d records) of(user int) (out []record, err error) {
+func (d records) of(user int) ([]record, error) { return d.named(fmt.Sprintf("vm-%d-", user)) }
+
+// all returns everybody's.
+func (d records) all() ([]record, error) { return d.named("vm-") }
+
+func (d records) named(prefix string) (out []record, err error) {
 	entries, err := os.ReadDir(string(d))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -124,7 +136,6 @@ func (d records) of(user int) (out []record, err error) {
 	if err != nil {
 		return nil, d.broken(err)
 	}
-	prefix := fmt.Sprintf("vm-%d-", user)
 	for _, e := range entries {
 		if !strings.HasPrefix(e.Name(), prefix) || strings.HasSuffix(e.Name(), ".new") {
 			continue

@@ -59,6 +59,9 @@ type record struct {
 // daemon killed in between leaves a reason to look for one.
 const starting = 0
 
+// exitTime bounds the wait for what another process has to say of an end.
+const exitTime = time.Second
+
 // Process is a process that was started or found. Safe for concurrent use.
 type Process struct {
 	pid       int
@@ -218,10 +221,14 @@ func (p *Process) wait() {
 		}
 	}
 	if p.exit != nil {
-		if ws, ok := <-p.exit; ok {
-			p.mu.Lock()
-			p.status = &ws
-			p.mu.Unlock()
+		select {
+		case ws, ok := <-p.exit:
+			if ok {
+				p.mu.Lock()
+				p.status = &ws
+				p.mu.Unlock()
+			}
+		case <-time.After(exitTime):
 		}
 	}
 	close(p.done)

@@ -43,6 +43,7 @@ type Jails struct {
 	Want bool   // start VMs in it. Those that were, are found and signalled in any case
 	Must bool   // start none without
 	Why  string // why there is none, or why it is not wanted, in one line; "" if there is one
+	Fix  string // a hint on that, if there is one
 }
 
 // UseJails has VMs that are started from then on put into jails. Before the driver is used.
@@ -247,6 +248,11 @@ func removeJail(dir *rundir.Dir) error { return os.RemoveAll(dir.Path(jailDir)) 
 func (d *Driver) findProcess(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, find finder) (*process.Process, error) {
 	p, err := find(ctx, filepath.Join(dir.Name(), pidfile), spec.Marker())
 	if d.jails.Jail == nil {
+		if err == nil && p.Elsewhere() {
+			p.SignalBy(func(int) error {
+				return fault.New(fault.Unavailable, spec.Name, "it runs in a jail, and who may signal it is not there: %s", d.jails.Why).WithHint("%s", d.jails.Fix)
+			})
+		}
 		return p, err
 	}
 	name := jailName(spec)
