@@ -118,11 +118,11 @@ func placeOf(under string) string {
 // startJailed starts Firecracker in a jail. locked are the drives that are written, open and locked. Neither a result nor an error: there
 // is no jail, and it is to be started without.
 func (d *Driver) startJailed(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, locked []*os.File) (_ *started, err error) {
-	if !d.jails.Want || d.jails.Jail == nil {
+	if why := d.without(); why != nil {
 		if d.jails.Must {
-			return nil, d.noJail(spec, nil, d.jails.Why)
+			return nil, d.noJail(spec, why)
 		}
-		d.note(d.jails.Why)
+		d.note(oneLine(why))
 		return nil, nil
 	}
 	name := jailName(spec)
@@ -163,7 +163,7 @@ func (d *Driver) startJailed(ctx context.Context, dir *rundir.Dir, spec vmm.Spec
 	})
 	switch {
 	case fault.Is(err, fault.Unsupported) && d.jails.Must:
-		return nil, d.noJail(spec, err, "")
+		return nil, d.noJail(spec, err)
 	case fault.Is(err, fault.Unsupported):
 		d.note(oneLine(err))
 		s.close()
@@ -182,12 +182,20 @@ func (d *Driver) startJailed(ctx context.Context, dir *rundir.Dir, spec vmm.Spec
 	return s, nil
 }
 
-func (d *Driver) noJail(spec vmm.Spec, cause error, why string) error {
-	f := fault.New(fault.Unsupported, spec.Name, "it is to run in a jail or not at all, and there is none: %s", why)
-	if cause != nil {
-		f = fault.Wrap(cause, fault.Unsupported, spec.Name, "it is to run in a jail or not at all, and there is none")
+// without is why no machine is started in a jail, nil if they are.
+func (d *Driver) without() error {
+	if !d.jails.Want || d.jails.Jail == nil {
+		return errors.New(d.jails.Why)
 	}
-	return f.WithHint("set jailer = \"auto\" in config.toml, then banger daemon stop; or do what `banger doctor` says of the jail")
+	// What a machine does is read of its process, which is another user's in a jail (proc(5), hidepid).
+	if _, err := os.ReadFile("/proc/1/stat"); err != nil {
+		return errors.New("this host hides other users' processes")
+	}
+	return nil
+}
+
+func (d *Driver) noJail(spec vmm.Spec, why error) error {
+	return fault.Wrap(why, fault.Unsupported, spec.Name, "it is to run in a jail or not at all, and there is none").WithHint("set jailer = \"auto\" in config.toml, then banger daemon stop; or do what `banger doctor` says of the jail")
 }
 
 // note remembers why the last machine was started without a jail.
@@ -314,8 +322,11 @@ func (m *machine) Jailed() bool { return m.process.Elsewhere() }
 
 // CheckJail is vmm.Jailer's.
 func (d *Driver) CheckJail(ctx context.Context, dir string) (jailed bool, why string, err error) {
-	if d.jails.Jail == nil || !d.jails.Want {
-		return false, d.jails.Why, nil
+	if why := d.without(); why != nil {
+		if d.jails.Must {
+			err = fault.Wrap(why, fault.Unsupported, "jail", "VMs are to run in one or not at all, and there is none").WithHint("%s", d.jails.Fix)
+		}
+		return false, oneLine(why), err
 	}
 	f, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
