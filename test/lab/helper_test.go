@@ -115,7 +115,7 @@ func jailed(t *testing.T, root, user person, uid string) {
 			"others' processes": {"ls /proc/" + p + "/root/proc 2>/dev/null | wc -l", "0"},
 			"its mounts":        {"grep -c idmapped /proc/" + p + "/mountinfo", "8"},
 			"its bounds":        {"cat /sys/fs/cgroup$(cut -d: -f3 /proc/" + p + "/cgroup)/memory.max | grep -c '^[0-9]'", "1"},
-			"its slice":         {"grep -c 'user-" + uid + ".slice/banger-.*\.scope$' /proc/" + p + "/cgroup", "1"},
+			"its slice":         {"grep -c 'user-" + uid + ".slice/banger-.*[.]scope$' /proc/" + p + "/cgroup", "1"},
 			"mounts elsewhere":  {"grep -c banger-jail /proc/1/mountinfo || true", "0"},
 		} {
 			if got := strings.TrimSpace(root.do(c[0])); got != c[1] {
