@@ -29,9 +29,6 @@ type Jails interface {
 	List(ctx context.Context, installation, place string) ([]string, error)
 }
 
-// maxJails is how many VMs of one user may run in jails at once.
-const maxJails = maxSlots
-
 // jailVerbs are those of a helper that makes jails.
 var jailVerbs = []wire.Verb{wire.JailCheck, wire.JailStart, wire.JailFind, wire.JailSignal, wire.JailList}
 
