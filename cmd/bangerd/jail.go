@@ -31,7 +31,11 @@ func jailsOf(ctx context.Context, c config.Config, uid int, log *slog.Logger) fi
 		j.Jail = h
 		return j
 	}
-	socket := wire.JailSocket(uid)
+	return jailsAt(ctx, j, wire.JailSocket(uid))
+}
+
+// jailsAt is jailsOf for an ordinary user, whose helper listens there.
+func jailsAt(ctx context.Context, j firecracker.Jails, socket string) firecracker.Jails {
 	if _, err := wire.Probe(ctx, socket); err != nil {
 		if j.Want {
 			j.Why = "it takes root, or its helper: " + strings.Join(strings.Fields(err.Error()), " ")
