@@ -218,9 +218,11 @@ func TestJailVerbs(t *testing.T) {
 	// What a user may not ask for.
 	for what, change := range map[string]func(r *jail.Request){
 		"another user's installation": func(r *jail.Request) { r.Installation, r.TAPs = foreign, nil },
-		"no network of its own":       func(r *jail.Request) { r.Installation, r.TAPs = "c1b2c3d4e5f6", []string{(network.Plan{Installation: "c1b2c3d4e5f6"}).TAP(0)} },
-		"no CPUs":                     func(r *jail.Request) { r.VCPU = 0 },
-		"another number of files":     func(r *jail.Request) { r.Drives = nil },
+		"no network of its own": func(r *jail.Request) {
+			r.Installation, r.TAPs = "c1b2c3d4e5f6", []string{(network.Plan{Installation: "c1b2c3d4e5f6"}).TAP(0)}
+		},
+		"no CPUs":                 func(r *jail.Request) { r.VCPU = 0 },
+		"another number of files": func(r *jail.Request) { r.Drives = nil },
 	} {
 		r := want
 		change(&r)
@@ -286,7 +288,9 @@ func FuzzJailRequest(f *testing.F) {
 		seed(6, func(r *wire.Request) { r.Verb, r.Network.Installation = verb, "../jails" })
 		seed(6, func(r *wire.Request) { r.Verb, r.Jail.VM = verb, "../../../etc/passwd" })
 		seed(6, func(r *wire.Request) { r.Verb, r.Jail.Place = verb, "" })
-		seed(6, func(r *wire.Request) { r.Verb, r.Jail.Drives = verb, []wire.JailDrive{{Role: "../kernel"}, {Role: "base"}} })
+		seed(6, func(r *wire.Request) {
+			r.Verb, r.Jail.Drives = verb, []wire.JailDrive{{Role: "../kernel"}, {Role: "base"}}
+		})
 		seed(6, func(r *wire.Request) { r.Verb, r.Jail.Signal, r.Jail.MemoryMiB = verb, 1<<31, -1 })
 	}
 	f.Fuzz(func(t *testing.T, body []byte, files int) {

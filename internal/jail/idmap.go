@@ -99,8 +99,14 @@ func filesystem(f *os.File) string {
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine
-		done <- f()
+		runtime.LockOSThread()
+		// The main thread cannot be thrown away: it would keep the mounts of a jail for as long as this process lives.
+		if unix.Gettid() == unix.Getpid() {
+			done <- onThread(f) // on another one, since this one is taken
+			runtime.UnlockOSThread()
+			return
+		}
+		done <- f() // never unlocked: the thread ends with this goroutine
 	}()
 	return <-done
 }

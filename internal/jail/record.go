@@ -222,13 +222,23 @@ func taken(root string) (func(id int) bool, error) {
 	}, nil
 }
 
-// runs says whether a process is the one that was noted.
+// runs says whether a process is the one that was noted, and has not ended: one that nobody has waited for yet does not run.
 func runs(pid int, start uint64) bool {
 	if pid <= 0 {
 		return false
 	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
 	ticks, err := process.StartTime(pid)
-	return err == nil && ticks == start
+	if err != nil || ticks != start {
+		return false
+	}
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n == 0
 }
 
 // lost finds the process of a jail whose helper was killed before it could note it: its command line has the marker, and it has the

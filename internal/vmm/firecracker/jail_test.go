@@ -121,3 +121,32 @@ func TestNoJail(t *testing.T) {
 		})
 	}
 }
+
+// BenchmarkStart is the time from nothing to a guest that runs, with and without a jail.
+func BenchmarkStart(b *testing.B) {
+	h := jailHost(b)
+	for _, c := range []struct {
+		name  string
+		jails Jails
+	}{{"plain", Jails{}}, {"jail", Jails{Jail: h, Want: true, Must: true}}} {
+		b.Run(c.name, func(b *testing.B) {
+			d := newDriver(b)
+			d.UseJails(c.jails)
+			for b.Loop() {
+				b.StopTimer()
+				s := newSpec(b)
+				s.ID = string(vm.NewID())
+				b.StartTimer()
+				m, err := d.Start(b.Context(), s)
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.StopTimer()
+				if err := errors.Join(m.Kill(b.Context()), m.Close()); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+			}
+		})
+	}
+}
