@@ -215,7 +215,7 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 
 // clean removes what a Firecracker that is gone left behind. Fine if there is nothing.
 func clean(dir *rundir.Dir) error {
-	return errors.Join(dir.Remove(apiSocket, agentSocket, nicSocket, pidfile, pidfile+".tmp"), removeJail(dir))
+	return errors.Join(dir.Remove(apiSocket, agentSocket, nicSocket, upSocket, pidfile, pidfile+".tmp", jailInitrd), removeJail(dir))
 }
 
 // linkNIC lets the guest's connections to NICPort end at the socket of its network interface: Firecracker connects to
@@ -269,11 +269,25 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 		return nil, err
 	}
 	defer s.close()
+	defer func() {
+		if err != nil {
+			s.up.close()
+		}
+	}()
 	p := s.process
 
-	failed := d.configure(ctx, spec, s)
+	// Its group is made while it starts and takes its machine, and is there before the guest runs.
+	grouped := make(chan struct{})
+	go func() {
+		defer close(grouped)
+		if spec.Cgroup != nil {
+			spec.Cgroup(ctx, p.PID())
+		}
+	}()
+	failed := d.configure(ctx, spec, s, grouped)
+	<-grouped // bounded by itself
 	if failed == nil {
-		return d.watchOver(spec, p, logged), nil
+		return d.watchOver(spec, p, logged, s.up), nil
 	}
 	// Its own end explains more than a broken connection.
 	ended := false
@@ -307,21 +321,21 @@ func (d *Driver) startPlain(ctx context.Context, dir *rundir.Dir, spec vmm.Spec,
 	if err := linkNIC(dir, spec); err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "the way to its network cannot be laid")
 	}
-	socket, err := watchFor(dir, apiSocket)
-	if err != nil {
-		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its run directory cannot be watched")
+	s := &started{sockets: dir}
+	if err := s.listen(spec); err != nil {
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			socket.close()
+			s.up.close()
+			s.close()
 		}
 	}()
-	p, err := process.Start(ctx, process.Command{
+	s.process, err = process.Start(ctx, process.Command{
 		Path: path, Args: append([]string{path}, arguments(spec)...), Dir: spec.RunDir,
 		// Nothing of the daemon's environment is Firecracker's business.
 		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
 		Log: spec.Log, Pidfile: dir.Name() + "/" + pidfile, Marker: spec.Marker(), Files: files,
-		Cgroup: spec.Cgroup,
 	})
 	if errors.Is(err, fs.ErrPermission) {
 		return nil, fault.Wrap(err, fault.Permission, spec.Name, "%s cannot be executed", path).WithHint("chmod +x %s", path)
@@ -329,13 +343,12 @@ func (d *Driver) startPlain(ctx context.Context, dir *rundir.Dir, spec vmm.Spec,
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "Firecracker cannot be started").WithHint("%s", fix)
 	}
-
-	return &started{process: p, socket: socket, sockets: dir}, nil
+	return s, nil
 }
 
-// configure makes the machine by the API of a fresh process and starts its guest. Only the last call
-// runs anything: a daemon that is killed before leaves a process that is ended by the next.
-func (d *Driver) configure(ctx context.Context, spec vmm.Spec, s *started) error {
+// configure makes the machine by the API of a fresh process and starts its guest once the process is grouped. Only the last
+// call runs anything: a daemon that is killed before leaves a process that is ended by the next.
+func (d *Driver) configure(ctx context.Context, spec vmm.Spec, s *started, grouped <-chan struct{}) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
@@ -363,6 +376,7 @@ func (d *Driver) configure(ctx context.Context, spec vmm.Spec, s *started) error
 			return refusedBy(spec, err, r.about)
 		}
 	}
+	<-grouped
 	if err := c.do(ctx, http.MethodPut, "/actions", action{"InstanceStart"}, nil); err != nil {
 		return refusedBy(spec, err, "to start with the kernel "+spec.Kernel)
 	}
@@ -486,10 +500,10 @@ func (d *Driver) adopt(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, find
 		return nil, gone(errors.New("the process with its marker is no Firecracker"))
 	}
 	if p.Stopped() { // it answers nothing, and did run
-		return d.watchOver(spec, p, 0), nil
+		return d.watchOver(spec, p, 0, nil), nil
 	}
 	if hasGuest(p.PID()) {
-		return d.watchOver(spec, p, 0), nil
+		return d.watchOver(spec, p, 0, nil), nil
 	}
 	// Its daemon was killed in the middle of the start, or it is just ending: there is no guest to lose.
 	select {

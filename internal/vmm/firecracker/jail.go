@@ -93,6 +93,19 @@ type started struct {
 	socket  *pathWatch  // of its API
 	sockets *rundir.Dir // where its sockets are
 	own     bool        // sockets is closed with this
+	up      *upListener // outlives this if the machine runs
+}
+
+// listen waits for what it and its guest will have to say, from before it is started.
+func (s *started) listen(spec vmm.Spec) (err error) {
+	if s.up, err = listenUp(s.sockets); err != nil {
+		return fault.Wrap(err, fault.Unavailable, spec.Name, "its guest cannot be listened for")
+	}
+	if s.socket, err = watchFor(s.sockets, apiSocket); err != nil {
+		s.up.close()
+		return fault.Wrap(err, fault.Unavailable, spec.Name, "its run directory cannot be watched")
+	}
+	return nil
 }
 
 func (s *started) close() {
@@ -138,15 +151,19 @@ func (d *Driver) startJailed(ctx context.Context, dir *rundir.Dir, spec vmm.Spec
 	if s.sockets, err = rundir.Open(filepath.Join(spec.RunDir, jailDir)); err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its run directory cannot be used")
 	}
-	if s.socket, err = watchFor(s.sockets, apiSocket); err != nil {
+	if err := s.listen(spec); err != nil {
 		s.sockets.Close()
-		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its run directory cannot be watched")
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
+			s.up.close()
 			s.close()
 		}
 	}()
+	if spec.Initrd, err = initrdNear(dir, spec); err != nil {
+		return nil, err
+	}
 	files, request, err := d.jailFiles(spec, s.sockets, locked)
 	defer func() { // the locked ones are closed by who opened them
 		for _, f := range files.All() {
@@ -166,8 +183,9 @@ func (d *Driver) startJailed(ctx context.Context, dir *rundir.Dir, spec vmm.Spec
 		return nil, d.noJail(spec, err)
 	case fault.Is(err, fault.Unsupported):
 		d.note(oneLine(err))
+		s.up.close()
 		s.close()
-		return nil, removeJail(dir)
+		return nil, errors.Join(removeJail(dir), dir.Remove(jailInitrd))
 	case err != nil:
 		if end := signal(int(unix.SIGKILL)); end != nil && !fault.Is(end, fault.NotFound) && fault.CodeOf(err) != fault.CodeOf(end) {
 			err = errors.Join(err, end)
@@ -176,9 +194,6 @@ func (d *Driver) startJailed(ctx context.Context, dir *rundir.Dir, spec vmm.Spec
 	}
 	d.note("")
 	s.process.SignalBy(signal)
-	if spec.Cgroup != nil {
-		spec.Cgroup(ctx, s.process.PID())
-	}
 	return s, nil
 }
 
@@ -203,6 +218,26 @@ func (d *Driver) note(why string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.plain = why
+}
+
+// jailInitrd is the run directory's copy of an initrd.
+const jailInitrd = "initrd.img"
+
+// initrdNear is where the initrd is, or a copy of it in the run directory: caches may be on a filesystem that jails cannot have files of, which the
+// state directory is not. It has some megabytes.
+func initrdNear(dir *rundir.Dir, spec vmm.Spec) (path string, err error) {
+	var here, there unix.Stat_t
+	if err := errors.Join(unix.Stat(dir.Path("."), &here), unix.Stat(spec.Initrd, &there)); err != nil || here.Dev == there.Dev {
+		return spec.Initrd, nil //nolint:nilerr // whoever opens it says what is wrong
+	}
+	b, err := os.ReadFile(spec.Initrd)
+	if err == nil {
+		err = os.WriteFile(dir.Path(jailInitrd), b, 0o600)
+	}
+	if err != nil {
+		return "", fault.Wrap(err, fault.Unavailable, spec.Name, "its initrd %s cannot be copied", spec.Initrd)
+	}
+	return filepath.Join(spec.RunDir, jailInitrd), nil
 }
 
 // jailFiles opens what a jail gets. What was opened is returned with an error as well.
