@@ -75,7 +75,7 @@ func (s *Server) doJail(ctx context.Context, r wire.Request, files []*os.File) (
 	if err != nil {
 		return a, nil, err
 	}
-	a.PID = started.PID
+	a.PID, a.Start = started.PID, started.Start
 	tell, err := statusPipe(started.Exit)
 	if err != nil { // no descriptors are left: whoever asked ends it
 		_ = started.PIDFD.Close()
@@ -192,7 +192,7 @@ func (j *Jailer) Start(ctx context.Context, r jail.Request, f jail.Files) (proce
 		return process.Started{}, err
 	}
 	defer files[1].Close()
-	return process.Started{PID: a.PID, PIDFD: files[0], Exit: readStatus(files[1])}, nil
+	return process.Started{PID: a.PID, Start: a.Start, PIDFD: files[0], Exit: readStatus(files[1])}, nil
 }
 
 // Find returns the process of a VM's jail.

@@ -180,7 +180,7 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
 	default:
 		a, err = s.do(ctx, r)
 	}
-	if err != nil {
+	if err != nil && !fault.Is(err, fault.NotFound) { // that a jail does not run is an answer as any other
 		s.o.Log.Warn("a request failed", "verb", r.Verb, "installation", r.Network.Installation, "err", err)
 	}
 	_ = reply(a, err)

@@ -153,7 +153,7 @@ func (h *Host) Start(ctx context.Context, r Request, f Files) (s process.Started
 		defer cancel()
 		_ = h.forget(bounded, note) // or the next start finds that it is stale
 	}()
-	return process.Started{PID: note.PID, PIDFD: pidfd, Exit: exit}, nil
+	return process.Started{PID: note.PID, Start: note.Start, PIDFD: pidfd, Exit: exit}, nil
 }
 
 // reserve notes that a jail is about to be made, with a user id for it.

@@ -13,6 +13,7 @@ import (
 // Started is a process that somebody else has started for us.
 type Started struct {
 	PID   int
+	Start uint64 // StartTime; 0 to have it looked up, which fails if it has ended
 	PIDFD *os.File
 	// Exit gets the status of its end from who reaps it, and is closed then; nil if nobody tells.
 	Exit <-chan syscall.WaitStatus
@@ -54,7 +55,7 @@ func takeIn(pidfile, marker string, s Started, kept bool) (*Process, error) {
 	if err := errors.Join(err, s.PIDFD.Close()); err != nil {
 		return nil, fmt.Errorf("the pidfd of process %d: %w", s.PID, err)
 	}
-	p, err := begin(&Process{pid: s.PID, elsewhere: true, kept: kept, exit: s.Exit}, fd)
+	p, err := begin(&Process{pid: s.PID, start: s.Start, elsewhere: true, kept: kept, exit: s.Exit}, fd)
 	if err != nil {
 		return nil, err
 	}

@@ -187,7 +187,7 @@ func begin(p *Process, pidfd int) (*Process, error) {
 	}
 	p.pidfd, p.done = os.NewFile(uintptr(pidfd), "pidfd "+strconv.Itoa(pid)), make(chan struct{})
 	var err error
-	if p.raw, err = p.pidfd.SyscallConn(); err == nil {
+	if p.raw, err = p.pidfd.SyscallConn(); err == nil && p.start == 0 {
 		p.start, err = StartTime(pid)
 	}
 	if err != nil && child == nil {

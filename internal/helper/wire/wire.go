@@ -144,6 +144,7 @@ type Answer struct {
 	Slots     []int      `json:"slots,omitempty"`     // TAPs
 	Obstacles []Obstacle `json:"obstacles,omitempty"` // Obstacles
 	PID       int        `json:"pid,omitempty"`       // JailStart, JailFind
+	Start     uint64     `json:"start,omitempty"`     // JailStart: since when, in clock ticks since the boot
 	VMs       []string   `json:"vms,omitempty"`       // JailList
 }
 
