@@ -38,7 +38,8 @@ const (
 	socket  = "banger-helper@.socket"
 	wants   = units + "/sockets.target.wants" // where systemd notes which sockets are enabled
 	// Of jails, where there is a Firecracker: its programs, beside the helper, and a socket and a service of their own.
-	Firecracker, Jailer     = dir + "/firecracker", dir + "/jailer"
+	Firecracker             = dir + "/firecracker"
+	Jailer                  = dir + "/jailer"
 	jailService, jailSocket = "banger-jailer@.service", "banger-jailer@.socket"
 )
 

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/jail"
 	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
@@ -391,6 +392,23 @@ func crash(when, dir string) {
 			// The kernel is not there: the start fails at the second call, and dies instead of cleaning up.
 			if _, err = process.Start(ctx, c); err == nil {
 				err = halfConfigure(ctx, s)
+			}
+			if err == nil {
+				die()
+			}
+		case "jailed: started", "jailed: running", "jailed: running, pidfile lost":
+			var h *jail.Host
+			if h, err = hostOf(os.Getenv("FIRECRACKER_TEST_JAILS")); err == nil {
+				d := driverOf(path)
+				d.UseJails(Jails{Jail: startHook{h, func() {
+					if when == "jailed: started" {
+						die()
+					}
+				}}, Want: true, Must: true})
+				_, err = d.Start(ctx, s)
+			}
+			if err == nil && when == "jailed: running, pidfile lost" {
+				err = os.Remove(c.Pidfile)
 			}
 			if err == nil {
 				die()

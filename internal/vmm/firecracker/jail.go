@@ -176,6 +176,9 @@ func (d *Driver) startJailed(ctx context.Context, dir *rundir.Dir, spec vmm.Spec
 		return nil, err
 	}
 	s.process, err = process.StartElsewhere(ctx, filepath.Join(dir.Name(), pidfile), spec.Marker(), func(ctx context.Context) (process.Started, error) {
+		// Who gives up while it is made would have to wait for it all the same, to end it.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTime)
+		defer cancel()
 		return d.jails.Jail.Start(ctx, request, files)
 	})
 	switch {

@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/jail"
@@ -19,20 +22,13 @@ import (
 // are in namespaces of the processes.
 func jailHost(t testing.TB) *jail.Host {
 	t.Helper()
-	program, err := installed()
-	if err != nil {
-		t.Skipf("no Firecracker runs here (make runtime brings one; %s names one): %v", programVariable, err)
-	}
-	jailer := filepath.Join(filepath.Dir(program), "jailer")
-	if _, err := os.Stat(jailer); err != nil {
-		t.Skip("no jailer is beside the Firecracker: ", err)
-	}
 	if os.Geteuid() != 0 {
 		t.Skip("jails take root")
 	}
-	h := jail.NewHost(jail.Options{User: 0, Dir: filepath.Join(t.TempDir(), "jails"),
-		Programs: func() (jail.Programs, error) { return jail.Programs{Firecracker: program, Jailer: jailer}, nil },
-		GiveTAP:  func(string, int) error { return errors.New("there are no TAPs in these tests") }})
+	h, err := hostOf(filepath.Join(t.TempDir(), "jails"))
+	if err != nil {
+		t.Skipf("no Firecracker with its jailer runs here (make runtime brings both; %s names one): %v", programVariable, err)
+	}
 	here, err := os.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -44,6 +40,96 @@ func jailHost(t testing.TB) *jail.Host {
 		t.Fatal(err)
 	}
 	return h
+}
+
+// hostOf makes jails with their records in a directory.
+func hostOf(dir string) (*jail.Host, error) {
+	program, err := installed()
+	if err != nil {
+		return nil, err
+	}
+	jailer := filepath.Join(filepath.Dir(program), "jailer")
+	if _, err := os.Stat(jailer); err != nil {
+		return nil, err
+	}
+	return jail.NewHost(jail.Options{User: os.Geteuid(), Dir: dir,
+		Programs: func() (jail.Programs, error) { return jail.Programs{Firecracker: program, Jailer: jailer}, nil },
+		GiveTAP:  func(string, int) error { return errors.New("there are no TAPs in these tests") }}), nil
+}
+
+// startHook does something when a jail was made, before anybody hears of it.
+type startHook struct {
+	*jail.Host
+	then func()
+}
+
+func (h startHook) Start(ctx context.Context, r jail.Request, f jail.Files) (process.Started, error) {
+	s, err := h.Host.Start(ctx, r, f)
+	h.then()
+	return s, err
+}
+
+// TestJailedDaemonKilled ends the daemon by kill -9 when a jail was made, and later, as TestDaemonKilled does.
+func TestJailedDaemonKilled(t *testing.T) {
+	jailHost(t) // or skips
+	for _, c := range []struct {
+		when    string
+		adopted bool
+	}{{"jailed: started", false}, {"jailed: running", true}, {"jailed: running, pidfile lost", true}} {
+		t.Run(c.when, func(t *testing.T) {
+			s, jails := newSpec(t), filepath.Join(t.TempDir(), "jails")
+			h, err := hostOf(jails)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = h.Signal(context.Background(), jailName(s), int(unix.SIGKILL)) }) // should the test fail before it owns it
+			daemon := exec.Command("/proc/self/exe", "-test.run=^$")
+			daemon.Env = append(os.Environ(), "FIRECRACKER_TEST_DAEMON="+c.when, "FIRECRACKER_TEST_DIR="+filepath.Dir(s.RunDir), "FIRECRACKER_TEST_JAILS="+jails)
+			if out, err := daemon.CombinedOutput(); err == nil || daemon.ProcessState.ExitCode() != -1 {
+				t.Fatalf("the daemon was not killed: %v: %s", err, out)
+			}
+			before := processes(t, s)
+			if len(before) != 1 {
+				t.Fatalf("processes %v after the crash", before)
+			}
+			d := newDriver(t)
+			d.UseJails(Jails{Jail: h, Want: true, Must: true})
+			if adopted, err := d.Adopt(t.Context(), s); c.adopted {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := adopted.Close(); err != nil || !adopted.(*machine).Jailed() {
+					t.Fatal("not in a jail", err)
+				}
+			} else if !fault.Is(err, fault.NotFound) {
+				t.Errorf("Adopt: %v, want not found", err)
+			} else {
+				wantNothing(t, s)
+			}
+			m := start(t, d, s)
+			if after := processes(t, s); len(after) != 1 || c.adopted != (after[0] == before[0]) {
+				t.Errorf("processes %v after the next start, before it %v", after, before)
+			}
+			if err := m.Kill(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			wantNothing(t, s)
+		})
+	}
+}
+
+// TestJailedStartGivenUp: who gives up while a jail is made leaves none.
+func TestJailedStartGivenUp(t *testing.T) {
+	h := jailHost(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	d := newDriver(t)
+	d.UseJails(Jails{Jail: startHook{h, cancel}, Want: true})
+	s := newSpec(t)
+	if m, err := d.Start(ctx, s); err == nil {
+		own(t, m)
+		t.Error("it is started")
+	}
+	wantNothing(t, s)
 }
 
 // TestJailedConformance holds Firecrackers in real jails to what those without are held to.
