@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -31,16 +33,20 @@ func jailsOf(ctx context.Context, c config.Config, uid int, log *slog.Logger) fi
 		j.Jail = h
 		return j
 	}
-	return jailsAt(ctx, j, wire.JailSocket(uid))
+	return jailsAt(ctx, j, wire.JailSocket(uid), wire.Socket(uid))
 }
 
-// jailsAt is jailsOf for an ordinary user, whose helper listens there.
-func jailsAt(ctx context.Context, j firecracker.Jails, socket string) firecracker.Jails {
+// jailsAt is jailsOf for an ordinary user, whose helper listens there, and for networks at another socket.
+func jailsAt(ctx context.Context, j firecracker.Jails, socket, networks string) firecracker.Jails {
 	if _, err := wire.Probe(ctx, socket); err != nil {
-		if j.Want {
-			j.Why = "it takes root, or its helper: " + strings.Join(strings.Fields(err.Error()), " ")
+		why, fix := "it takes root, or its helper: "+strings.Join(strings.Fields(err.Error()), " "), fault.HintOf(err)
+		if _, none := os.Stat(networks); none == nil && errors.Is(err, fs.ErrNotExist) {
+			why, fix = "the root helper was installed without a Firecracker", "make runtime, then "+wire.InstallCommand()
 		}
-		j.Want, j.Fix = false, fault.HintOf(err)
+		if j.Want {
+			j.Why = why
+		}
+		j.Want, j.Fix = false, fix
 		return j
 	}
 	j.Jail = helper.NewJailer(socket)

@@ -27,10 +27,15 @@ func TestJails(t *testing.T) {
 		{"the helper", firecracker.Jails{Want: true}, good, true, true, "", ""},
 		{"the helper, and they are not wanted", firecracker.Jails{Why: "off"}, good, true, false, "off", ""},
 		{"none", firecracker.Jails{Want: true, Must: true}, none, false, false, "it is not installed", "system install"},
+		{"a helper for networks alone", firecracker.Jails{Want: true}, none, false, false, "installed without a Firecracker", "make runtime"},
 		{"another helper", firecracker.Jails{Want: true}, old, false, false, "does not fit", "system install"},
 		{"none, and they are not wanted", firecracker.Jails{Why: "off"}, none, false, false, "off", "system install"},
 	} {
-		got := jailsAt(t.Context(), c.j, c.socket)
+		networks := none
+		if strings.HasSuffix(c.name, "alone") {
+			networks = good
+		}
+		got := jailsAt(t.Context(), c.j, c.socket, networks)
 		if (got.Jail != nil) != c.jail || got.Want != c.want || got.Must != c.j.Must || !strings.Contains(got.Why, c.why) || (got.Why == "") != (c.why == "") || !strings.Contains(got.Fix, c.fix) {
 			t.Errorf("%s: %+v", c.name, got)
 		}

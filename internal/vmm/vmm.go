@@ -215,7 +215,7 @@ type Jailer interface {
 	// CheckJail says whether a VM whose files lie below a directory would be started in a jail, and in one line why it would not.
 	// err is set if that is not as it should be, with a hint.
 	CheckJail(ctx context.Context, dir string) (jailed bool, why string, err error)
-	// NoJail is why the machine that was started last is in none, "" if it is, or if that is not known.
+	// NoJail is why a machine that is in no jail is in none, as far as that is known.
 	NoJail() string
 }
 

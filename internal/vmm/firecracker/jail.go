@@ -287,8 +287,28 @@ func (d *Driver) jailFiles(spec vmm.Spec, sockets *rundir.Dir, locked []*os.File
 // oneLine renders an error as one line for people.
 func oneLine(err error) string { return strings.Join(strings.Fields(err.Error()), " ") }
 
-// removeJail removes what a jail left in a run directory. Fine if there is nothing.
-func removeJail(dir *rundir.Dir) error { return os.RemoveAll(dir.Path(jailDir)) }
+// removeJail removes what a jail left in a run directory. Fine if there is nothing. What is there was made by a program that a guest may have
+// taken over: a directory that its owner may not read does not keep the VM from its next start.
+func removeJail(dir *rundir.Dir) error {
+	path := dir.Path(jailDir)
+	err := os.RemoveAll(path)
+	if !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	walked := filepath.WalkDir(path, func(path string, d fs.DirEntry, err error) error {
+		if d == nil || !d.IsDir() {
+			return err
+		}
+		if err := os.Chmod(path, 0o700); err != nil { // before it is read
+			return err
+		}
+		return nil
+	})
+	if walked != nil {
+		return errors.Join(err, walked)
+	}
+	return os.RemoveAll(path)
+}
 
 // findProcess finds a machine's process: by the pidfile, by its command line if it is this user's, or by the records of jails.
 func (d *Driver) findProcess(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, find finder) (*process.Process, error) {
@@ -380,6 +400,13 @@ func (d *Driver) CheckJail(ctx context.Context, dir string) (jailed bool, why st
 // NoJail is vmm.Jailer's.
 func (d *Driver) NoJail() string {
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.plain
+	plain := d.plain
+	d.mu.Unlock()
+	if plain != "" {
+		return plain
+	}
+	if why := d.without(); why != nil {
+		return oneLine(why)
+	}
+	return "it was started without one"
 }

@@ -15,6 +15,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 	"git.thaloco.com/thaloco/banger/internal/vmm/vmmtest"
 )
 
@@ -205,6 +206,30 @@ func TestNoJail(t *testing.T) {
 				t.Errorf("in a jail: %v, why not: %q, want %q", m.(*machine).Jailed(), d.NoJail(), c.why)
 			}
 		})
+	}
+}
+
+// TestHostileLeftovers: what a Firecracker that was taken over leaves in its directory keeps nobody from cleaning up.
+func TestHostileLeftovers(t *testing.T) {
+	run, elsewhere := t.TempDir(), t.TempDir()
+	dir, err := rundir.Open(run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	deep, kept := filepath.Join(run, jailDir, "a", "b"), filepath.Join(elsewhere, "kept")
+	if err := errors.Join(os.MkdirAll(deep, 0o700), os.WriteFile(filepath.Join(deep, "file"), nil, 0), os.WriteFile(kept, nil, 0o600), os.Symlink(elsewhere, filepath.Join(deep, "link")),
+		os.Symlink("/proc/self/root", filepath.Join(run, jailDir, apiSocket)), os.Chmod(deep, 0), os.Chmod(filepath.Dir(deep), 0)); err != nil {
+		t.Fatal(err)
+	}
+	if err := clean(dir); err != nil { // as root nothing hinders; as an ordinary user modes do
+		t.Error(err)
+	}
+	if left, err := os.ReadDir(run); err != nil || len(left) != 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+	if st, err := os.Stat(kept); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("what a link leads to: %v, %v", st, err)
 	}
 }
 
