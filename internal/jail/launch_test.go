@@ -312,16 +312,17 @@ func TestJailFails(t *testing.T) {
 	_ = s.PIDFD.Close()
 	nothing(t, h)
 	// One that is not there.
-	gone.o.Programs = func() (Programs, error) { return Programs{"/nowhere/firecracker", "/nowhere/jailer"}, nil }
-	if _, err := gone.Start(ctx, twoDrives, f); !fault.Is(err, fault.Unsupported) {
+	nowhere := *h // each its own: the first one's process is still seen to its end
+	nowhere.o.Programs = func() (Programs, error) { return Programs{"/nowhere/firecracker", "/nowhere/jailer"}, nil }
+	if _, err := nowhere.Start(ctx, twoDrives, f); !fault.Is(err, fault.Unsupported) {
 		t.Errorf("%v", err)
 	}
 	// A TAP that cannot be given.
-	gone = *h
-	gone.o.GiveTAP = func(string, int) error { return fault.New(fault.Busy, "tap", "somebody has it") }
+	busy := *h
+	busy.o.GiveTAP = func(string, int) error { return fault.New(fault.Busy, "tap", "somebody has it") }
 	r := twoDrives
 	r.TAPs = []string{"bgra1b2c3-0"}
-	if _, err := gone.Start(ctx, r, f); !fault.Is(err, fault.Busy) {
+	if _, err := busy.Start(ctx, r, f); !fault.Is(err, fault.Busy) {
 		t.Errorf("%v", err)
 	}
 	nothing(t, h)

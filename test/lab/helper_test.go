@@ -134,6 +134,9 @@ func jailed(t *testing.T, root, user person, uid string) {
 		t.Errorf("after the daemon was killed the VM is process %s, and was %s", got, before)
 	}
 	user.do("./banger vm stop web")
+	if note := strings.TrimSpace(user.do("./banger vm show web -o json | jq -r '.note // empty'")); note != "" {
+		t.Errorf("after the stop: %s\n%s", note, user.do("tail -n 40 ~/.local/state/banger/bangerd.log; tail -n 20 ~/.local/state/banger/vms/*/firecracker.log"))
+	}
 	if got := strings.TrimSpace(root.do("test -d /proc/" + before + " && echo there || echo gone")); got != "gone" {
 		t.Error("the jailed process is there after the stop")
 	}
