@@ -68,7 +68,7 @@ func takeIn(pidfile, marker string, s Started, kept bool) (*Process, error) {
 // Elsewhere says whether somebody else started it, as another user perhaps.
 func (p *Process) Elsewhere() bool { return p.elsewhere }
 
-// SignalBy names who sends the signals that this user may not send to it.
+// SignalBy names who sends the signals that this user may not send to it. fault.NotFound says that it is gone.
 func (p *Process) SignalBy(send func(sig int) error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -125,6 +125,10 @@ func TestTakeIn(t *testing.T) {
 	if err == nil || err.Error() != "asked" {
 		t.Errorf("%v", err)
 	}
+	p.SignalBy(func(int) error { return fault.New(fault.NotFound, "jail", "none runs") })
+	if err := asOther(func() error { return p.Signal(9) }); !fault.Is(err, fault.Precondition) {
+		t.Errorf("one that ended on the way: %v", err)
+	}
 	if err := asOther(func() error { return again.Signal(9) }); !fault.Is(err, fault.Permission) {
 		t.Errorf("who is not told whom to ask: %v", err)
 	}

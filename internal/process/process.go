@@ -59,8 +59,8 @@ type record struct {
 // daemon killed in between leaves a reason to look for one.
 const starting = 0
 
-// exitTime bounds the wait for what another process has to say of an end.
-const exitTime = time.Second
+// exitTime bounds the wait for what another process has to say of an end, which takes it a moment: it is waiting for that, too.
+const exitTime = 5 * time.Second
 
 // Process is a process that was started or found. Safe for concurrent use.
 type Process struct {
@@ -318,10 +318,16 @@ func (p *Process) Signal(sig int) error {
 		p.mu.Lock()
 		other := p.signal
 		p.mu.Unlock()
-		if other != nil {
-			return other(sig)
+		if other == nil {
+			return fault.Wrap(errno, fault.Permission, "", "signal %d to process %d", sig, p.pid)
 		}
-		return fault.Wrap(errno, fault.Permission, "", "signal %d to process %d", sig, p.pid)
+		if err := other(sig); err != nil {
+			if fault.Is(err, fault.NotFound) {
+				return gone() // it ended on the way
+			}
+			return err
+		}
+		return nil
 	case errno != nil:
 		return fault.Wrap(errno, fault.Internal, "", "signal %d to process %d", sig, p.pid)
 	}
