@@ -115,6 +115,7 @@ func TestForwardsLeaveRoom(t *testing.T) {
 				_ = c.Close()
 				return
 			}
+			time.Sleep(20 * time.Millisecond)
 		}
 		t.Error("nothing is forwarded after one ended")
 	})
