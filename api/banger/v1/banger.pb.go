@@ -2513,7 +2513,7 @@ type Port struct {
 	Command  string                 `protobuf:"bytes,7,opt,name=command,proto3" json:"command,omitempty"`
 	// What a TCP listener answered; empty: neither.
 	Scheme        string `protobuf:"bytes,8,opt,name=scheme,proto3" json:"scheme,omitempty"`  // https, http
-	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"` // of HTTP
+	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"` // of HTTP; 0 with a scheme: it gave no page in time
 	Title         string `protobuf:"bytes,10,opt,name=title,proto3" json:"title,omitempty"`   // of the page
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -6246,6 +6246,118 @@ func (x *PullImageResponse) GetOperation() *Operation {
 	return nil
 }
 
+type WatchGuestRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	SilentMs      int64                  `protobuf:"varint,2,opt,name=silent_ms,json=silentMs,proto3" json:"silent_ms,omitempty"` // without an answer for so long it counts as silent; 0: 30000. 100 is the least
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchGuestRequest) Reset() {
+	*x = WatchGuestRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[100]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchGuestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchGuestRequest) ProtoMessage() {}
+
+func (x *WatchGuestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[100]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchGuestRequest.ProtoReflect.Descriptor instead.
+func (*WatchGuestRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{100}
+}
+
+func (x *WatchGuestRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *WatchGuestRequest) GetSilentMs() int64 {
+	if x != nil {
+		return x.SilentMs
+	}
+	return 0
+}
+
+type WatchGuestResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	State         string                 `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"` // answers, silent, paused
+	Since         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"` // silent: when it answered last, or the watch began
+	Note          string                 `protobuf:"bytes,3,opt,name=note,proto3" json:"note,omitempty"`   // paused: why
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchGuestResponse) Reset() {
+	*x = WatchGuestResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[101]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchGuestResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchGuestResponse) ProtoMessage() {}
+
+func (x *WatchGuestResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[101]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchGuestResponse.ProtoReflect.Descriptor instead.
+func (*WatchGuestResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{101}
+}
+
+func (x *WatchGuestResponse) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *WatchGuestResponse) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *WatchGuestResponse) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
 var File_banger_v1_banger_proto protoreflect.FileDescriptor
 
 const file_banger_v1_banger_proto_rawDesc = "" +
@@ -6752,7 +6864,14 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\treference\x18\x01 \x01(\tR\treference\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"G\n" +
 	"\x11PullImageResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation2\x9b\t\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"@\n" +
+	"\x11WatchGuestRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
+	"\tsilent_ms\x18\x02 \x01(\x03R\bsilentMs\"p\n" +
+	"\x12WatchGuestResponse\x12\x14\n" +
+	"\x05state\x18\x01 \x01(\tR\x05state\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x12\n" +
+	"\x04note\x18\x03 \x01(\tR\x04note2\xe8\t\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -6772,7 +6891,9 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse\x12B\n" +
 	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x01\x12K\n" +
 	"\n" +
-	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x012\xe1\x06\n" +
+	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x01\x12K\n" +
+	"\n" +
+	"WatchGuest\x12\x1c.banger.v1.WatchGuestRequest\x1a\x1d.banger.v1.WatchGuestResponse0\x012\xe1\x06\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
 	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse\x12C\n" +
@@ -6813,7 +6934,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 105)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 107)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -6915,45 +7036,47 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*ImageList)(nil),                // 97: banger.v1.ImageList
 	(*PullImageRequest)(nil),         // 98: banger.v1.PullImageRequest
 	(*PullImageResponse)(nil),        // 99: banger.v1.PullImageResponse
-	nil,                              // 100: banger.v1.VM.LabelsEntry
-	nil,                              // 101: banger.v1.ImageConfig.EnvironmentEntry
-	nil,                              // 102: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                              // 103: banger.v1.SetVMRequest.LabelsEntry
-	nil,                              // 104: banger.v1.GetStatusResponse.VmsByStateEntry
-	(*timestamppb.Timestamp)(nil),    // 105: google.protobuf.Timestamp
+	(*WatchGuestRequest)(nil),        // 100: banger.v1.WatchGuestRequest
+	(*WatchGuestResponse)(nil),       // 101: banger.v1.WatchGuestResponse
+	nil,                              // 102: banger.v1.VM.LabelsEntry
+	nil,                              // 103: banger.v1.ImageConfig.EnvironmentEntry
+	nil,                              // 104: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 105: banger.v1.SetVMRequest.LabelsEntry
+	nil,                              // 106: banger.v1.GetStatusResponse.VmsByStateEntry
+	(*timestamppb.Timestamp)(nil),    // 107: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	100, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	105, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	105, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	105, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	102, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	107, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	107, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	107, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,   // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,   // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,   // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,   // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	105, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	105, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	107, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	107, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	6,   // 10: banger.v1.Image.config:type_name -> banger.v1.ImageConfig
-	101, // 11: banger.v1.ImageConfig.environment:type_name -> banger.v1.ImageConfig.EnvironmentEntry
+	103, // 11: banger.v1.ImageConfig.environment:type_name -> banger.v1.ImageConfig.EnvironmentEntry
 	8,   // 12: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	105, // 13: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	105, // 14: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	107, // 13: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	107, // 14: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,   // 15: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,   // 16: banger.v1.Operation.vm:type_name -> banger.v1.VM
 	5,   // 17: banger.v1.Operation.made:type_name -> banger.v1.Image
-	105, // 18: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	105, // 19: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	102, // 20: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	107, // 18: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	107, // 19: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	104, // 20: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	7,   // 21: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	7,   // 22: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	7,   // 23: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	7,   // 24: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	7,   // 25: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	103, // 26: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	105, // 26: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	7,   // 27: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	23,  // 28: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,   // 29: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	105, // 30: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	107, // 30: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	24,  // 31: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	25,  // 32: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,   // 33: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -6976,8 +7099,8 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	7,   // 50: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	7,   // 51: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	7,   // 52: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	105, // 53: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	104, // 54: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
+	107, // 53: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	106, // 54: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
 	65,  // 55: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
 	68,  // 56: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
 	1,   // 57: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
@@ -7001,89 +7124,92 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	30,  // 75: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
 	5,   // 76: banger.v1.ImageList.images:type_name -> banger.v1.Image
 	7,   // 77: banger.v1.PullImageResponse.operation:type_name -> banger.v1.Operation
-	9,   // 78: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	11,  // 79: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	13,  // 80: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	15,  // 81: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	17,  // 82: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	19,  // 83: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	34,  // 84: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	36,  // 85: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	38,  // 86: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	40,  // 87: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	43,  // 88: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	21,  // 89: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	28,  // 90: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	32,  // 91: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	45,  // 92: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	47,  // 93: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	95,  // 94: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
-	49,  // 95: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	76,  // 96: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
-	78,  // 97: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
-	80,  // 98: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
-	82,  // 99: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
-	84,  // 100: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
-	86,  // 101: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
-	90,  // 102: banger.v1.ImageService.BuildImage:input_type -> banger.v1.BuildImageRequest
-	93,  // 103: banger.v1.ImageService.ReadBuildLog:input_type -> banger.v1.ReadBuildLogRequest
-	88,  // 104: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
-	98,  // 105: banger.v1.ImageService.PullImage:input_type -> banger.v1.PullImageRequest
-	51,  // 106: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	53,  // 107: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	55,  // 108: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	57,  // 109: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	59,  // 110: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	61,  // 111: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	63,  // 112: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	66,  // 113: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	70,  // 114: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	72,  // 115: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	74,  // 116: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	10,  // 117: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	12,  // 118: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	14,  // 119: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	16,  // 120: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	18,  // 121: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	20,  // 122: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	35,  // 123: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	37,  // 124: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	39,  // 125: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	41,  // 126: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	44,  // 127: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	22,  // 128: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	29,  // 129: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	33,  // 130: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	46,  // 131: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	48,  // 132: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	96,  // 133: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
-	50,  // 134: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	77,  // 135: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
-	79,  // 136: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
-	81,  // 137: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
-	83,  // 138: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
-	85,  // 139: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
-	87,  // 140: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
-	92,  // 141: banger.v1.ImageService.BuildImage:output_type -> banger.v1.BuildImageResponse
-	94,  // 142: banger.v1.ImageService.ReadBuildLog:output_type -> banger.v1.ReadBuildLogResponse
-	89,  // 143: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
-	99,  // 144: banger.v1.ImageService.PullImage:output_type -> banger.v1.PullImageResponse
-	52,  // 145: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	54,  // 146: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	56,  // 147: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	58,  // 148: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	60,  // 149: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	62,  // 150: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	64,  // 151: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	67,  // 152: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	71,  // 153: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	73,  // 154: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	75,  // 155: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	117, // [117:156] is the sub-list for method output_type
-	78,  // [78:117] is the sub-list for method input_type
-	78,  // [78:78] is the sub-list for extension type_name
-	78,  // [78:78] is the sub-list for extension extendee
-	0,   // [0:78] is the sub-list for field type_name
+	107, // 78: banger.v1.WatchGuestResponse.since:type_name -> google.protobuf.Timestamp
+	9,   // 79: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	11,  // 80: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	13,  // 81: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	15,  // 82: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	17,  // 83: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	19,  // 84: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	34,  // 85: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	36,  // 86: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	38,  // 87: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	40,  // 88: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	43,  // 89: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	21,  // 90: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	28,  // 91: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	32,  // 92: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	45,  // 93: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	47,  // 94: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	95,  // 95: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
+	100, // 96: banger.v1.VMService.WatchGuest:input_type -> banger.v1.WatchGuestRequest
+	49,  // 97: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	76,  // 98: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
+	78,  // 99: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
+	80,  // 100: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
+	82,  // 101: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
+	84,  // 102: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
+	86,  // 103: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
+	90,  // 104: banger.v1.ImageService.BuildImage:input_type -> banger.v1.BuildImageRequest
+	93,  // 105: banger.v1.ImageService.ReadBuildLog:input_type -> banger.v1.ReadBuildLogRequest
+	88,  // 106: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
+	98,  // 107: banger.v1.ImageService.PullImage:input_type -> banger.v1.PullImageRequest
+	51,  // 108: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	53,  // 109: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	55,  // 110: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	57,  // 111: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	59,  // 112: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	61,  // 113: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	63,  // 114: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	66,  // 115: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	70,  // 116: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	72,  // 117: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	74,  // 118: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	10,  // 119: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	12,  // 120: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	14,  // 121: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	16,  // 122: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	18,  // 123: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	20,  // 124: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	35,  // 125: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	37,  // 126: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	39,  // 127: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	41,  // 128: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	44,  // 129: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	22,  // 130: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	29,  // 131: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	33,  // 132: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	46,  // 133: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	48,  // 134: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	96,  // 135: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
+	101, // 136: banger.v1.VMService.WatchGuest:output_type -> banger.v1.WatchGuestResponse
+	50,  // 137: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	77,  // 138: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
+	79,  // 139: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
+	81,  // 140: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
+	83,  // 141: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
+	85,  // 142: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
+	87,  // 143: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
+	92,  // 144: banger.v1.ImageService.BuildImage:output_type -> banger.v1.BuildImageResponse
+	94,  // 145: banger.v1.ImageService.ReadBuildLog:output_type -> banger.v1.ReadBuildLogResponse
+	89,  // 146: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
+	99,  // 147: banger.v1.ImageService.PullImage:output_type -> banger.v1.PullImageResponse
+	52,  // 148: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	54,  // 149: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	56,  // 150: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	58,  // 151: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	60,  // 152: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	62,  // 153: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	64,  // 154: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	67,  // 155: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	71,  // 156: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	73,  // 157: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	75,  // 158: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	119, // [119:159] is the sub-list for method output_type
+	79,  // [79:119] is the sub-list for method input_type
+	79,  // [79:79] is the sub-list for extension type_name
+	79,  // [79:79] is the sub-list for extension extendee
+	0,   // [0:79] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -7107,7 +7233,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   105,
+			NumMessages:   107,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
