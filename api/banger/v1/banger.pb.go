@@ -443,6 +443,8 @@ type Confinement struct {
 	MemoryMaxBytes int64   `protobuf:"varint,6,opt,name=memory_max_bytes,json=memoryMaxBytes,proto3" json:"memory_max_bytes,omitempty"`
 	CpuMax         float64 `protobuf:"fixed64,7,opt,name=cpu_max,json=cpuMax,proto3" json:"cpu_max,omitempty"` // CPUs kept busy
 	TasksMax       int64   `protobuf:"varint,8,opt,name=tasks_max,json=tasksMax,proto3" json:"tasks_max,omitempty"`
+	Jailed         bool    `protobuf:"varint,9,opt,name=jailed,proto3" json:"jailed,omitempty"`               // it runs in Firecracker's jail, and uid is the jail's
+	NoJail         string  `protobuf:"bytes,10,opt,name=no_jail,json=noJail,proto3" json:"no_jail,omitempty"` // why it does not; empty if it does, or is no program that could
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -531,6 +533,20 @@ func (x *Confinement) GetTasksMax() int64 {
 		return x.TasksMax
 	}
 	return 0
+}
+
+func (x *Confinement) GetJailed() bool {
+	if x != nil {
+		return x.Jailed
+	}
+	return false
+}
+
+func (x *Confinement) GetNoJail() string {
+	if x != nil {
+		return x.NoJail
+	}
+	return ""
 }
 
 type Failure struct {
@@ -6414,7 +6430,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x0ehost_addresses\x18/ \x03(\tR\rhostAddresses\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xfa\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xab\x02\n" +
 	"\vConfinement\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\x05R\x03uid\x12*\n" +
 	"\x11no_new_privileges\x18\x02 \x01(\bR\x0fnoNewPrivileges\x12\x18\n" +
@@ -6423,7 +6439,10 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\tno_cgroup\x18\x05 \x01(\tR\bnoCgroup\x12(\n" +
 	"\x10memory_max_bytes\x18\x06 \x01(\x03R\x0ememoryMaxBytes\x12\x17\n" +
 	"\acpu_max\x18\a \x01(\x01R\x06cpuMax\x12\x1b\n" +
-	"\ttasks_max\x18\b \x01(\x03R\btasksMax\"q\n" +
+	"\ttasks_max\x18\b \x01(\x03R\btasksMax\x12\x16\n" +
+	"\x06jailed\x18\t \x01(\bR\x06jailed\x12\x17\n" +
+	"\ano_jail\x18\n" +
+	" \x01(\tR\x06noJail\"q\n" +
 	"\aFailure\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12&\n" +
 	"\x05fault\x18\x02 \x01(\v2\x10.banger.v1.FaultR\x05fault\x12*\n" +
