@@ -43,6 +43,8 @@ type machine struct {
 	mu       sync.Mutex
 	sess     *agent.Session
 	released bool // no session may be put into sess any more
+
+	pulse pulse
 }
 
 // whileAlive is ctx that ends with the machine as well: what is gone will never answer.
@@ -502,7 +504,8 @@ func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 	} else {
 		out = append(out, doctor.Finding{Code: "vmm", Severity: doctor.Pass, Title: "Virtual machine monitor", Detail: strings.TrimSpace(s.driver.Name() + " " + s.vmmVersion())})
 	}
-	out = append(out, s.checkCgroups())
+	jail, jailed := s.checkJail(ctx)
+	out = append(append(out, s.checkCgroups(jailed)), jail...)
 	accel := s.driver.Features().Accel
 	switch {
 	case s.notice == "":

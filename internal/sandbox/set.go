@@ -276,9 +276,13 @@ func (ms *machines) listens(ctx context.Context, v *vm.VM) error {
 	if st, err := ms.state(ctx, v.ID); err != nil || st != vmm.Paused {
 		return nil
 	}
-	why := v.Note // says that it is paused
-	if why == "" {
-		why = "paused"
+	return fault.New(fault.Precondition, v.Name, "%s", pausedNote(v)).WithHint("banger vm start %s", v.Name)
+}
+
+// pausedNote says that a VM is paused, and why if that is known.
+func pausedNote(v *vm.VM) string {
+	if v.Note == "" {
+		return "paused"
 	}
-	return fault.New(fault.Precondition, v.Name, "%s", why).WithHint("banger vm start %s", v.Name)
+	return v.Note
 }

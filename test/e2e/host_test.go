@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -110,7 +111,29 @@ func newHostIn(t *testing.T, dir string, settings ...string) *host {
 	h.env = append(h.env, "BANGER_STATE_DIR="+h.state, "BANGER_CONFIG="+config, "XDG_RUNTIME_DIR="+runtimeDir,
 		"BANGER_RUNTIME_DIR="+filepath.Join(checkout, "runtime"), "NO_COLOR=1")
 	t.Cleanup(h.end)
+	if kept := os.Getenv("BANGER_E2E_CAPTURED"); kept != "" {
+		share(t, kept, h.state)
+		t.Cleanup(func() { share(t, h.state, kept) })
+	}
 	return h
+}
+
+// share links captured content, which nobody writes, from one installation to the next: in the lab each of them would
+// spend half a minute on the copy and its checksum. The first of all still does, and on the machine itself all.
+func share(t *testing.T, from, to string) {
+	t.Helper()
+	for _, kind := range []string{"images", "kernels"} {
+		files, _ := filepath.Glob(filepath.Join(from, kind, strings.Repeat("[0-9a-f]", 64)))
+		for _, f := range files {
+			err := os.MkdirAll(filepath.Join(to, kind), 0o700)
+			if err == nil {
+				err = os.Link(f, filepath.Join(to, kind, filepath.Base(f)))
+			}
+			if err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, unix.EXDEV) {
+				t.Error(err)
+			}
+		}
+	}
 }
 
 func (h *host) setenv(name, value string) { h.env = append(h.env, name+"="+value) }
@@ -270,8 +293,9 @@ func (h *host) processes() map[int]string {
 		pid, _ := strconv.Atoi(filepath.Base(dir))
 		line, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
 		env, _ := os.ReadFile(filepath.Join(dir, "environ"))
-		cwd, _ := os.Readlink(filepath.Join(dir, "cwd")) // the network's program carries the state directory nowhere else
-		if pid != os.Getpid() && (strings.HasPrefix(cwd, h.state+"/net/") || bytes.Contains(line, []byte(h.state)) || bytes.Contains(env, []byte("BANGER_STATE_DIR="+h.state+"\x00"))) {
+		cwd, _ := os.Readlink(filepath.Join(dir, "cwd"))  // the network's program carries the state directory nowhere else
+		out, _ := os.Readlink(filepath.Join(dir, "fd/1")) // and what runs in a jail has only its log of it
+		if pid != os.Getpid() && (strings.HasPrefix(out, h.state+"/vms/") || strings.HasPrefix(cwd, h.state+"/net/") || bytes.Contains(line, []byte(h.state)) || bytes.Contains(env, []byte("BANGER_STATE_DIR="+h.state+"\x00"))) {
 			found[pid] = strings.TrimSpace(strings.ReplaceAll(string(line), "\x00", " "))
 		}
 	}
