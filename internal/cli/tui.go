@@ -8,7 +8,6 @@ import (
 	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
 
-	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/tui"
 )
@@ -38,11 +37,10 @@ func (a *app) tui(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	p, err := a.place()
+	follow, err := a.onlooker()
 	if err != nil {
 		return err
 	}
-	follow := client.New(client.Options{Socket: p.socket, StateDir: p.stateDir})
 	defer follow.Close()
 	// Ctrl-C is a key here; before an SSH session has the terminal it is ssh's. The screen ends by its own keys, or by
 	// SIGTERM, which bubbletea takes.
