@@ -38,8 +38,9 @@ type app struct {
 	outTTY   bool   // stdout is a terminal
 	errTTY   bool   // stderr is a terminal: progress may redraw
 
-	place  func() (place, error)
-	client *client.Client // made by connect
+	place    func() (place, error)
+	client   *client.Client // made by connect
+	revision int            // of the API, as client.Options has it
 }
 
 // Main runs the command line and returns the process's exit code.
@@ -118,7 +119,7 @@ func (a *app) connectWith(start bool) (*client.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := client.Options{Socket: p.socket, StateDir: p.stateDir}
+	o := client.Options{Socket: p.socket, StateDir: p.stateDir, Revision: a.revision}
 	if start {
 		o.Daemon = p.daemon
 	}
