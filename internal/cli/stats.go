@@ -11,6 +11,7 @@ import (
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
+	"git.thaloco.com/thaloco/banger/internal/age"
 )
 
 // sampleTime is between the two measurements of a single look: rates are differences.
@@ -293,7 +294,7 @@ func (m *meter) print(w io.Writer, views []statsView, all int) error {
 			}
 			in, out := v.network()
 			row[8], row[9] = perSecond(in), perSecond(out)
-			row[10] = formatSpan(time.Duration(g.UptimeMS) * time.Millisecond)
+			row[10] = age.Text(time.Duration(g.UptimeMS) * time.Millisecond)
 		}
 		var cells []cell
 		for _, text := range row {
