@@ -586,6 +586,7 @@ func TestSuspend(t *testing.T) {
 	x.row(`^> otter +running +50%`)
 	x.press("ctrl+z")
 	x.shows("Stopped", "banger tui")
+	x.row(`^prompt> *$`) // the shell reads what is typed from here on
 	h.banger("vm", "stop", "otter")
 	x.press("fg", "enter")
 	x.row(`^> otter +stopped`)
