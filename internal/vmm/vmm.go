@@ -104,6 +104,10 @@ const (
 // Features.NICVsock says so.
 const NICPort = 1025
 
+// UpPort is the vsock port of the host that the guest's agent connects to once when it listens: Link.Up. The connection
+// carries nothing, and an agent whose host does not listen there goes on.
+const UpPort = 1026
+
 // Link reaches the guest's agent. A link with Mux true carries one connection at a time (a
 // virtio-serial port): internal/guest/agent resynchronises and multiplexes on it. Otherwise each
 // Dial is a fresh stream to the agent's port (vsock). Stale bytes may precede what the peer sends
@@ -111,6 +115,9 @@ const NICPort = 1025
 type Link struct {
 	Dial func(ctx context.Context) (net.Conn, error)
 	Mux  bool
+	// Up is closed when the guest has said that its agent listens, or has long been running. nil if the VMM cannot tell.
+	// It is the guest's word, which may never come.
+	Up <-chan struct{}
 }
 
 // Machine is a VMM process that was started or adopted. Safe for concurrent use. Dropping it

@@ -83,24 +83,22 @@ func TestAgentVerbs(t *testing.T) {
 	t.Run("exec against ssh", func(t *testing.T) {
 		h := h.with(t)
 		h.do("vm", "wait", name, "--for", "ssh")
-		measure := func(how string) time.Duration {
-			var took []time.Duration
-			for range 5 {
-				r := h.try("vm", how, name, "--", "true")
-				if r.code != 0 {
-					t.Fatal(r)
+		measure := func(how string) func() time.Duration {
+			return func() time.Duration {
+				var took []time.Duration
+				for range 5 {
+					r := h.try("vm", how, name, "--", "true")
+					if r.code != 0 {
+						t.Fatal(r)
+					}
+					took = append(took, r.took)
 				}
-				took = append(took, r.took)
+				slices.Sort(took)
+				return took[len(took)/2]
 			}
-			slices.Sort(took)
-			return took[len(took)/2]
 		}
-		measure("exec") // once: what runs for the first time in a guest is slow
-		ssh, direct := measure("ssh"), measure("exec")
-		t.Logf("vm exec -- true %d ms, vm ssh -- true %d ms: %.1f times faster", direct.Milliseconds(), ssh.Milliseconds(), ssh.Seconds()/direct.Seconds())
-		if ssh < 5*direct {
-			t.Errorf("vm exec takes %s, vm ssh %s: it is to be five times faster", direct, ssh)
-		}
+		measure("exec")() // once: what runs for the first time in a guest is slow
+		wantFaster(t, "vm exec -- true", "vm ssh -- true", 5, measure("exec"), measure("ssh"))
 	})
 
 	t.Run("cp", func(t *testing.T) {
@@ -270,18 +268,46 @@ func TestCopyAgainstScp(t *testing.T) {
 		if strings.HasSuffix(c.what, "out") {
 			ours, theirs = name+":"+ours, name+".vm:"+theirs
 		}
-		a := timed(h.command(ctx, "vm", "cp", ours, c.ours))
-		scp := command(ctx, "scp", "-q", "-r", "-F", home+"/.ssh/banger_config", theirs, c.theirs)
-		scp.Env = h.env
-		b := timed(scp)
-		t.Logf("%-9s vm cp %6.1f s  scp %6.1f s  ratio %.1f", c.what, a.Seconds(), b.Seconds(), b.Seconds()/a.Seconds())
-		if a > b {
-			t.Errorf("%s: vm cp takes %s, scp %s", c.what, a, b)
-		}
+		round := 0
+		wantFaster(t, "vm cp, "+c.what, "scp", 1, func() time.Duration {
+			round++
+			return timed(h.command(ctx, "vm", "cp", ours, again(c.ours, round)))
+		}, func() time.Duration {
+			scp := command(ctx, "scp", "-q", "-r", "-F", home+"/.ssh/banger_config", theirs, again(c.theirs, round))
+			scp.Env = h.env
+			return timed(scp)
+		})
 	}
 	for _, pair := range [][2]string{{"big", "big3"}, {"many", "many3"}} {
 		if out, err := command(ctx, "diff", "-r", dir+"/"+pair[0], dir+"/"+pair[1]).CombinedOutput(); err != nil {
 			t.Errorf("what came back differs: %v\n%.500s", err, out)
 		}
 	}
+}
+
+// again is where a copy goes in that round: the first one to target itself, the others beside it.
+func again(target string, round int) string {
+	if round == 1 {
+		return target
+	}
+	return fmt.Sprintf("%s-%d", target, round)
+}
+
+// wantFaster wants ours to be that many times faster than theirs. They are timed in turn, and the quickest of each counts, for what
+// else runs on the machine only ever adds: up to three rounds until that shows.
+func wantFaster(t *testing.T, ours, theirs string, times float64, measureOurs, measureTheirs func() time.Duration) {
+	t.Helper()
+	var a, b time.Duration
+	for round := range 3 {
+		x, y := measureOurs(), measureTheirs()
+		if round == 0 {
+			a, b = x, y
+		}
+		a, b = min(a, x), min(b, y)
+		t.Logf("%s %.3f s, %s %.3f s: %.1f times faster", ours, x.Seconds(), theirs, y.Seconds(), y.Seconds()/x.Seconds())
+		if b.Seconds() >= times*a.Seconds() {
+			return
+		}
+	}
+	t.Errorf("%s takes %s, %s %s: it is to be %g times faster", ours, a, theirs, b, times)
 }

@@ -29,10 +29,11 @@ import (
 
 // Bounds of opening a session and a stream.
 const (
-	// A vsock of a guest that is still booting refuses, hangs, or closes without a byte. There is no
-	// event on the host for its listener: each try is bounded and repeated.
+	// A vsock of a guest that is still booting refuses, hangs, or closes without a byte: each try is bounded and repeated,
+	// for the word that it listens (vmm.Link.Up) is missing where the VMM or the agent has none.
 	tryTime  = time.Second
 	tryPause = 100 * time.Millisecond
+	upTime   = 3 * time.Second // the wait for that word
 	// portTryTime is how long one connection to a port waits for the agent before it is given up for
 	// a fresh one: a guest that missed that the host came anew sees it then.
 	portTryTime = 20 * time.Second
@@ -59,6 +60,13 @@ type Session struct {
 func Open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
 	if secret == "" {
 		return nil, fault.New(fault.Internal, "agent", "a session needs the VM's secret")
+	}
+	if link.Up != nil {
+		select {
+		case <-link.Up:
+		case <-ctx.Done():
+		case <-time.After(upTime):
+		}
 	}
 	var last error
 	for {

@@ -136,6 +136,7 @@ func (l *live) serveVsock(ctx context.Context, server *Server) error {
 	stop := context.AfterFunc(ctx, func() { _ = listener.Close() })
 	defer stop()
 	l.ready()
+	go sayUp()
 	// Connections that have not passed the handshake have only its ten seconds: few at a time will do.
 	slots := make(chan struct{}, wire.MaxStreams)
 	for {
@@ -158,6 +159,13 @@ func (l *live) serveVsock(ctx context.Context, server *Server) error {
 			defer func() { <-slots }()
 			_ = server.Serve(ctx, &packets{Conn: stream}, false) // the peer's failure is the peer's to report
 		}()
+	}
+}
+
+// sayUp tells the host that the agent listens. A host that does not want to know refuses.
+func sayUp() {
+	if conn, err := vsock.Dial(vsock.Host, vmm.UpPort, nil); err == nil { // bounded by the kernel: two seconds
+		_ = conn.Close()
 	}
 }
 

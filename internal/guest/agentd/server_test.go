@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"connectrpc.com/connect"
@@ -297,6 +298,43 @@ func TestOpenIsBounded(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestOpenWaitsForTheGuestsWord: a link that tells when the guest listens is not dialled before, and without that word it is
+// all the same.
+func TestOpenWaitsForTheGuestsWord(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, said := range []bool{true, false} {
+			up, dialled := make(chan struct{}), make(chan time.Duration, 1)
+			began := time.Now()
+			ctx, cancel := context.WithCancel(t.Context())
+			link := vmm.Link{Up: up, Dial: func(context.Context) (net.Conn, error) {
+				select {
+				case dialled <- time.Since(began):
+				default:
+				}
+				return nil, syscall.ECONNREFUSED
+			}}
+			ended := make(chan error, 1)
+			go func() {
+				_, err := agent.Open(ctx, link, secret)
+				ended <- err
+			}()
+			want := 3 * time.Second
+			if said {
+				want = 40 * time.Millisecond
+				time.Sleep(want)
+				close(up)
+			}
+			if at := <-dialled; at != want {
+				t.Errorf("said %v: first dialled after %v, want %v", said, at, want)
+			}
+			cancel()
+			if err := <-ended; !fault.Is(err, fault.Cancelled) {
+				t.Errorf("said %v: %v", said, err)
+			}
+		}
+	})
 }
 
 // loopback serves one TCP service for the guest to forward to, and returns its port.

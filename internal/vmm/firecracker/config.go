@@ -15,6 +15,7 @@ const (
 	apiSocket   = "api.sock"
 	agentSocket = "agent.sock"
 	nicSocket   = agentSocket + "_1025" // vmm.NICPort; see linkNIC
+	upSocket    = agentSocket + "_1026" // vmm.UpPort; see listenUp
 	pidfile     = "firecracker.pid"     // not another driver's: each finds its own machines alone
 )
 

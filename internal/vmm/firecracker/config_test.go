@@ -63,8 +63,8 @@ func TestRequests(t *testing.T) {
 // TestNetworkSocket connects as Firecracker does for a guest that connects to its host, to the vsock's path with the port behind it, and wants
 // to get to the network's socket, wherever that is.
 func TestNetworkSocket(t *testing.T) {
-	if want := fmt.Sprintf("%s_%d", agentSocket, vmm.NICPort); nicSocket != want {
-		t.Fatalf("%s, want %s", nicSocket, want)
+	if got, want := nicSocket+" "+upSocket, fmt.Sprintf("%s_%d %[1]s_%[3]d", agentSocket, vmm.NICPort, vmm.UpPort); got != want {
+		t.Fatalf("%s, want %s", got, want)
 	}
 	run, elsewhere := t.TempDir(), t.TempDir()
 	dir, err := rundir.Open(run)

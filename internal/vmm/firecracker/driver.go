@@ -211,7 +211,7 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 
 // clean removes what a Firecracker that is gone left behind. Fine if there is nothing.
 func clean(dir *rundir.Dir) error {
-	return dir.Remove(apiSocket, agentSocket, nicSocket, pidfile, pidfile+".tmp")
+	return dir.Remove(apiSocket, agentSocket, nicSocket, upSocket, pidfile, pidfile+".tmp")
 }
 
 // linkNIC lets the guest's connections to NICPort end at the socket of its network interface: Firecracker connects to
@@ -259,6 +259,15 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 	if err := linkNIC(dir, spec); err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "the way to its network cannot be laid")
 	}
+	up, err := listenUp(dir)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its guest cannot be listened for")
+	}
+	defer func() {
+		if err != nil {
+			up.close()
+		}
+	}()
 	socket, err := watchFor(dir, apiSocket)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its run directory cannot be watched")
@@ -270,7 +279,6 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 		// Nothing of the daemon's environment is Firecracker's business.
 		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
 		Log: spec.Log, Pidfile: dir.Name() + "/" + pidfile, Marker: spec.Marker(), Files: files,
-		Cgroup: spec.Cgroup,
 	})
 	if errors.Is(err, fs.ErrPermission) {
 		return nil, fault.Wrap(err, fault.Permission, spec.Name, "%s cannot be executed", path).WithHint("chmod +x %s", path)
@@ -279,9 +287,18 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "Firecracker cannot be started").WithHint("%s", fix)
 	}
 
-	failed := d.configure(ctx, dir, spec, p, socket)
+	// Its group is made while it starts and takes its machine, and is there before the guest runs.
+	grouped := make(chan struct{})
+	go func() {
+		defer close(grouped)
+		if spec.Cgroup != nil {
+			spec.Cgroup(ctx, p.PID())
+		}
+	}()
+	failed := d.configure(ctx, dir, spec, p, socket, grouped)
+	<-grouped // bounded by itself
 	if failed == nil {
-		return d.watchOver(spec, p, logged), nil
+		return d.watchOver(spec, p, logged, up), nil
 	}
 	// Its own end explains more than a broken connection.
 	ended := false
@@ -310,9 +327,9 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 	return nil, fault.Wrap(failed, fault.Unavailable, spec.Name, "Firecracker's API fails%s", said)
 }
 
-// configure makes the machine by the API of a fresh process and starts its guest. Only the last call
-// runs anything: a daemon that is killed before leaves a process that is ended by the next.
-func (d *Driver) configure(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, p *process.Process, socket *pathWatch) error {
+// configure makes the machine by the API of a fresh process and starts its guest once the process is grouped. Only the last
+// call runs anything: a daemon that is killed before leaves a process that is ended by the next.
+func (d *Driver) configure(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, p *process.Process, socket *pathWatch, grouped <-chan struct{}) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
@@ -340,6 +357,7 @@ func (d *Driver) configure(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, 
 			return refusedBy(spec, err, r.about)
 		}
 	}
+	<-grouped
 	if err := c.do(ctx, http.MethodPut, "/actions", action{"InstanceStart"}, nil); err != nil {
 		return refusedBy(spec, err, "to start with the kernel "+spec.Kernel)
 	}
@@ -463,10 +481,10 @@ func (d *Driver) adopt(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, find
 		return nil, gone(errors.New("the process with its marker is no Firecracker"))
 	}
 	if p.Stopped() { // it answers nothing, and did run
-		return d.watchOver(spec, p, 0), nil
+		return d.watchOver(spec, p, 0, nil), nil
 	}
 	if hasGuest(p.PID()) {
-		return d.watchOver(spec, p, 0), nil
+		return d.watchOver(spec, p, 0, nil), nil
 	}
 	// Its daemon was killed in the middle of the start, or it is just ending: there is no guest to lose.
 	select {

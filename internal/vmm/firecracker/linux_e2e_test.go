@@ -56,6 +56,9 @@ func runGuest() {
 	l, err := vsock.Listen(vmm.AgentPort, nil)
 	fail("listen", err)
 	system.Say("guest: ready\n")
+	if conn, err := vsock.Dial(vsock.Host, vmm.UpPort, nil); err == nil { // as the agent does
+		_ = conn.Close()
+	}
 	for {
 		conn, err := l.Accept()
 		fail("accept", err)

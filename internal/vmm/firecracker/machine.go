@@ -32,7 +32,8 @@ type machine struct {
 	room    room
 	logged  int64 // size of the log at its start, 0 if that is not known
 
-	lifeless time.Time // since when it has no guest, for watch alone
+	up       *upListener // nil: nothing is awaited
+	lifeless time.Time   // since when it has no guest, for watch alone
 
 	closed  chan struct{} // Close was called
 	poke    chan struct{} // the state may have changed; room for one
@@ -53,10 +54,10 @@ var (
 	_ vmm.Resizer  = (*machine)(nil)
 )
 
-// watchOver makes a machine of a process whose guest runs, or is stopped.
-func (d *Driver) watchOver(spec vmm.Spec, p *process.Process, logged int64) *machine {
+// watchOver makes a machine of a process whose guest runs, or is stopped. up is nil for one that is adopted.
+func (d *Driver) watchOver(spec vmm.Spec, p *process.Process, logged int64, up *upListener) *machine {
 	m := &machine{
-		spec: spec, process: p, logged: logged, reported: vmm.Running,
+		spec: spec, process: p, logged: logged, up: up, reported: vmm.Running,
 		closed: make(chan struct{}), poke: make(chan struct{}, 1), done: make(chan struct{}), changes: make(chan vmm.Change, 1),
 	}
 	var err error
@@ -180,6 +181,9 @@ func (m *machine) finish() {
 	m.mu.Lock()
 	m.exit = vmm.Exit{Reason: m.reason(), At: time.Now()}
 	m.mu.Unlock()
+	if m.up != nil {
+		m.up.close() // the next one in this directory listens there
+	}
 
 	ctx, cancel := context.WithTimeout(context.Background(), lockTime)
 	defer cancel()
@@ -404,10 +408,19 @@ func (m *machine) Close() error {
 		close(m.changes)
 	}
 	m.mu.Unlock()
+	if m.up != nil {
+		m.up.close()
+	}
 	return m.process.Close()
 }
 
-func (m *machine) Link() vmm.Link { return vmm.Link{Dial: m.dial} }
+func (m *machine) Link() vmm.Link {
+	l := vmm.Link{Dial: m.dial}
+	if m.up != nil {
+		l.Up = m.up.said
+	}
+	return l
+}
 
 // dial connects to the agent's port by Firecracker's host-initiated vsock (its docs/vsock.md): the line
 // CONNECT, which the line OK answers when the guest has accepted. While the guest boots it may hang, or

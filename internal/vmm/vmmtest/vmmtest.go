@@ -817,6 +817,13 @@ func (s *suite) link(t *testing.T) {
 	}
 	spec := s.Spec(t)
 	a := s.begin(t, s.New(t), spec)
+	if up := a.Link().Up; up != nil {
+		select {
+		case <-up:
+		case <-time.After(s.Patience):
+			t.Error("the guest's word that it listens did not come")
+		}
+	}
 	s.echo(t, a)
 	if err := a.Close(); err != nil {
 		t.Fatal(err)
