@@ -1,14 +1,12 @@
 package cli
 
 import (
-	"context"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
-	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 // eventView is a change, or, of type snapshot, the state that it all begins with.
@@ -74,7 +72,7 @@ ends it waits for the next one, of which the first line is a snapshot again: wha
 				return err
 			}
 			defer c.Close()
-			ctx, cancel := context.WithCancel(cmd.Context())
+			ctx, cancel := a.whileRead(cmd.Context())
 			defer cancel()
 			daemon := absence{a: a}
 			var unwritten error
@@ -93,7 +91,7 @@ ends it waits for the next one, of which the first line is a snapshot again: wha
 			})
 			switch {
 			case unwritten != nil:
-				return fault.Wrap(unwritten, fault.Internal, "stdout", "cannot be written: %v", unwritten)
+				return unwritten
 			case ctx.Err() != nil:
 				return nil
 			}

@@ -26,8 +26,7 @@ happens. Keys act on the VM under the cursor or on those that are marked; ? show
 }
 
 func (a *app) tui(ctx context.Context) error {
-	out, ok := a.stdout.(*os.File)
-	if !ok || !isatty.IsTerminal(out.Fd()) || !isatty.IsTerminal(a.stdin.Fd()) || os.Getenv("TERM") == "dumb" {
+	if !a.outTTY || !isatty.IsTerminal(a.stdin.Fd()) || os.Getenv("TERM") == "dumb" {
 		return fault.New(fault.Invalid, "", "banger tui needs a terminal").WithHint("banger vm list, or banger vm list -o json for programs")
 	}
 	if a.json {
@@ -45,7 +44,7 @@ func (a *app) tui(ctx context.Context) error {
 	// Ctrl-C is a key here; before an SSH session has the terminal it is ssh's. The screen ends by its own keys, or by
 	// SIGTERM, which bubbletea takes.
 	return tui.Run(context.WithoutCancel(ctx), tui.Options{
-		Client: c, Follow: follow, In: a.stdin, Out: out, Color: a.color,
+		Client: c, Follow: follow, In: a.stdin, Out: a.out, Color: a.color,
 		SSH: func(id string) *exec.Cmd { return exec.Command("/proc/self/exe", "vm", "ssh", id) },
 	})
 }

@@ -97,10 +97,12 @@ func (s *absence) ends() {
 	s.gone = false
 }
 
-// watch prints a look every two seconds until Ctrl-C, which is its normal end. On a terminal each is
+// watch prints a look every two seconds until Ctrl-C, which is its normal end, or nobody reads it any more. On a terminal each is
 // drawn over the one before; elsewhere they follow one another, and as JSON each is one line. While there is no daemon
 // it waits for one.
 func (a *app) watch(ctx context.Context, take func(context.Context, *client.Client) (look, error)) error {
+	ctx, cancel := a.whileRead(ctx)
+	defer cancel()
 	c, err := a.watched(ctx)
 	if err != nil {
 		return err
@@ -136,11 +138,11 @@ func (a *app) watch(ctx context.Context, take func(context.Context, *client.Clie
 	}
 }
 
-// watchChanges prints a look whenever something changed, until Ctrl-C, which is its normal end. The daemon tells; nothing
-// is asked for in between. While there is no daemon it waits for one: what that tells first is everything, and what
+// watchChanges is watch of what the daemon tells: a look is printed whenever something changed, and nothing is
+// asked for in between. While there is no daemon it waits for one: what that tells first is everything, and what
 // changed meanwhile is printed.
 func (a *app) watchChanges(ctx context.Context, take func(context.Context, *client.Client) (look, error)) error {
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := a.whileRead(ctx)
 	defer cancel()
 	c, err := a.watched(ctx)
 	if err != nil {
