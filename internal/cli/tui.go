@@ -27,7 +27,11 @@ happens. Keys act on the VM under the cursor or on those that are marked; ? show
 
 func (a *app) tui(ctx context.Context) error {
 	if !a.outTTY || !isatty.IsTerminal(a.stdin.Fd()) || os.Getenv("TERM") == "dumb" {
-		return fault.New(fault.Invalid, "", "banger tui needs a terminal").WithHint("banger vm list, or banger vm list -o json for programs")
+		what := "a terminal"
+		if os.Getenv("TERM") == "dumb" {
+			what += " that can be drawn on: TERM is dumb"
+		}
+		return fault.New(fault.Invalid, "", "banger tui needs %s", what).WithHint("banger vm list, or banger vm list -o json for programs")
 	}
 	if a.json {
 		return fault.New(fault.Invalid, "", "banger tui prints no JSON").WithHint("banger vm list -o json")

@@ -5,7 +5,11 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 	"time"
+
+	"github.com/charmbracelet/x/ansi"
+	"golang.org/x/sys/unix"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
@@ -242,13 +246,40 @@ func (a *app) draw(l look, first bool) error {
 		return err
 	}
 	// Home, each line to its end, the rest of the screen: nothing flickers (ECMA-48: CUP, EL, ED).
-	out := []byte("\x1b[H")
+	out := "\x1b[H"
 	if first {
-		out = []byte("\x1b[2J\x1b[H")
+		out = "\x1b[2J\x1b[H"
 	}
-	out = append(out, bytes.ReplaceAll(text.Bytes(), []byte("\n"), []byte("\x1b[K\n"))...)
-	_, err := a.stdout.Write(append(out, "\x1b[J"...))
+	out += strings.ReplaceAll(clip(text.String(), a.size()), "\n", "\x1b[K\n")
+	_, err := io.WriteString(a.stdout, out+"\x1b[J")
 	return err
+}
+
+// size is that of the terminal on stdout, in characters; zeros if there is none, or it does not know.
+func (a *app) size() unix.Winsize {
+	if a.out != nil {
+		if s, err := unix.IoctlGetWinsize(int(a.out.Fd()), unix.TIOCGWINSZ); err == nil {
+			return *s
+		}
+	}
+	return unix.Winsize{}
+}
+
+// clip makes text fit on a screen: one that scrolls, or a line that goes on in the next, cannot be drawn over. The last
+// line is for the cursor.
+func clip(text string, size unix.Winsize) string {
+	width, height := int(size.Col), int(size.Row)
+	if width == 0 || height < 3 {
+		return text
+	}
+	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
+	if room := height - 1; len(lines) > room {
+		lines = append(lines[:room-1], fmt.Sprintf("… %d more", len(lines)-room+1))
+	}
+	for i := range lines {
+		lines[i] = ansi.Truncate(lines[i], width, "…")
+	}
+	return strings.Join(lines, "\n") + "\n"
 }
 
 // history is the latest values of one thing, oldest first.
