@@ -266,7 +266,7 @@ func (a *app) size() unix.Winsize {
 }
 
 // clip makes text fit on a screen: one that scrolls, or a line that goes on in the next, cannot be drawn over. The last
-// line is for the cursor.
+// line is for the cursor, as is the last column: after a character there EL would take that away.
 func clip(text string, size unix.Winsize) string {
 	width, height := int(size.Col), int(size.Row)
 	if width == 0 || height < 3 {
@@ -277,7 +277,7 @@ func clip(text string, size unix.Winsize) string {
 		lines = append(lines[:room-1], fmt.Sprintf("… %d more", len(lines)-room+1))
 	}
 	for i := range lines {
-		lines[i] = ansi.Truncate(lines[i], width, "…")
+		lines[i] = ansi.Truncate(lines[i], width-1, "…")
 	}
 	return strings.Join(lines, "\n") + "\n"
 }

@@ -14,10 +14,10 @@ func TestClip(t *testing.T) {
 	}{
 		{0, 0, table},
 		{80, 24, table},
-		{12, 24, "NAME   STATE\nweb    \x1b[32mrunn…\x1b[0m\ndb     stop…\nworker stop…\n"},
+		{13, 24, "NAME   STATE\nweb    \x1b[32mrunn…\x1b[0m\ndb     stop…\nworker stop…\n"},
 		{80, 4, "NAME   STATE\nweb    \x1b[32mrunning\x1b[0m\n… 2 more\n"},
 		{80, 5, table},
-		{3, 3, "NA…\n… …\n"},
+		{4, 3, "NA…\n… …\n"},
 		{80, 2, table}, // no screen to speak of
 	} {
 		if got := clip(table, unix.Winsize{Col: tt.width, Row: tt.height}); got != tt.want {
