@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"time"
 
@@ -250,15 +251,15 @@ func (a *app) draw(l look, first bool) error {
 	if first {
 		out = "\x1b[2J\x1b[H"
 	}
-	out += strings.ReplaceAll(clip(text.String(), a.size()), "\n", "\x1b[K\n")
+	out += strings.ReplaceAll(clip(text.String(), sizeOf(a.out)), "\n", "\x1b[K\n")
 	_, err := io.WriteString(a.stdout, out+"\x1b[J")
 	return err
 }
 
-// size is that of the terminal on stdout, in characters; zeros if there is none, or it does not know.
-func (a *app) size() unix.Winsize {
-	if a.out != nil {
-		if s, err := unix.IoctlGetWinsize(int(a.out.Fd()), unix.TIOCGWINSZ); err == nil {
+// sizeOf is the size of a terminal in characters; zeros if it is none, or does not know.
+func sizeOf(w io.Writer) unix.Winsize {
+	if f, ok := w.(*os.File); ok && f != nil {
+		if s, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil {
 			return *s
 		}
 	}

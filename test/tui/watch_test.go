@@ -3,6 +3,7 @@ package tui
 import (
 	"fmt"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -50,4 +51,27 @@ func TestWatch(t *testing.T) {
 	x.row(`^vm-00-of-several +0% .*…\nvm-01-of-several .*…$`)
 	x.press("ctrl+c")
 	x.restored()
+}
+
+// Progress is one line, however long the name and narrow the terminal: what is drawn again would be left on the screen.
+func TestProgressOnANarrowTerminal(t *testing.T) {
+	t.Parallel()
+	h := newHome(t)
+	name := "very-long" + strings.Repeat("-long", 10)
+	if err := h.world.SetFaults(name + " hold\n"); err != nil {
+		t.Fatal(err)
+	}
+	x := h.terminal(40, 10, []string{filepath.Join(install.Bin, "banger"), "vm", "create", "--name", name})
+	for range 20 { // frames
+		<-x.changed
+	}
+	x.row(`^. very-long[-long]*…$`)
+	if screen := x.screen(); strings.Count(screen, "very-long") != 1 {
+		t.Errorf("it is drawn beside itself:\n%s", screen)
+	}
+	x.press("ctrl+c")
+	x.shows("banger operation watch")
+	if err := h.world.SetFaults(""); err != nil {
+		t.Fatal(err)
+	}
 }
