@@ -6,7 +6,6 @@ import (
 	"io"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -46,6 +45,7 @@ Keys that begin with "ports." choose and order the ports of each VM, all others 
 				if a.output == outputName {
 					l.json = slices.DeleteFunc(slices.Clone(shown), func(v portsView) bool { return v.err != nil })
 				}
+				l.over = allGone(args, l.errs)
 				return l, nil
 			}
 			if o.watching {
@@ -153,10 +153,7 @@ func (a *app) printPorts(w io.Writer, views []portsView, all int, watching bool)
 					endpoint.link = p.Endpoint
 				}
 			}
-			web := ""
-			if p.Scheme != "" {
-				web = strings.TrimSpace(fmt.Sprintf("%s %d %s", p.Scheme, p.Status, p.Title))
-			}
+			web := client.WebText(p.Scheme, p.Status, p.Title)
 			rows = append(rows, []cell{{text: v.Name}, {text: fmt.Sprintf("%d/%s", p.Port, p.Protocol)}, endpoint, {text: web}, {text: p.Process}, {text: p.Command, color: dim}})
 		}
 	}

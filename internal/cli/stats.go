@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/age"
+	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 // sampleTime is between the two measurements of a single look: rates are differences.
@@ -143,7 +145,17 @@ func (m *meter) take(ctx context.Context, c *client.Client) (look, error) {
 			l.errs = append(l.errs, v.err)
 		}
 	}
+	l.over = allGone(m.refs, l.errs)
 	return l, nil
+}
+
+// allGone is the end of a watch of VMs that were named, once there is none of them.
+func allGone(refs []string, errs []error) error {
+	there := func(err error) bool { return !fault.Is(err, fault.NotFound) }
+	if len(refs) == 0 || len(errs) < len(refs) || slices.ContainsFunc(errs, there) {
+		return nil
+	}
+	return reportedAll(errs)
 }
 
 // reportedAll is the end of a command whose errors are printed one by one; nil if there are none.

@@ -30,6 +30,7 @@ const (
 type look struct {
 	text func(w io.Writer) error
 	json any
+	over error   // there is nothing more to look at
 	errs []error // of some of what was asked for; text and json tell of them, names have no room for them
 }
 
@@ -102,9 +103,9 @@ func (s *absence) ends() {
 	s.gone = false
 }
 
-// watch prints a look every two seconds until Ctrl-C, which is its normal end, or nobody reads it any more. On a terminal each is
-// drawn over the one before; elsewhere they follow one another, and as JSON each is one line. While there is no daemon
-// it waits for one.
+// watch prints a look every two seconds until Ctrl-C, which is its normal end, or until nobody reads it any more, or there
+// is nothing more to look at. On a terminal each is drawn over the one before; elsewhere they follow one another, and as
+// JSON each is one line. While there is no daemon it waits for one.
 func (a *app) watch(ctx context.Context, take func(context.Context, *client.Client) (look, error)) error {
 	ctx, cancel := a.whileRead(ctx)
 	defer cancel()
@@ -134,6 +135,9 @@ func (a *app) watch(ctx context.Context, take func(context.Context, *client.Clie
 		daemon.ends()
 		if err := a.draw(l, first); err != nil {
 			return err
+		}
+		if l.over != nil {
+			return l.over
 		}
 		select {
 		case <-ctx.Done():

@@ -78,9 +78,13 @@ func Keep(ctx context.Context, link int, addr netip.AddrPort, log *slog.Logger) 
 	if err != nil {
 		return err
 	}
-	for {
+	const first, most = 100 * time.Millisecond, 10 * time.Second
+	for pause := first; ; {
+		var again <-chan time.Time
 		err := r.Point(ctx, link, addr)
 		switch {
+		case noSuchLink(err): // not yet: it hears of links by itself, and tells nobody when
+			again, pause = time.After(pause), min(2*pause, most)
 		case fault.Is(err, fault.Permission):
 			return err
 		case ctx.Err() != nil:
@@ -99,8 +103,16 @@ func Keep(ctx context.Context, link int, addr netip.AddrPort, log *slog.Logger) 
 		case <-r.conn.Context().Done():
 			return fault.New(fault.Unavailable, "systemd-resolved", "the system's bus went away")
 		case <-starts:
+			pause = first
+		case <-again:
 		}
 	}
+}
+
+// noSuchLink tells whether the resolver said that it knows no such link.
+func noSuchLink(err error) bool {
+	var de dbus.Error
+	return errors.As(err, &de) && de.Name == "org.freedesktop.resolve1.NoSuchLink"
 }
 
 // starts tells when a resolver comes to the bus: a new one knows nothing of what the former was told.
@@ -163,12 +175,10 @@ func (r *Resolved) Point(ctx context.Context, link int, addr netip.AddrPort) err
 
 // Revert takes back what Point set. Fine if nothing was set or the link is gone.
 func (r *Resolved) Revert(ctx context.Context, link int) error {
-	err := r.call(ctx, "RevertLink", int32(link))
-	var de dbus.Error
-	if errors.As(err, &de) && de.Name == "org.freedesktop.resolve1.NoSuchLink" {
-		return nil
+	if err := r.call(ctx, "RevertLink", int32(link)); !noSuchLink(err) {
+		return err
 	}
-	return err
+	return nil
 }
 
 func (r *Resolved) call(ctx context.Context, method string, args ...any) error {

@@ -283,6 +283,26 @@ func TestKeepWaitsForAResolver(t *testing.T) {
 	}
 }
 
+// TestKeepOfALinkThatIsNew: the resolver hears of a link a moment after whoever made it.
+func TestKeepOfALinkThatIsNew(t *testing.T) {
+	b := &bus{refuse: map[string]string{"SetLinkDomains": "org.freedesktop.resolve1.NoSuchLink"}}
+	b.start(t)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		done <- Keep(ctx, 5, netip.MustParseAddrPort("127.0.0.1:42069"), slog.New(slog.DiscardHandler))
+	}()
+	b.until(t, "SetLinkDomains", 1)
+	b.mu.Lock()
+	delete(b.refuse, "SetLinkDomains")
+	b.mu.Unlock()
+	b.until(t, "FlushCaches", 1)
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 func TestNoBus(t *testing.T) {
 	t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path="+filepath.Join(t.TempDir(), "none"))
 	if r, err := DialResolved(t.Context()); !fault.Is(err, fault.Unavailable) {

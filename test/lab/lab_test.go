@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -121,28 +122,29 @@ func boot(t *testing.T, o Options) *Machine {
 type suite struct {
 	Suite
 	user    string
-	run     string // -test.run; the rest of the package runs on the machine itself
-	skipped bool   // not in a landing
-	least   int    // tests that must pass, subtests included; by -short and without
+	tests   []string // each in a process of its own; the rest of the package runs on the machine itself
+	skipped bool     // not in a landing
+	least   int      // tests that must pass, subtests included; by -short and without
 	most    int
 }
 
 // Of the e2e suite, what has to do with the VMM; and of that, what is otherwise for root: the network, control groups, a full disk.
 // The rest of it (installing, packages, images, shell helpers) runs on the machine itself, with QEMU.
-const (
-	ofVMMs = "^(TestAgentVerbs|TestCopyAgainstScp|TestUnbootable|TestBrokenBundle|TestConfiguredArtifacts|TestConfinement|TestDiskSizes|" +
-		"TestGuestInTrouble|TestLifeOfAVM|TestManyAtOnce|TestTwoInstallations|TestVerbs)$"
+var (
+	ofVMMs = []string{"TestAgentVerbs", "TestCopyAgainstScp", "TestUnbootable", "TestBrokenBundle", "TestConfiguredArtifacts", "TestConfinement",
+		"TestDiskSizes", "TestGuestInTrouble", "TestLifeOfAVM", "TestManyAtOnce", "TestTwoInstallations", "TestVerbs"}
 	// TestUserNetwork makes an ordinary user of its own.
-	ofRoot = "^(TestHostFull|TestBridgeNetwork|TestUserNetwork|TestConfinement|TestLifeOfAVM|TestManyAtOnce|TestVerbs)$"
+	ofRoot = []string{"TestHostFull", "TestBridgeNetwork", "TestUserNetwork", "TestConfinement", "TestLifeOfAVM", "TestManyAtOnce", "TestVerbs"}
+	ofKVM  = []string{"TestLinuxConformance"}
 )
 
 // inTheLab are the runs of TestFirecracker. The numbers are what ran when they were written down: fewer
 // means that something is not run any more.
 var inTheLab = []suite{
-	{Suite: Suites[0], user: "user", run: "^TestLinuxConformance$", least: 34, most: 34},
-	{Suite: Suites[0], user: "root", run: "^TestLinuxConformance$", skipped: true, most: 34},
-	{Suite: Suites[1], user: "user", run: ofVMMs, skipped: true, most: 12},
-	{Suite: Suites[1], user: "root", run: ofRoot, skipped: true, most: 7},
+	{Suite: Suites[0], user: "user", tests: ofKVM, least: 36, most: 36},
+	{Suite: Suites[0], user: "root", tests: ofKVM, skipped: true, most: 36},
+	{Suite: Suites[1], user: "user", tests: ofVMMs, skipped: true, most: 12},
+	{Suite: Suites[1], user: "root", tests: ofRoot, skipped: true, most: 7},
 }
 
 // TestFirecracker runs the project's own tests with real Firecracker in the lab, as root and as an
@@ -159,55 +161,42 @@ func TestFirecracker(t *testing.T) {
 	}
 }
 
-// suiteTime bounds one test program's run. A landing's takes a minute.
-func suiteTime() time.Duration {
+// attemptTime bounds one test there. A landing's takes a minute, the longest of the others eight on a quiet machine.
+func attemptTime() time.Duration {
 	if testing.Short() {
 		return 8 * time.Minute
 	}
-	return 40 * time.Minute
+	return 20 * time.Minute
 }
 
-// runSuite runs a test program in the lab, mirrors its tests here, and brings back logs and coverage.
-func runSuite(t *testing.T, m *Machine, s suite) {
-	out := "/tmp/lab-" + strings.TrimSuffix(s.Binary, ".test")
-	args := "-test.v=test2json -test.paniconexit0 -test.timeout=" + (suiteTime() - time.Minute).String() + " -test.gocoverdir=" + out + "/cover -test.run='" + s.run + "'"
-	if testing.Short() {
-		args += " -test.short"
-	}
-	command := fmt.Sprintf("rm -rf %[1]s && mkdir -p %[1]s/cover %[1]s/logs && cd ~/banger/%[2]s && "+
-		"GOCOVERDIR=%[1]s/cover BANGER_TEST_LOGS=%[1]s/logs BANGER_RUNTIME_DIR=$HOME/banger/runtime BANGER_E2E_VMM=firecracker exec /payload/bin/%[3]s %[4]s",
-		out, s.Package, s.Binary, args)
+// lockup is what a guest's kernel says on its console of a CPU of its own that stands still.
+var lockup = regexp.MustCompile(`BUG: soft lockup|rcu: INFO: rcu_\w+ (self-)?detected|clocksource: timekeeping watchdog`)
 
-	ctx, cancel := context.WithTimeoutCause(t.Context(), suiteTime(), fmt.Errorf("%s did not end within %v", s.Binary, suiteTime()))
-	defer cancel()
-	convert := exec.CommandContext(ctx, "go", "tool", "test2json", "-p", s.Package)
-	convert.Dir, convert.Stderr = place.checkout, os.Stderr
-	raw, err := convert.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	events, err := convert.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := convert.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
+// runSuite runs tests of a test program in the lab, mirrors them here, and brings back logs and coverage. One that fails with
+// a guest whose CPU stood still is run once more: that is the emulation of a guest within an emulated host (docs/lab.md), and
+// happens to guests in which nothing is of banger.
+func runSuite(t *testing.T, m *Machine, s suite) {
 	began := time.Now()
-	go func() {
-		err := m.Run(ctx, s.user, command, nil, raw, raw)
-		ended <- errors.Join(err, raw.Close())
-	}()
-	tests := &mirror{events: json.NewDecoder(events)}
-	tests.run(t, "")
-	_, _ = io.Copy(io.Discard, events) // after a line that is no event
-	err = <-ended
-	if werr := convert.Wait(); werr != nil {
-		t.Errorf("test2json: %v", werr)
+	out := "/tmp/lab-" + strings.TrimSuffix(s.Binary, ".test")
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
+	defer cancel()
+	if _, err := m.Output(ctx, s.user, fmt.Sprintf("rm -rf %[1]s %[1]s.captured && mkdir -p %[1]s/cover %[1]s/logs %[1]s.captured", out)); err != nil {
+		t.Fatal(err)
 	}
-	if err != nil && !t.Failed() {
-		t.Errorf("%s ended with %v, and no test failed", s.Binary, err)
+	var tests mirror
+	for _, name := range s.tests {
+		events, err := s.attempt(t, m, name, out)
+		if err != nil {
+			if stood := lockup.FindString(said(events)); stood != "" {
+				t.Logf("%s failed, and the CPU of a guest stood still meanwhile (%q): once more", name, stood)
+				events, err = s.attempt(t, m, name, out)
+			}
+		}
+		tests.events = events
+		tests.run(t, "")
+		if err != nil && !t.Failed() {
+			t.Errorf("%s ended with %v, and no test failed", s.Binary, err)
+		}
 	}
 	least := s.most
 	if testing.Short() {
@@ -220,6 +209,59 @@ func runSuite(t *testing.T, m *Machine, s suite) {
 	wantSkips(t, s, tests.skipped)
 	fetch(t, m, s.user, out, filepath.Join(place.results, s.user+"-"+strings.TrimSuffix(s.Binary, ".test")))
 	nothingLeft(t, m, s.user)
+}
+
+// attempt runs one test in the lab, shows what it prints while it does, and returns all that it said. The error is how its
+// program ended.
+func (s suite) attempt(t *testing.T, m *Machine, name, out string) ([]event, error) {
+	t.Helper()
+	args := "-test.v=test2json -test.paniconexit0 -test.timeout=" + (attemptTime() - time.Minute).String() + " -test.gocoverdir=" + out + "/cover -test.run='^" + name + "$'"
+	if testing.Short() {
+		args += " -test.short"
+	}
+	command := fmt.Sprintf("cd ~/banger/%[2]s && GOCOVERDIR=%[1]s/cover BANGER_TEST_LOGS=%[1]s/logs BANGER_E2E_CAPTURED=%[1]s.captured BANGER_RUNTIME_DIR=$HOME/banger/runtime BANGER_E2E_VMM=firecracker "+
+		"exec /payload/bin/%[3]s %[4]s", out, s.Package, s.Binary, args)
+
+	ctx, cancel := context.WithTimeoutCause(t.Context(), attemptTime(), fmt.Errorf("%s did not end within %v", name, attemptTime()))
+	defer cancel()
+	convert := exec.CommandContext(ctx, "go", "tool", "test2json", "-p", s.Package)
+	convert.Dir, convert.Stderr = place.checkout, os.Stderr
+	raw, err := convert.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines, err := convert.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := convert.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		err := m.Run(ctx, s.user, command, nil, raw, raw)
+		ended <- errors.Join(err, raw.Close())
+	}()
+	var events []event
+	for d := json.NewDecoder(lines); ; {
+		var e event
+		if err := d.Decode(&e); err != nil {
+			if !errors.Is(err, io.EOF) {
+				t.Errorf("test2json: %v", err)
+			}
+			break
+		}
+		if e.Action == "run" || e.Action == "output" && !frame.MatchString(e.Output) {
+			fmt.Fprint(t.Output(), e.shown())
+		}
+		events = append(events, e)
+	}
+	_, _ = io.Copy(io.Discard, lines) // after a line that is no event
+	err = <-ended
+	if werr := convert.Wait(); werr != nil {
+		t.Errorf("test2json: %v", werr)
+	}
+	return events, err
 }
 
 // wantSkips compares what was skipped, with its reasons, with what is known to be: a new skip fails.

@@ -2428,7 +2428,7 @@ type Port struct {
 	Command  string                 `protobuf:"bytes,7,opt,name=command,proto3" json:"command,omitempty"`
 	// What a TCP listener answered; empty: neither.
 	Scheme        string `protobuf:"bytes,8,opt,name=scheme,proto3" json:"scheme,omitempty"`  // https, http
-	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"` // of HTTP
+	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"` // of HTTP; 0 with a scheme: it gave no page in time
 	Title         string `protobuf:"bytes,10,opt,name=title,proto3" json:"title,omitempty"`   // of the page
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -6137,6 +6137,118 @@ func (x *PullImageResponse) GetOperation() *Operation {
 	return nil
 }
 
+type WatchGuestRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	SilentMs      int64                  `protobuf:"varint,2,opt,name=silent_ms,json=silentMs,proto3" json:"silent_ms,omitempty"` // without an answer for so long it counts as silent; 0: 30000. 100 is the least
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchGuestRequest) Reset() {
+	*x = WatchGuestRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[99]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchGuestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchGuestRequest) ProtoMessage() {}
+
+func (x *WatchGuestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[99]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchGuestRequest.ProtoReflect.Descriptor instead.
+func (*WatchGuestRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{99}
+}
+
+func (x *WatchGuestRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *WatchGuestRequest) GetSilentMs() int64 {
+	if x != nil {
+		return x.SilentMs
+	}
+	return 0
+}
+
+type WatchGuestResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	State         string                 `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"` // answers, silent, paused
+	Since         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"` // silent: when it answered last, or the watch began
+	Note          string                 `protobuf:"bytes,3,opt,name=note,proto3" json:"note,omitempty"`   // paused: why
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchGuestResponse) Reset() {
+	*x = WatchGuestResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[100]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchGuestResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchGuestResponse) ProtoMessage() {}
+
+func (x *WatchGuestResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[100]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchGuestResponse.ProtoReflect.Descriptor instead.
+func (*WatchGuestResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{100}
+}
+
+func (x *WatchGuestResponse) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *WatchGuestResponse) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *WatchGuestResponse) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
 var File_banger_v1_banger_proto protoreflect.FileDescriptor
 
 const file_banger_v1_banger_proto_rawDesc = "" +
@@ -6627,7 +6739,14 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\treference\x18\x01 \x01(\tR\treference\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"G\n" +
 	"\x11PullImageResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation2\x9b\t\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"@\n" +
+	"\x11WatchGuestRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
+	"\tsilent_ms\x18\x02 \x01(\x03R\bsilentMs\"p\n" +
+	"\x12WatchGuestResponse\x12\x14\n" +
+	"\x05state\x18\x01 \x01(\tR\x05state\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x12\n" +
+	"\x04note\x18\x03 \x01(\tR\x04note2\xe8\t\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -6647,7 +6766,9 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse\x12B\n" +
 	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x01\x12K\n" +
 	"\n" +
-	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x012\xe1\x06\n" +
+	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x01\x12K\n" +
+	"\n" +
+	"WatchGuest\x12\x1c.banger.v1.WatchGuestRequest\x1a\x1d.banger.v1.WatchGuestResponse0\x012\xe1\x06\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
 	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse\x12C\n" +
@@ -6688,7 +6809,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 103)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 105)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -6789,42 +6910,44 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*ImageList)(nil),                // 96: banger.v1.ImageList
 	(*PullImageRequest)(nil),         // 97: banger.v1.PullImageRequest
 	(*PullImageResponse)(nil),        // 98: banger.v1.PullImageResponse
-	nil,                              // 99: banger.v1.VM.LabelsEntry
-	nil,                              // 100: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                              // 101: banger.v1.SetVMRequest.LabelsEntry
-	nil,                              // 102: banger.v1.GetStatusResponse.VmsByStateEntry
-	(*timestamppb.Timestamp)(nil),    // 103: google.protobuf.Timestamp
+	(*WatchGuestRequest)(nil),        // 99: banger.v1.WatchGuestRequest
+	(*WatchGuestResponse)(nil),       // 100: banger.v1.WatchGuestResponse
+	nil,                              // 101: banger.v1.VM.LabelsEntry
+	nil,                              // 102: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 103: banger.v1.SetVMRequest.LabelsEntry
+	nil,                              // 104: banger.v1.GetStatusResponse.VmsByStateEntry
+	(*timestamppb.Timestamp)(nil),    // 105: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	99,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	103, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	103, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	103, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	101, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	105, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	105, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	105, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,   // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,   // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,   // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,   // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	103, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	103, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	105, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	105, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	7,   // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	103, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	103, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	105, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	105, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
 	0,   // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
 	1,   // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
 	5,   // 15: banger.v1.Operation.made:type_name -> banger.v1.Image
-	103, // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	103, // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	100, // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	105, // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	105, // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	102, // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
 	6,   // 19: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 20: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 21: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 22: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
 	6,   // 23: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	101, // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	103, // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
 	6,   // 25: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
 	22,  // 26: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
 	1,   // 27: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	103, // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	105, // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
 	23,  // 29: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
 	24,  // 30: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
 	0,   // 31: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
@@ -6847,8 +6970,8 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	6,   // 48: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
 	6,   // 49: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
 	6,   // 50: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	103, // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	102, // 52: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
+	105, // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	104, // 52: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
 	64,  // 53: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
 	67,  // 54: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
 	1,   // 55: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
@@ -6872,89 +6995,92 @@ var file_banger_v1_banger_proto_depIdxs = []int32{
 	29,  // 73: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
 	5,   // 74: banger.v1.ImageList.images:type_name -> banger.v1.Image
 	6,   // 75: banger.v1.PullImageResponse.operation:type_name -> banger.v1.Operation
-	8,   // 76: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10,  // 77: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12,  // 78: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14,  // 79: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16,  // 80: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18,  // 81: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33,  // 82: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35,  // 83: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37,  // 84: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39,  // 85: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42,  // 86: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20,  // 87: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27,  // 88: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31,  // 89: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44,  // 90: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46,  // 91: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	94,  // 92: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
-	48,  // 93: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	75,  // 94: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
-	77,  // 95: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
-	79,  // 96: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
-	81,  // 97: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
-	83,  // 98: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
-	85,  // 99: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
-	89,  // 100: banger.v1.ImageService.BuildImage:input_type -> banger.v1.BuildImageRequest
-	92,  // 101: banger.v1.ImageService.ReadBuildLog:input_type -> banger.v1.ReadBuildLogRequest
-	87,  // 102: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
-	97,  // 103: banger.v1.ImageService.PullImage:input_type -> banger.v1.PullImageRequest
-	50,  // 104: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52,  // 105: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54,  // 106: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56,  // 107: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58,  // 108: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60,  // 109: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62,  // 110: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65,  // 111: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	69,  // 112: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	71,  // 113: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	73,  // 114: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	9,   // 115: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11,  // 116: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13,  // 117: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15,  // 118: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17,  // 119: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19,  // 120: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34,  // 121: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36,  // 122: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38,  // 123: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40,  // 124: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43,  // 125: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21,  // 126: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28,  // 127: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32,  // 128: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45,  // 129: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47,  // 130: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	95,  // 131: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
-	49,  // 132: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	76,  // 133: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
-	78,  // 134: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
-	80,  // 135: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
-	82,  // 136: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
-	84,  // 137: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
-	86,  // 138: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
-	91,  // 139: banger.v1.ImageService.BuildImage:output_type -> banger.v1.BuildImageResponse
-	93,  // 140: banger.v1.ImageService.ReadBuildLog:output_type -> banger.v1.ReadBuildLogResponse
-	88,  // 141: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
-	98,  // 142: banger.v1.ImageService.PullImage:output_type -> banger.v1.PullImageResponse
-	51,  // 143: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53,  // 144: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55,  // 145: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57,  // 146: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59,  // 147: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61,  // 148: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63,  // 149: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66,  // 150: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	70,  // 151: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	72,  // 152: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	74,  // 153: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	115, // [115:154] is the sub-list for method output_type
-	76,  // [76:115] is the sub-list for method input_type
-	76,  // [76:76] is the sub-list for extension type_name
-	76,  // [76:76] is the sub-list for extension extendee
-	0,   // [0:76] is the sub-list for field type_name
+	105, // 76: banger.v1.WatchGuestResponse.since:type_name -> google.protobuf.Timestamp
+	8,   // 77: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	10,  // 78: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	12,  // 79: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	14,  // 80: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	16,  // 81: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	18,  // 82: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	33,  // 83: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	35,  // 84: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	37,  // 85: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	39,  // 86: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	42,  // 87: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	20,  // 88: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	27,  // 89: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	31,  // 90: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	44,  // 91: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	46,  // 92: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	94,  // 93: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
+	99,  // 94: banger.v1.VMService.WatchGuest:input_type -> banger.v1.WatchGuestRequest
+	48,  // 95: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	75,  // 96: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
+	77,  // 97: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
+	79,  // 98: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
+	81,  // 99: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
+	83,  // 100: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
+	85,  // 101: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
+	89,  // 102: banger.v1.ImageService.BuildImage:input_type -> banger.v1.BuildImageRequest
+	92,  // 103: banger.v1.ImageService.ReadBuildLog:input_type -> banger.v1.ReadBuildLogRequest
+	87,  // 104: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
+	97,  // 105: banger.v1.ImageService.PullImage:input_type -> banger.v1.PullImageRequest
+	50,  // 106: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	52,  // 107: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	54,  // 108: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	56,  // 109: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	58,  // 110: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	60,  // 111: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	62,  // 112: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	65,  // 113: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	69,  // 114: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	71,  // 115: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	73,  // 116: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	9,   // 117: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	11,  // 118: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	13,  // 119: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	15,  // 120: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	17,  // 121: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	19,  // 122: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	34,  // 123: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	36,  // 124: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	38,  // 125: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	40,  // 126: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	43,  // 127: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	21,  // 128: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	28,  // 129: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	32,  // 130: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	45,  // 131: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	47,  // 132: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	95,  // 133: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
+	100, // 134: banger.v1.VMService.WatchGuest:output_type -> banger.v1.WatchGuestResponse
+	49,  // 135: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	76,  // 136: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
+	78,  // 137: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
+	80,  // 138: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
+	82,  // 139: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
+	84,  // 140: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
+	86,  // 141: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
+	91,  // 142: banger.v1.ImageService.BuildImage:output_type -> banger.v1.BuildImageResponse
+	93,  // 143: banger.v1.ImageService.ReadBuildLog:output_type -> banger.v1.ReadBuildLogResponse
+	88,  // 144: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
+	98,  // 145: banger.v1.ImageService.PullImage:output_type -> banger.v1.PullImageResponse
+	51,  // 146: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	53,  // 147: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	55,  // 148: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	57,  // 149: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	59,  // 150: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	61,  // 151: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	63,  // 152: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	66,  // 153: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	70,  // 154: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	72,  // 155: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	74,  // 156: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	117, // [117:157] is the sub-list for method output_type
+	77,  // [77:117] is the sub-list for method input_type
+	77,  // [77:77] is the sub-list for extension type_name
+	77,  // [77:77] is the sub-list for extension extendee
+	0,   // [0:77] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -6978,7 +7104,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   103,
+			NumMessages:   105,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

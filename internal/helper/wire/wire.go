@@ -23,7 +23,7 @@ import (
 
 // Revision is raised with every change of the messages or of what a verb does. A helper and a daemon of
 // different ones do not work together.
-const Revision = 1
+const Revision = 2
 
 // Subject is what faults are about that concern the helper itself.
 const Subject = "root helper"
@@ -80,6 +80,7 @@ type Request struct {
 	Isolated  bool           `json:"isolated,omitempty"`  // AddTAP
 	Hosts     []netip.Addr   `json:"hosts,omitempty"`     // Policy
 	Guests    []Guest        `json:"guests,omitempty"`    // Policy
+	HostPorts []uint16       `json:"hostports,omitempty"` // Policy
 	At        netip.Addr     `json:"at"`                  // ListenDNS: an address of the bridge
 	Server    netip.AddrPort `json:"server"`              // KeepNames: who answers for .vm
 }
