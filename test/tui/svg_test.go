@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"html"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -119,8 +120,7 @@ func readSVG(picture string) (text, looks string) {
 	for _, part := range lineEnd.Split(picture, -1)[1:] {
 		line, seen := "", ""
 		for _, m := range textOf.FindAllStringSubmatch(part, -1) {
-			var left float64
-			fmt.Sscan(m[2], &left)
+			left, _ := strconv.ParseFloat(m[2], 64) // it matched
 			if column := int((left-margin)/cellWidth + 0.5); column > len([]rune(line)) {
 				line += strings.Repeat(" ", column-len([]rune(line)))
 			}
