@@ -23,10 +23,11 @@ type choice struct {
 
 // choose picks the VMM by the setting vmm and by what the host can do: Firecracker where KVM is usable
 // and a Firecracker is there that works, else QEMU.
-func choose(ctx context.Context, c config.Config, kvm func() (usable bool, reason string)) choice {
+func choose(ctx context.Context, c config.Config, jails firecracker.Jails, kvm func() (usable bool, reason string)) choice {
 	usable, why := kvm()
 	q := qemu.New(usable)
 	f := firecracker.New(func() (string, error) { return findFirecracker(c) })
+	f.UseJails(jails)
 	underQEMU := choice{driver: q, others: []vmm.Driver{f}}
 	switch {
 	case c.VMM == config.VMMFirecracker: // what is missing, its Check says

@@ -9,6 +9,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/firecracker"
 )
 
 // script writes a program that says what --version is told to say.
@@ -47,7 +48,7 @@ func TestChoose(t *testing.T) {
 			if usable, _ := vmm.KVMUsable(); !usable && c.want == "firecracker" && c.setting == config.VMMAuto {
 				t.Skip("this host has no usable KVM: the driver refuses")
 			}
-			got := choose(t.Context(), config.Config{VMM: c.setting, FirecrackerBin: c.program}, c.kvm)
+			got := choose(t.Context(), config.Config{VMM: c.setting, FirecrackerBin: c.program}, firecracker.Jails{}, c.kvm)
 			if got.driver.Name() != c.want || got.driver.Features().Accel != c.accel {
 				t.Errorf("%s with %s, want %s with %s", got.driver.Name(), got.driver.Features().Accel, c.want, c.accel)
 			}

@@ -22,7 +22,7 @@ func main() {
 }
 
 func open(ctx context.Context, p config.Paths, c config.Config, log *slog.Logger) (daemon.Backend, error) {
-	chosen := choose(ctx, c, vmm.KVMUsable)
+	chosen := choose(ctx, c, jailsOf(ctx, c, os.Geteuid(), log), vmm.KVMUsable)
 	return sandbox.Open(ctx, sandbox.Options{
 		Driver: chosen.driver, Others: chosen.others, VMMNotice: chosen.notice, Networks: networks(p, c, chosen.driver, os.Geteuid(), findHelper(ctx, os.Geteuid())),
 		Config: c, Paths: p, Host: config.Host(), Log: log,

@@ -71,6 +71,7 @@ func ForVM(vcpu int, memoryMiB, overheadMiB int64) Limits {
 // Host makes the groups of one installation on this host. Safe for concurrent use.
 type Host struct {
 	owner  string
+	behalf int    // the user whose they are, if root makes them of another's
 	root   string // where cgroup v2 should be mounted
 	run    string // /run, where systemd is found
 	linger string // names the users whose manager runs without a session
@@ -89,6 +90,10 @@ func New(owner string) *Host {
 		user: user.Current, of: process.CgroupOf, magic: unix.CGROUP2_SUPER_MAGIC, why: map[string]string{},
 	}
 }
+
+// For makes the groups those of another user's VMs: root makes them, and that user's bounds hold for them. Before anything else is
+// asked of the Host.
+func (h *Host) For(uid int) { h.behalf = uid }
 
 func (h *Host) prefix() string { return "banger-" + h.owner + "-" }
 
@@ -111,7 +116,7 @@ func (h *Host) Put(ctx context.Context, id, description string, l Limits, pid in
 		}
 		name := fmt.Sprintf("%s%s-%d", h.prefix(), id, pid)
 		if w.manager != "" {
-			return startScope(ctx, w.manager, w.uid, name+".scope", description, l, pid)
+			return startScope(ctx, w.manager, w.uid, h.behalf, name+".scope", description, l, pid)
 		}
 		if len(w.missing) > 0 {
 			if err := write(filepath.Join(w.parent, "cgroup.subtree_control"), "+"+strings.Join(w.missing, " +")); err != nil {
@@ -367,6 +372,9 @@ func (h *Host) remove(ctx context.Context, prefix string, wait bool) error {
 		err = unix.Rmdir(dir)
 		if errors.Is(err, unix.EBUSY) && wait {
 			err = rmdirWhenEmpty(ctx, dir)
+		}
+		if errors.Is(err, fs.ErrPermission) {
+			return fs.SkipDir // root made it, of a VM in a jail, and removes it
 		}
 		if err != nil && !errors.Is(err, unix.ENOENT) && (wait || !errors.Is(err, unix.EBUSY)) {
 			errs = append(errs, fault.Wrap(err, fault.Busy, dir, "the control group of a VM that ended cannot be removed"))

@@ -23,7 +23,7 @@ type property struct {
 
 // startScope has a manager of systemd put a process into a transient scope, and waits until it has. The
 // connection is made for this alone: it needs no bus, and nothing to restore when systemd is replaced.
-func startScope(ctx context.Context, socket string, uid int, name, description string, l Limits, pid int) error {
+func startScope(ctx context.Context, socket string, uid, of int, name, description string, l Limits, pid int) error {
 	var d net.Dialer
 	raw, err := d.DialContext(ctx, "unix", socket)
 	if err != nil {
@@ -53,7 +53,7 @@ func startScope(ctx context.Context, socket string, uid int, name, description s
 	var job dbus.ObjectPath
 	manager := conn.Object("org.freedesktop.systemd1", "/org/freedesktop/systemd1")
 	err = manager.CallWithContext(ctx, "org.freedesktop.systemd1.Manager.StartTransientUnit", 0,
-		name, "fail", properties(description, l, pid), []struct {
+		name, "fail", properties(of, description, l, pid), []struct {
 			Name       string
 			Properties []property
 		}{}).Store(&job)
@@ -79,17 +79,24 @@ func startScope(ctx context.Context, socket string, uid int, name, description s
 	}
 }
 
-// properties of a scope: systemd.scope(5), systemd.resource-control(5).
-func properties(description string, l Limits, pid int) []property {
-	return []property{
+// properties of a scope: systemd.scope(5), systemd.resource-control(5). One that root makes of another user's is in that user's slice, whose
+// bounds hold for it, and stops after that user's manager, where GuestsUnit is (user@.service(5)).
+func properties(of int, description string, l Limits, pid int) []property {
+	before := []string{GuestsUnit}
+	var slice []property
+	if of != 0 {
+		before = append(before, fmt.Sprintf("user@%d.service", of))
+		slice = []property{{"Slice", dbus.MakeVariant(fmt.Sprintf("user-%d.slice", of))}}
+	}
+	return append(slice, []property{
 		{"Description", dbus.MakeVariant(description)},
 		{"PIDs", dbus.MakeVariant([]uint32{uint32(pid)})},
 		// Units stop in the reverse of this order: guests are powered off while their programs still run.
-		{"Before", dbus.MakeVariant([]string{GuestsUnit})},
+		{"Before", dbus.MakeVariant(before)},
 		{"MemoryMax", dbus.MakeVariant(uint64(l.Memory))},
 		{"CPUQuotaPerSecUSec", dbus.MakeVariant(uint64(l.CPUs * float64(time.Second/time.Microsecond)))},
 		{"TasksMax", dbus.MakeVariant(uint64(l.Tasks))},
 		// A VMM that was killed leaves no failed unit behind.
 		{"CollectMode", dbus.MakeVariant("inactive-or-failed")},
-	}
+	}...)
 }

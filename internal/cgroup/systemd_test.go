@@ -148,3 +148,14 @@ func TestScope(t *testing.T) {
 		})
 	}
 }
+
+// TestScopeForAnotherUser: what root makes of a user's VM is in that user's slice, and stops after that user's manager.
+func TestScopeForAnotherUser(t *testing.T) {
+	got := map[string]string{}
+	for _, p := range properties(1000, "banger VM 0123456789ab of user 1000", Limits{Memory: 1 << 30, CPUs: 2, Tasks: 100}, 4711) {
+		got[p.Name] = p.Value.String()
+	}
+	if got["Slice"] != `"user-1000.slice"` || got["Before"] != `["banger-guests.service", "user@1000.service"]` {
+		t.Errorf("%v", got)
+	}
+}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/helper/install"
 	"git.thaloco.com/thaloco/banger/internal/helper/wire"
@@ -19,10 +20,10 @@ import (
 
 func (a *app) systemCommand() *cobra.Command {
 	cmd := group(&cobra.Command{
-		Use: "system", Short: "Install the root helper, which gives users a bridge network",
+		Use: "system", Short: "Install the root helper, which gives users a bridge network and jails",
 		Long: `Install, look at or remove the root helper. With it an ordinary user's VMs are on a bridge of the
-host. It does that, and nothing else, for the users that root names; it starts when it is needed
-and ends when it is idle.`,
+host, and those under Firecracker run in its jail. It does that, and nothing else, for the users that
+root names; it starts when it is needed and ends when it is idle.`,
 		Example: `  sudo banger system install`,
 	})
 	var users, ranges []string
@@ -39,7 +40,7 @@ who may use it already. Over another version it takes its place; networks and VM
 	var force bool
 	uninstallCmd := &cobra.Command{
 		Use: "uninstall", Short: "Remove the root helper, and all that it made; takes root", Args: noArgs,
-		Long:    "Remove the root helper, and all that it made. While somebody's network is there, it is refused.",
+		Long:    "Remove the root helper, and all that it made. While somebody's network is there, or a VM runs in a jail, it is refused.",
 		Example: `  sudo banger system uninstall`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := install.System().Uninstall(cmd.Context(), os.Geteuid(), force); err != nil {
@@ -52,7 +53,7 @@ who may use it already. Over another version it takes its place; networks and VM
 			return nil
 		},
 	}
-	uninstallCmd.Flags().BoolVar(&force, "force", false, "also take away networks of VMs that run")
+	uninstallCmd.Flags().BoolVar(&force, "force", false, "also take away networks of VMs that run, and end VMs in jails")
 	cmd.AddCommand(installCmd, &cobra.Command{
 		Use: "status", Short: "Show whether the root helper is installed, fits, and answers", Args: noArgs,
 		Example: `  banger system status
@@ -81,6 +82,8 @@ type systemView struct {
 	Users     []int      `json:"users"`
 	Usable    bool       `json:"usable"` // by who asks, with this banger
 	Error     *errorView `json:"error,omitempty"`
+	Jailer    string     `json:"jailer"` // the version of the Firecracker that it runs in jails, "" if there is none
+	Jails     bool       `json:"jails"`  // it makes some for who asks
 }
 
 func (a *app) systemInstall(cmd *cobra.Command, users, ranges []string) error {
@@ -112,6 +115,10 @@ func (a *app) systemInstall(cmd *cobra.Command, users, ranges []string) error {
 		return err
 	}
 	r.Source = filepath.Join(filepath.Dir(exe), "banger-helper")
+	noJails := ""
+	if r.Firecracker, r.Jailer, err = jailPrograms(); err != nil {
+		noJails = err.Error()
+	}
 	byHand, err := install.System().Install(cmd.Context(), r)
 	if err != nil {
 		return err
@@ -120,6 +127,9 @@ func (a *app) systemInstall(cmd *cobra.Command, users, ranges []string) error {
 		return a.printJSON(systemInstallView{install.Program, append([]string{}, byHand...)})
 	}
 	fmt.Fprintf(a.stdout, "%s is installed\n", install.Program)
+	if noJails != "" {
+		fmt.Fprintf(a.stdout, "it makes no jails with a Firecracker of this banger: %s\n", noJails)
+	}
 	if len(byHand) > 0 {
 		fmt.Fprintf(a.stdout, "systemd does not run here: have root run this now, and at each boot\n")
 		for _, line := range byHand {
@@ -130,6 +140,22 @@ func (a *app) systemInstall(cmd *cobra.Command, users, ranges []string) error {
 		fmt.Fprintf(a.stdout, "%s may use it; a daemon that runs does from its next start on: banger daemon stop\n", strings.Join(names, ", "))
 	}
 	return nil
+}
+
+// jailPrograms are Firecracker and its jailer of this program's runtime bundle, as they are listed there.
+func jailPrograms() (firecracker, jailer string, err error) {
+	at, err := bundle.Locate("")
+	if err != nil {
+		return "", "", err
+	}
+	b, err := bundle.Load(at.Dir)
+	if err != nil {
+		return "", "", err
+	}
+	if firecracker, jailer = b.Path(bundle.Firecracker), b.Path(bundle.Jailer); firecracker == "" || jailer == "" {
+		return "", "", fault.New(fault.NotFound, at.Dir, "the runtime bundle has no Firecracker with its jailer").WithHint("make runtime")
+	}
+	return firecracker, jailer, nil
 }
 
 // lookUser finds a user by name or number.
@@ -150,7 +176,8 @@ func (a *app) systemStatus(ctx context.Context) error {
 		s.Err = nil
 	}
 	view := systemView{Installed: s.Installed, Program: install.Program, Version: s.Version, Users: append([]int{}, s.Users...),
-		Usable: uid != 0 && s.Err == nil, Error: viewError(s.Err)}
+		Usable: uid != 0 && s.Err == nil, Error: viewError(s.Err),
+		Jailer: s.Jailer, Jails: uid != 0 && s.JailErr == nil}
 	if a.json {
 		return a.printJSON(view)
 	}
@@ -184,6 +211,14 @@ func (a *app) systemStatus(ctx context.Context) error {
 		add("for you", s.Err.Error())
 	default:
 		add("for you", fmt.Sprintf("it answers: %s, revision %d", s.Answer.Release, s.Answer.Revision))
+	}
+	switch {
+	case s.Installed && s.Jailer == "":
+		add("jails", "none: it was installed without a Firecracker")
+	case s.Installed && uid != 0 && s.JailErr != nil:
+		add("jails", s.JailErr.Error())
+	case s.Installed:
+		add("jails", "with Firecracker "+s.Jailer)
 	}
 	if err := table(a.stdout, a.color, nil, rows); err != nil {
 		return err

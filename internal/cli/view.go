@@ -59,6 +59,8 @@ type confinementView struct {
 	MemoryMaxBytes  int64   `json:"memory_max_bytes,omitempty"`
 	CPUMax          float64 `json:"cpu_max,omitempty"`
 	TasksMax        int64   `json:"tasks_max,omitempty"`
+	Jailed          bool    `json:"jailed"`
+	NoJail          string  `json:"no_jail,omitempty"`
 }
 
 type failureView struct {
@@ -98,6 +100,7 @@ func viewVM(m *bangerv1.VM) *vmView {
 			UID: c.GetUid(), NoNewPrivileges: c.GetNoNewPrivileges(), Seccomp: c.GetSeccomp(),
 			Cgroup: c.GetCgroup(), NoCgroup: c.GetNoCgroup(),
 			MemoryMaxBytes: c.GetMemoryMaxBytes(), CPUMax: c.GetCpuMax(), TasksMax: c.GetTasksMax(),
+			Jailed: c.GetJailed(), NoJail: c.GetNoJail(),
 		}
 	}
 	for _, s := range m.GetBoot() {

@@ -271,6 +271,12 @@ func confinementText(c *bangerv1.Confinement) string {
 		return ""
 	}
 	parts := []string{fmt.Sprintf("user %d", c.GetUid())}
+	switch {
+	case c.GetJailed():
+		parts = append(parts, "in a jail")
+	case c.GetNoJail() != "":
+		parts = append(parts, "no jail: "+c.GetNoJail())
+	}
 	if c.GetNoNewPrivileges() {
 		parts = append(parts, "no new privileges")
 	} else {

@@ -60,6 +60,7 @@ type Config struct {
 	DNSListenAddr string // where names under .vm are answered: IP address and port; "" for nowhere
 
 	VMM               string // auto, firecracker, qemu
+	Jailer            string // auto, on, off: whether Firecracker runs in a jail
 	DefaultVCPU       int
 	DefaultMemoryMiB  int64
 	DefaultDiskSize   int64 // bytes
@@ -84,6 +85,13 @@ const (
 	VMMAuto        = "auto"
 	VMMFirecracker = "firecracker"
 	VMMQEMU        = "qemu"
+)
+
+// Values of the key jailer.
+const (
+	JailerAuto = "auto" // where there is one
+	JailerOn   = "on"   // or not at all
+	JailerOff  = "off"
 )
 
 // Values of the key network.
@@ -161,6 +169,16 @@ var keys = []key{
 			return nil
 		},
 		func(c Config) string { return c.VMM }},
+	{"jailer",
+		func(c *Config, _ loader, v any) error {
+			s, ok := v.(string)
+			if !ok || !slices.Contains([]string{JailerAuto, JailerOn, JailerOff}, s) {
+				return notA(v, "one of auto, on, off")
+			}
+			c.Jailer = s
+			return nil
+		},
+		func(c Config) string { return c.Jailer }},
 	intKey("default_vcpu", vm.MinVCPU, vm.MaxVCPU, func(c *Config) *int { return &c.DefaultVCPU }),
 	{"default_memory",
 		func(c *Config, _ loader, v any) error {
@@ -303,6 +321,7 @@ func Defaults(h vm.Host) Config {
 		DefaultMemoryMiB:  2048,
 		DefaultDiskSize:   8 * vm.GiB,
 		DefaultSystemSize: 16 * vm.GiB,
+		Jailer:            JailerAuto,
 		Network:           NetworkAuto,
 		BridgeName:        "banger0",
 		HostPorts:         Ports{},

@@ -602,8 +602,8 @@ func FuzzRequest(f *testing.F) {
 			r.Guests = []wire.Guest{{Slot: 1, IPv4: netip.MustParseAddr("172.16.88.3"), NAT: true, Group: "a"}}
 		})
 	}
-	for _, s := range []string{"", "{}", "null", "[]", `{"revision":1}`, `{"revision":1,"verb":"setup","network":{"installation":"a1b2c3d4e5f6\n"}}`,
-		`{"revision":1,"verb":"setup","path":"/etc/shadow"}`, `{"revision":1,"verb":"taps"}{}`, strings.Repeat("[", 10000), `{"revision":1e99}`} {
+	for _, s := range []string{"", "{}", "null", "[]", `{"revision":2}`, `{"revision":2,"verb":"setup","network":{"installation":"a1b2c3d4e5f6\n"}}`,
+		`{"revision":2,"verb":"setup","path":"/etc/shadow"}`, `{"revision":2,"verb":"taps"}{}`, strings.Repeat("[", 10000), `{"revision":1e99}`} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {

@@ -18,13 +18,16 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"git.thaloco.com/thaloco/banger/internal/cgroup"
 	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/helper/record"
 	"git.thaloco.com/thaloco/banger/internal/helper/wire"
 	"git.thaloco.com/thaloco/banger/internal/hostnet"
+	"git.thaloco.com/thaloco/banger/internal/jail"
 	"git.thaloco.com/thaloco/banger/internal/network"
 	"git.thaloco.com/thaloco/banger/internal/version"
+	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
 // idle is how long a helper that systemd can start again stays without a caller.
@@ -61,7 +64,9 @@ func run(args []string, stdout, stderr io.Writer) error {
 		ranges = append(ranges, p)
 		return err
 	})
-	remove := flags.Bool("remove", false, "take away every user's network, and end")
+	jails := flags.Bool("jails", false, "make the user's jails, and no networks")
+	list := flags.Bool("list-jails", false, "print how many VMs run in jails, of all users, and exit")
+	remove := flags.Bool("remove", false, "take away every user's network, end all VMs in jails, and exit")
 	showVersion := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -82,20 +87,41 @@ func run(args []string, stdout, stderr io.Writer) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	records := filepath.Join(wire.RunDir, "records")
-	if *remove {
-		return removeAll(ctx, record.Dir(records))
-	}
-	if *uid <= 0 || len(ranges) == 0 {
-		fmt.Fprintln(stderr, "banger-helper: -uid and -range are needed\nhint: banger-helper --help")
+	switch {
+	case *remove:
+		return errors.Join(jail.EndAll(ctx, wire.Jails), removeAll(ctx, record.Dir(records)))
+	case *list:
+		n, err := jail.CountAll(ctx, wire.Jails)
+		if err == nil {
+			_, err = fmt.Fprintln(stdout, n)
+		}
+		return err
+	case *uid <= 0 || len(ranges) == 0 && !*jails:
+		fmt.Fprintln(stderr, "banger-helper: -uid is needed, and -range or -jails\nhint: banger-helper --help")
 		return errUsage
 	}
 	unix.Umask(0o077)
 	log := slog.New(slog.NewTextHandler(stderr, nil))
-	l, started, err := listener(*uid)
+	path := wire.Socket(*uid)
+	if *jails {
+		path = wire.JailSocket(*uid)
+	}
+	l, started, err := listener(path, *uid)
 	if err != nil {
 		return err
 	}
 	defer l.Close()
+	if *jails {
+		h := jail.NewHost(jail.Options{User: *uid, Dir: wire.Jails, Programs: jailPrograms, GiveTAP: hostnet.GiveTAP})
+		if err := h.Sweep(ctx); err != nil {
+			return err
+		}
+		o := Options{UID: *uid, Records: records, Jails: h, Bound: bound(*uid), Log: log}
+		if started {
+			o.Idle = idle
+		}
+		return NewServer(o).Serve(ctx, l)
+	}
 	o := Options{UID: *uid, Ranges: ranges, Records: records, Log: log,
 		Open: func(s hostnet.Settings) (Host, error) { return hostnet.Open(s) }, ListenDNS: dns.ListenForGuests,
 		KeepNames: func(ctx context.Context, link int, addr netip.AddrPort) error { return dns.Keep(ctx, link, addr, log) }}
@@ -105,9 +131,39 @@ func run(args []string, stdout, stderr io.Writer) error {
 	return NewServer(o).Serve(ctx, l)
 }
 
+// jailPrograms are those that were installed beside this program, which are root's.
+func jailPrograms() (p jail.Programs, err error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return p, err
+	}
+	dir := filepath.Dir(exe)
+	p = jail.Programs{Firecracker: filepath.Join(dir, "firecracker"), Jailer: filepath.Join(dir, "jailer")}
+	for _, program := range []string{p.Firecracker, p.Jailer} {
+		var st unix.Stat_t
+		if err := unix.Stat(program, &st); err != nil {
+			return p, fault.Wrap(err, fault.Unsupported, "jailer", "the root helper has no %s", filepath.Base(program)).WithHint("make runtime, then %s", wire.InstallCommand())
+		}
+		if st.Uid != 0 || st.Mode&0o022 != 0 {
+			return p, fault.New(fault.Permission, program, "others than root can change it").WithHint("%s", wire.InstallCommand())
+		}
+	}
+	return p, nil
+}
+
+// bound puts VMs of a user into control groups. One that gets none runs on where the helper is; its daemon says why.
+func bound(uid int) func(ctx context.Context, r jail.Request, pid int) {
+	return func(ctx context.Context, r jail.Request, pid int) {
+		groups := cgroup.New(r.Installation)
+		groups.For(uid)
+		_ = groups.Sweep(ctx) // of those that ended, where no systemd does it; what is left is tried again
+		groups.Put(ctx, vm.ID(r.VM).Short(), "banger VM "+vm.ID(r.VM).Short()+" of user "+strconv.Itoa(uid), cgroup.ForVM(r.VCPU, r.MemoryMiB, 0), pid)
+	}
+}
+
 // listener returns the socket that systemd has opened (sd_listen_fds(3)), or else opens one that the user alone
 // may use.
-func listener(uid int) (l *net.UnixListener, started bool, err error) {
+func listener(path string, uid int) (l *net.UnixListener, started bool, err error) {
 	if os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
 		if n := os.Getenv("LISTEN_FDS"); n != "1" {
 			return nil, false, fmt.Errorf("systemd passed %q sockets, want one", n)
@@ -124,7 +180,6 @@ func listener(uid int) (l *net.UnixListener, started bool, err error) {
 		}
 		return l, true, nil
 	}
-	path := wire.Socket(uid)
 	if err := os.MkdirAll(wire.RunDir, 0o755); err != nil {
 		return nil, false, err
 	}

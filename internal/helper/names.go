@@ -85,7 +85,7 @@ func (s *Server) keepNames(ctx context.Context, r wire.Request) error {
 func (c *Client) ListenDNS(ctx context.Context, at netip.Addr) (tcp net.Listener, udp net.PacketConn, err error) {
 	r := c.request(wire.ListenDNS)
 	r.At = at
-	_, files, err := wire.CallFiles(ctx, c.socket, r, 2)
+	_, files, err := wire.CallFiles(ctx, c.socket, r, nil, 2)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -167,7 +167,7 @@ func TestDescriptorsOfAnError(t *testing.T) {
 	}
 	before := descriptors(t)
 	for range 5 {
-		if _, files, err := wire.CallFiles(t.Context(), c.socket, c.request(wire.TAPs), 2); err == nil || len(files) != 0 {
+		if _, files, err := wire.CallFiles(t.Context(), c.socket, c.request(wire.TAPs), nil, 2); err == nil || len(files) != 0 {
 			t.Errorf("%v, %v", files, err)
 		}
 	}

@@ -23,6 +23,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/helper/record"
 	"git.thaloco.com/thaloco/banger/internal/helper/wire"
 	"git.thaloco.com/thaloco/banger/internal/hostnet"
+	"git.thaloco.com/thaloco/banger/internal/jail"
 	"git.thaloco.com/thaloco/banger/internal/version"
 )
 
@@ -42,8 +43,12 @@ type Options struct {
 	// ListenDNS opens port 53 of an address; KeepNames has the host's resolver told of a server by way of a link, until ctx ends.
 	ListenDNS func(at netip.Addr) (net.Listener, net.PacketConn, error)
 	KeepNames func(ctx context.Context, link int, addr netip.AddrPort) error
-	Idle      time.Duration // without a connection for so long, Serve returns; 0: never
-	Log       *slog.Logger
+	// Jails are for a helper that makes jails, and does nothing to networks then: none of the three above is called. Bound puts a process
+	// that was just started into its control group.
+	Jails Jails
+	Bound func(ctx context.Context, r jail.Request, pid int)
+	Idle  time.Duration // without a connection for so long, Serve returns; 0: never
+	Log   *slog.Logger
 }
 
 // Server is the helper of one user.
@@ -140,20 +145,25 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
 		return
 	}
 	_ = conn.SetReadDeadline(time.Now().Add(requestTime))
-	r, err := wire.ReadRequest(conn)
+	r, came, err := wire.ReadRequestFiles(conn)
+	defer func() { closeAll(came) }()
 	if err != nil {
 		s.o.Log.Warn("a request is refused", "err", err)
 		_ = reply(wire.Answer{}, err)
 		return
 	}
-	switch r.Verb {
-	case wire.Version:
+	switch {
+	case r.Verb == wire.Version:
 		_ = reply(wire.Answer{}, nil)
 		return
-	case wire.Watch:
+	case s.o.Jails != nil: // whatever it is
+	case len(came) > 0:
+		_ = reply(wire.Answer{}, invalid("nobody gives descriptors to this helper"))
+		return
+	case r.Verb == wire.Watch:
 		lasting(ctx, conn, reply, func(ctx context.Context, changed func()) error { return s.watch(ctx, r, changed) })
 		return
-	case wire.KeepNames:
+	case r.Verb == wire.KeepNames:
 		lasting(ctx, conn, reply, func(ctx context.Context, _ func()) error { return s.keepNames(ctx, r) })
 		return
 	}
@@ -161,13 +171,16 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), verbTime)
 	defer cancel()
 	var a wire.Answer
-	if r.Verb == wire.ListenDNS {
+	defer func() { closeAll(files) }()
+	switch {
+	case s.o.Jails != nil:
+		a, files, err = s.doJail(ctx, r, came)
+	case r.Verb == wire.ListenDNS:
 		files, err = s.listenDNS(ctx, r)
-		defer func() { closeAll(files) }()
-	} else {
+	default:
 		a, err = s.do(ctx, r)
 	}
-	if err != nil {
+	if err != nil && !fault.Is(err, fault.NotFound) { // that a jail does not run is an answer as any other
 		s.o.Log.Warn("a request failed", "verb", r.Verb, "installation", r.Network.Installation, "err", err)
 	}
 	_ = reply(a, err)

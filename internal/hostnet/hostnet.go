@@ -401,6 +401,12 @@ func (h *Host) AddTAP(ctx context.Context, slot int, isolated bool) error {
 	if err != nil {
 		return failed(err, name, "the TAP device cannot be looked for")
 	}
+	// One that was a jail's is the user's again; while a VMM has it, nobody else can open it anyway.
+	if t, ok := l.(*netlink.Tuntap); ok && int(t.Owner) != h.s.Owner {
+		if err := GiveTAP(name, h.s.Owner); err != nil && !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+	}
 	a := l.Attrs()
 	if a.MTU != h.mtu {
 		err = h.nl.LinkSetMTU(l, h.mtu)
@@ -440,6 +446,40 @@ func makeTAP(name string, owner int) error {
 		return os.NewSyscallError("TUNSETOWNER", err)
 	}
 	return os.NewSyscallError("TUNSETPERSIST", unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1))
+}
+
+// GiveTAP makes a user the one who may open a TAP that is there. An error that is unix.EBUSY says that somebody has it open.
+func GiveTAP(name string, uid int) error {
+	if err := giveTAP(name, uid); err != nil {
+		return failed(err, name, "the TAP device cannot be given to user %d", uid)
+	}
+	return nil
+}
+
+func giveTAP(name string, uid int) error {
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return err
+	}
+	// What is asked for by name is made, if it is not there. Sockets of any kind answer this (netdevice(7)).
+	socket, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	defer unix.Close(socket)
+	if err := unix.IoctlIfreq(socket, unix.SIOCGIFINDEX, ifr); err != nil {
+		return os.NewSyscallError("SIOCGIFINDEX", err)
+	}
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: "/dev/net/tun", Err: err}
+	}
+	defer unix.Close(fd)
+	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		return os.NewSyscallError("TUNSETIFF", err)
+	}
+	return os.NewSyscallError("TUNSETOWNER", unix.IoctlSetInt(fd, unix.TUNSETOWNER, uid))
 }
 
 // DeleteTAPs removes the TAPs of slots. Those that are not there are fine. Several go in one request, by a

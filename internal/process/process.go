@@ -51,24 +51,33 @@ type record struct {
 	Start  uint64 `json:"start_ticks"` // field 22 of /proc/<pid>/stat, clock ticks since boot (proc_pid_stat(5))
 	Boot   string `json:"boot_id"`     // /proc/sys/kernel/random/boot_id (random(4))
 	Marker string `json:"marker"`      // for people who look at the file
+	// Elsewhere: somebody else started it, as another user (see StartElsewhere).
+	Elsewhere bool `json:"elsewhere,omitempty"`
 }
 
 // starting in place of a pid is the intent: it is written before the process is started, so that a
 // daemon killed in between leaves a reason to look for one.
 const starting = 0
 
+// exitTime bounds the wait for what another process has to say of an end, which takes it a moment: it is waiting for that, too.
+const exitTime = 5 * time.Second
+
 // Process is a process that was started or found. Safe for concurrent use.
 type Process struct {
-	pid   int
-	start uint64
-	pidfd *os.File
-	raw   syscall.RawConn
-	child *os.Process // nil if it is not ours to reap
+	pid       int
+	start     uint64
+	pidfd     *os.File
+	raw       syscall.RawConn
+	child     *os.Process               // nil if it is not ours to reap
+	elsewhere bool                      // it may be another user's
+	kept      bool                      // it was started for us, and is watched until it ends
+	exit      <-chan syscall.WaitStatus // from who reaps it; nil if nobody tells
 
 	done chan struct{}
 
 	mu     sync.Mutex
 	status *syscall.WaitStatus // set before done is closed, if it was ours to reap
+	signal func(sig int) error // sends what this user may not
 }
 
 // Start runs c in a session of its own, without a terminal, with umask 077, with no descriptors but
@@ -166,14 +175,20 @@ func fork(c Command, files []*os.File) (*Process, error) {
 // watch makes a Process of a pidfd, which it owns from then on, and begins to wait for its end. The
 // wait is in the runtime's epoll: it costs no thread.
 func watch(pid, pidfd int, child *os.Process) (*Process, error) {
+	return begin(&Process{pid: pid, child: child}, pidfd)
+}
+
+// begin is watch for a Process that says how it came about.
+func begin(p *Process, pidfd int) (*Process, error) {
+	pid, child := p.pid, p.child
 	if err := unix.SetNonblock(pidfd, true); err != nil {
 		_ = unix.Close(pidfd)
 		return nil, err
 	}
-	p := &Process{pid: pid, pidfd: os.NewFile(uintptr(pidfd), "pidfd "+strconv.Itoa(pid)), child: child, done: make(chan struct{})}
+	p.pidfd, p.done = os.NewFile(uintptr(pidfd), "pidfd "+strconv.Itoa(pid)), make(chan struct{})
 	var err error
-	if p.raw, err = p.pidfd.SyscallConn(); err == nil {
-		p.start, err = startTime(pid)
+	if p.raw, err = p.pidfd.SyscallConn(); err == nil && p.start == 0 {
+		p.start, err = StartTime(pid)
 	}
 	if err != nil && child == nil {
 		_ = p.pidfd.Close()
@@ -205,6 +220,17 @@ func (p *Process) wait() {
 			}
 		}
 	}
+	if p.exit != nil {
+		select {
+		case ws, ok := <-p.exit:
+			if ok {
+				p.mu.Lock()
+				p.status = &ws
+				p.mu.Unlock()
+			}
+		case <-time.After(exitTime):
+		}
+	}
 	close(p.done)
 	_ = p.pidfd.Close()
 }
@@ -225,7 +251,7 @@ func (p *Process) Done() <-chan struct{} { return p.done }
 
 // Carries tells whether one of the program's arguments is this one: what a marker does not say, such as
 // which program it is. False once it is gone.
-func (p *Process) Carries(arg string) bool { return carries(p.pid, arg) && !p.over() }
+func (p *Process) Carries(arg string) bool { return carries(p.pid, arg, p.elsewhere) && !p.over() }
 
 // over tells whether the process has ended: what /proc says of its pid may be another's then.
 func (p *Process) over() bool {
@@ -289,7 +315,19 @@ func (p *Process) Signal(sig int) error {
 	case errno == unix.EINVAL:
 		return fault.New(fault.Invalid, "", "there is no signal %d", sig)
 	case errno == unix.EPERM:
-		return fault.Wrap(errno, fault.Permission, "", "signal %d to process %d", sig, p.pid)
+		p.mu.Lock()
+		other := p.signal
+		p.mu.Unlock()
+		if other == nil {
+			return fault.Wrap(errno, fault.Permission, "", "signal %d to process %d", sig, p.pid)
+		}
+		if err := other(sig); err != nil {
+			if fault.Is(err, fault.NotFound) {
+				return gone() // it ended on the way
+			}
+			return err
+		}
+		return nil
 	case errno != nil:
 		return fault.Wrap(errno, fault.Internal, "", "signal %d to process %d", sig, p.pid)
 	}
@@ -312,7 +350,7 @@ func (p *Process) Kill(ctx context.Context) error {
 
 // Close stops watching and leaves the process running. Fine to call twice.
 func (p *Process) Close() error {
-	if p.child != nil {
+	if p.child != nil || p.kept {
 		return nil // its reaper goes on
 	}
 	if err := p.pidfd.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
@@ -376,7 +414,7 @@ func Open(ctx context.Context, pidfile, marker string) (*Process, error) {
 	case r.Boot != boot:
 		return nil, fault.New(fault.NotFound, marker, "it was started before the host's last boot")
 	}
-	return open(r.PID, marker, r.Start)
+	return open(r.PID, marker, r.Start, r.Elsewhere)
 }
 
 // recoverLost finds a process without its pidfile, and writes that.
@@ -385,14 +423,19 @@ func recoverLost(ctx context.Context, pidfile, marker string) (*Process, error) 
 	if err != nil {
 		return nil, err
 	}
-	boot, err := bootID()
-	if err == nil {
-		err = writePidfile(pidfile, record{PID: p.pid, Start: p.start, Boot: boot, Marker: marker})
-	}
-	if err != nil {
+	if err := p.note(pidfile, marker); err != nil {
 		return nil, errors.Join(err, p.Close())
 	}
 	return p, nil
+}
+
+// note writes the pidfile of a process that was found.
+func (p *Process) note(pidfile, marker string) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	return writePidfile(pidfile, record{PID: p.pid, Start: p.start, Boot: boot, Marker: marker, Elsewhere: p.elsewhere})
 }
 
 func readPidfile(path string) (r record, err error) {
@@ -428,10 +471,10 @@ func scan(ctx context.Context, marker string) (*Process, error) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		if !carries(pid, marker) {
+		if !carries(pid, marker, false) {
 			continue // the cheap look, before a descriptor is made
 		}
-		p, err := open(pid, marker, 0)
+		p, err := open(pid, marker, 0, false)
 		if fault.Is(err, fault.NotFound) {
 			continue
 		}
@@ -460,7 +503,7 @@ func EndAll(ctx context.Context, prefix, under string, wanted func(marker string
 		if err := ctx.Err(); err != nil {
 			return ended, err
 		}
-		marker, ok := argument(pid, func(arg string) bool { return strings.HasPrefix(arg, prefix) && wanted(arg) })
+		marker, ok := argument(pid, false, func(arg string) bool { return strings.HasPrefix(arg, prefix) && wanted(arg) })
 		if !ok {
 			continue
 		}
@@ -468,7 +511,7 @@ func EndAll(ctx context.Context, prefix, under string, wanted func(marker string
 		if err != nil || !strings.HasPrefix(cwd, under+"/") {
 			continue
 		}
-		p, err := open(pid, marker, 0)
+		p, err := open(pid, marker, 0, false)
 		if fault.Is(err, fault.NotFound) {
 			continue // it ended meanwhile
 		}
@@ -483,10 +526,10 @@ func EndAll(ctx context.Context, prefix, under string, wanted func(marker string
 	return ended, nil
 }
 
-// open makes a Process of a pid if it belongs to this user, carries the marker, and started at that
+// open makes a Process of a pid if it belongs to this user, or may be elsewhere, carries the marker, and started at that
 // time (0: at any). The pidfd is made first: if its process still runs after the looks at /proc, it
 // was the one that was looked at.
-func open(pid int, marker string, start uint64) (*Process, error) {
+func open(pid int, marker string, start uint64, elsewhere bool) (*Process, error) {
 	notFound := func() error { return fault.New(fault.NotFound, marker, "process %d is not it", pid) }
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) { // EINVAL: a thread's id
@@ -495,29 +538,29 @@ func open(pid int, marker string, start uint64) (*Process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pidfd_open %d: %w", pid, err)
 	}
-	ticks, err := startTime(pid)
-	if err != nil || (start != 0 && ticks != start) || !carries(pid, marker) || exited(pidfd) {
+	ticks, err := StartTime(pid)
+	if err != nil || (start != 0 && ticks != start) || !carries(pid, marker, elsewhere) || exited(pidfd) {
 		_ = unix.Close(pidfd)
 		return nil, notFound()
 	}
-	p, err := watch(pid, pidfd, nil)
+	p, err := begin(&Process{pid: pid, elsewhere: elsewhere}, pidfd)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 		return nil, notFound()
 	}
 	return p, err
 }
 
-// carries tells whether a process of this user has the marker as one of its arguments.
-func carries(pid int, marker string) bool {
-	_, ok := argument(pid, func(arg string) bool { return arg == marker })
+// carries tells whether a process of this user, or of anybody, has the marker as one of its arguments.
+func carries(pid int, marker string, anybody bool) bool {
+	_, ok := argument(pid, anybody, func(arg string) bool { return arg == marker })
 	return ok
 }
 
-// argument is the first one that is wanted of a process of this user.
-func argument(pid int, wanted func(string) bool) (string, bool) {
+// argument is the first one that is wanted of a process of this user, or of anybody.
+func argument(pid int, anybody bool, wanted func(string) bool) (string, bool) {
 	dir := filepath.Join("/proc", strconv.Itoa(pid))
 	var st unix.Stat_t
-	if unix.Stat(dir, &st) != nil || int(st.Uid) != os.Geteuid() {
+	if unix.Stat(dir, &st) != nil || !anybody && int(st.Uid) != os.Geteuid() {
 		return "", false
 	}
 	cmdline, err := os.ReadFile(filepath.Join(dir, "cmdline"))
@@ -532,9 +575,10 @@ func argument(pid int, wanted func(string) bool) (string, bool) {
 	return "", false
 }
 
-// startTime reads field 22 of /proc/<pid>/stat. The second field is the program's name in
+// StartTime is when a process started, in clock ticks since the boot: with its pid it tells it from all others of this boot. It
+// reads field 22 of /proc/<pid>/stat. The second field is the program's name in
 // parentheses and may hold anything, so fields are counted from the last parenthesis.
-func startTime(pid int) (uint64, error) {
+func StartTime(pid int) (uint64, error) {
 	path := filepath.Join("/proc", strconv.Itoa(pid), "stat")
 	b, err := os.ReadFile(path)
 	if err != nil {

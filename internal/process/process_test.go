@@ -358,7 +358,7 @@ func TestNotIt(t *testing.T) {
 		})
 	}
 	t.Run("same pid and marker, started at another time", func(t *testing.T) {
-		if p, err := open(p.PID(), c.Marker, genuine.Start+1); !fault.Is(err, fault.NotFound) {
+		if p, err := open(p.PID(), c.Marker, genuine.Start+1, false); !fault.Is(err, fault.NotFound) {
 			t.Errorf("open: %v, %v; want not_found", p, err)
 		}
 	})

@@ -504,7 +504,8 @@ func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 	} else {
 		out = append(out, doctor.Finding{Code: "vmm", Severity: doctor.Pass, Title: "Virtual machine monitor", Detail: strings.TrimSpace(s.driver.Name() + " " + s.vmmVersion())})
 	}
-	out = append(out, s.checkCgroups())
+	jail, jailed := s.checkJail(ctx)
+	out = append(append(out, s.checkCgroups(jailed)), jail...)
 	accel := s.driver.Features().Accel
 	switch {
 	case s.notice == "":

@@ -71,6 +71,7 @@ func detailMessage(d sandbox.Detail) *bangerv1.VM {
 			Uid: int32(c.UID), NoNewPrivileges: c.NoNewPrivs, Seccomp: c.Seccomp,
 			Cgroup: c.Cgroup, NoCgroup: c.NoCgroup,
 			MemoryMaxBytes: c.Limits.Memory, CpuMax: c.Limits.CPUs, TasksMax: c.Limits.Tasks,
+			Jailed: c.Jailed, NoJail: c.NoJail,
 		}
 	}
 	return m

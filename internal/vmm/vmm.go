@@ -204,6 +204,21 @@ type Sweeper interface {
 	Sweep(ctx context.Context, owner, under string, known func(id string) bool) (ended []string, err error)
 }
 
+// Jailed is an optional power of a Machine: its VMM may run in a jail.
+type Jailed interface {
+	// Jailed says whether it does.
+	Jailed() bool
+}
+
+// Jailer is an optional power of a Driver: it may start VMMs in jails.
+type Jailer interface {
+	// CheckJail says whether a VM whose files lie below a directory would be started in a jail, and in one line why it would not.
+	// err is set if that is not as it should be, with a hint.
+	CheckJail(ctx context.Context, dir string) (jailed bool, why string, err error)
+	// NoJail is why a machine that is in no jail is in none, as far as that is known.
+	NoJail() string
+}
+
 // Driver runs machines of one kind.
 type Driver interface {
 	// Name is "firecracker", "qemu" or "fake".

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/cgroup"
+	"git.thaloco.com/thaloco/banger/internal/jail"
 )
 
 // TestConfinement compares what vm show says of a VM's program with what the kernel does, and, where
@@ -26,11 +27,12 @@ func TestConfinement(t *testing.T) {
 			Seccomp         string `json:"seccomp"`
 			Cgroup          string `json:"cgroup"`
 			NoCgroup        string `json:"no_cgroup"`
+			Jailed          bool   `json:"jailed"`
 		} `json:"confinement"`
 	}
 	h.json(&v, "vm", "show", "held")
 	c := v.Confinement
-	if c.UID != os.Geteuid() || !c.NoNewPrivileges || c.Seccomp != "filter" {
+	if c.Jailed != jail.Inside(c.UID) || !c.Jailed && c.UID != os.Geteuid() || !c.NoNewPrivileges || c.Seccomp != "filter" {
 		t.Errorf("confinement: %+v", c)
 	}
 	own, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", v.PID))

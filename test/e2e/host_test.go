@@ -293,8 +293,9 @@ func (h *host) processes() map[int]string {
 		pid, _ := strconv.Atoi(filepath.Base(dir))
 		line, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
 		env, _ := os.ReadFile(filepath.Join(dir, "environ"))
-		cwd, _ := os.Readlink(filepath.Join(dir, "cwd")) // the network's program carries the state directory nowhere else
-		if pid != os.Getpid() && (strings.HasPrefix(cwd, h.state+"/net/") || bytes.Contains(line, []byte(h.state)) || bytes.Contains(env, []byte("BANGER_STATE_DIR="+h.state+"\x00"))) {
+		cwd, _ := os.Readlink(filepath.Join(dir, "cwd"))  // the network's program carries the state directory nowhere else
+		out, _ := os.Readlink(filepath.Join(dir, "fd/1")) // and what runs in a jail has only its log of it
+		if pid != os.Getpid() && (strings.HasPrefix(out, h.state+"/vms/") || strings.HasPrefix(cwd, h.state+"/net/") || bytes.Contains(line, []byte(h.state)) || bytes.Contains(env, []byte("BANGER_STATE_DIR="+h.state+"\x00"))) {
 			found[pid] = strings.TrimSpace(strings.ReplaceAll(string(line), "\x00", " "))
 		}
 	}

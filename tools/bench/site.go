@@ -29,7 +29,7 @@ type site struct {
 }
 
 // newSite makes the directories. The daemon is started by the first command, as a user's is. network is the setting: never
-// root's default, which would put a bridge and rules on the machine that measures.
+// root's default, which would put a bridge and rules on the machine that measures. Nor are VMs in jails, as a Firecracker alone is not.
 func newSite(dir, banger, daemon, network string, env ...string) (*site, error) {
 	settings := filepath.Join(dir, "config", "banger")
 	for _, d := range []string{filepath.Join(dir, "run"), filepath.Join(dir, "home"), settings} {
@@ -37,7 +37,7 @@ func newSite(dir, banger, daemon, network string, env ...string) (*site, error) 
 			return nil, err
 		}
 	}
-	if err := os.WriteFile(filepath.Join(settings, "config.toml"), fmt.Appendf(nil, "network = %q\n", network), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(settings, "config.toml"), fmt.Appendf(nil, "network = %q\njailer = \"off\"\n", network), 0o600); err != nil {
 		return nil, err
 	}
 	s := &site{dir: dir, banger: banger}

@@ -31,11 +31,16 @@ import (
 
 // Where things are.
 const (
-	Program = "/usr/local/libexec/banger/banger-helper" // root's, so that no user can change it
+	dir     = "/usr/local/libexec/banger" // root's, so that no user can change what is in it
+	Program = dir + "/banger-helper"
 	units   = "/etc/systemd/system"
 	service = "banger-helper@.service"
 	socket  = "banger-helper@.socket"
 	wants   = units + "/sockets.target.wants" // where systemd notes which sockets are enabled
+	// Of jails, where there is a Firecracker: its programs, beside the helper, and a socket and a service of their own.
+	Firecracker             = dir + "/firecracker"
+	Jailer                  = dir + "/jailer"
+	jailService, jailSocket = "banger-jailer@.service", "banger-jailer@.socket"
 )
 
 // DefaultRanges are those in which users may have networks, unless root says otherwise. Few hosts reach anything there.
@@ -107,6 +112,8 @@ type Request struct {
 	Source string         // the program to copy
 	Users  []int          // who may use it, besides those who may already
 	Ranges []netip.Prefix // none: as before, or the default
+	// Firecracker and Jailer are the programs to copy for jails; "" to leave those that are there, or to have none.
+	Firecracker, Jailer string
 }
 
 // Install puts the helper of this version in place for users, over another one if need be. Networks and VMs that
@@ -135,7 +142,11 @@ func (h Host) Install(ctx context.Context, r Request) (byHand []string, err erro
 			r.Ranges = DefaultRanges()
 		}
 	}
-	if err := h.copyProgram(r.Source); err != nil {
+	jails, err := h.installJailer(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.copyProgram(r.Source, Program); err != nil {
 		return nil, err
 	}
 	// A program that cannot run is not told to systemd.
@@ -149,10 +160,19 @@ func (h Host) Install(ctx context.Context, r Request) (byHand []string, err erro
 				line += fmt.Sprintf(" -range %s", p)
 			}
 			byHand = append(byHand, line)
+			if jails {
+				byHand = append(byHand, fmt.Sprintf("%s -jails -uid %d", Program, uid))
+			}
 		}
 		return byHand, nil
 	}
-	for name, text := range map[string]string{socket: socketUnit, service: serviceUnit(r.Ranges)} {
+	texts, kinds := map[string]string{socket: socketUnit, service: serviceUnit(r.Ranges)}, []string{service}
+	sockets := []string{socket}
+	if jails {
+		texts[jailSocket], texts[jailService] = jailSocketUnit, jailServiceUnit
+		kinds, sockets = append(kinds, jailService), append(sockets, jailSocket)
+	}
+	for name, text := range texts {
 		if err := h.write(filepath.Join(units, name), 0o644, strings.NewReader(text)); err != nil {
 			return nil, err
 		}
@@ -161,17 +181,57 @@ func (h Host) Install(ctx context.Context, r Request) (byHand []string, err erro
 		return nil, err
 	}
 	// A former helper ends what it does, and the next call starts this one.
-	if err := h.Systemctl(ctx, "stop", strings.Replace(service, "@", "@*", 1)); err != nil {
-		return nil, err
+	for _, kind := range kinds {
+		if err := h.Systemctl(ctx, "stop", strings.Replace(kind, "@", "@*", 1)); err != nil {
+			return nil, err
+		}
 	}
 	for _, uid := range union(before, r.Users) {
-		for _, verb := range []string{"enable", "restart"} { // one that is enabled may have failed
-			if err := h.Systemctl(ctx, verb, instance(socket, uid)); err != nil {
-				return nil, err
+		for _, kind := range sockets {
+			for _, verb := range []string{"enable", "restart"} { // one that is enabled may have failed
+				if err := h.Systemctl(ctx, verb, instance(kind, uid)); err != nil {
+					return nil, err
+				}
 			}
 		}
 	}
 	return nil, nil
+}
+
+// installJailer puts the programs of jails in place, and says whether there are any now.
+func (h Host) installJailer(ctx context.Context, r Request) (bool, error) {
+	if r.Firecracker == "" || r.Jailer == "" {
+		for _, program := range []string{Firecracker, Jailer} {
+			if _, err := os.Stat(h.path(program)); err != nil {
+				return false, nil //nolint:nilerr // without them there are no jails, which is no error
+			}
+		}
+		return true, nil
+	}
+	var said []string
+	for _, p := range []struct{ from, to string }{{r.Firecracker, Firecracker}, {r.Jailer, Jailer}} {
+		if err := h.copyProgram(p.from, p.to); err != nil {
+			return false, err
+		}
+		out, err := h.Run(ctx, h.path(p.to), "--version")
+		if err != nil {
+			return false, err
+		}
+		said = append(said, versionOf(out))
+	}
+	if said[0] != said[1] {
+		return false, fault.New(fault.Invalid, r.Jailer, "it is of version %s, and the Firecracker beside it of %s", said[1], said[0]).WithHint("make runtime brings two that fit")
+	}
+	return true, nil
+}
+
+// versionOf is the second word of what Firecracker and its jailer say of themselves.
+func versionOf(output string) string {
+	words := strings.Fields(output)
+	if len(words) < 2 {
+		return ""
+	}
+	return words[1]
 }
 
 func union(a, b []int) []int {
@@ -184,19 +244,19 @@ func instance(unit string, uid int) string {
 	return strings.Replace(unit, "@", "@"+strconv.Itoa(uid), 1)
 }
 
-func (h Host) copyProgram(source string) error {
+func (h Host) copyProgram(source, to string) error {
 	f, err := os.Open(source)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fault.Wrap(err, fault.NotFound, source, "the helper's program is not there").WithHint("make build, or make install")
+		return fault.Wrap(err, fault.NotFound, source, "the program is not there").WithHint("make build, or make install")
 	}
 	if err != nil {
-		return fault.Wrap(err, fault.Unavailable, source, "the helper's program cannot be read")
+		return fault.Wrap(err, fault.Unavailable, source, "the program cannot be read")
 	}
 	defer f.Close()
 	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
-		return fault.Wrap(err, fault.Invalid, source, "the helper's program is no file")
+		return fault.Wrap(err, fault.Invalid, source, "the program is no file")
 	}
-	return h.write(Program, 0o755, f)
+	return h.write(to, 0o755, f)
 }
 
 // write puts a file in place whole. Directories that are missing are made.
@@ -260,6 +320,20 @@ func (h Host) Uninstall(ctx context.Context, uid int, force bool) error {
 		return fault.New(fault.Precondition, n.Bridge, "user %d has this network, and %d in all are there", n.UID, len(networks)).
 			WithHint("have VMs stopped and `banger daemon stop` run by their users; or take away the networks of VMs that run: banger system uninstall --force")
 	}
+	jails := 0
+	if _, err := os.Stat(h.path(wire.Jails)); err == nil {
+		out, err := h.Run(ctx, h.path(Program), "-list-jails")
+		if err != nil {
+			return err
+		}
+		if jails, err = strconv.Atoi(strings.TrimSpace(out)); err != nil {
+			return fault.Wrap(err, fault.Internal, Program, "it cannot be told how many VMs run in jails")
+		}
+	}
+	if jails > 0 && !force {
+		return fault.New(fault.Precondition, "root helper", "%d VMs run in jails, and nobody else could end them", jails).
+			WithHint("have them stopped by their users; or end them: banger system uninstall --force")
+	}
 	if h.Systemctl == nil {
 		if err := h.startedByHand(); err != nil {
 			return err
@@ -270,27 +344,35 @@ func (h Host) Uninstall(ctx context.Context, uid int, force bool) error {
 		return err
 	}
 	if h.Systemctl != nil {
+		sockets, services := []string{socket}, []string{service}
+		if _, err := os.Stat(h.path(filepath.Join(units, jailSocket))); err == nil {
+			sockets, services = append(sockets, jailSocket), append(services, jailService)
+		}
 		for _, uid := range users {
-			if err := h.Systemctl(ctx, "disable", "--now", instance(socket, uid)); err != nil {
+			for _, kind := range sockets {
+				if err := h.Systemctl(ctx, "disable", "--now", instance(kind, uid)); err != nil {
+					return err
+				}
+			}
+		}
+		for _, kind := range services {
+			if err := h.Systemctl(ctx, "stop", strings.Replace(kind, "@", "@*", 1)); err != nil {
 				return err
 			}
 		}
-		if err := h.Systemctl(ctx, "stop", strings.Replace(service, "@", "@*", 1)); err != nil {
-			return err
-		}
 	}
-	if len(networks) > 0 {
+	if len(networks)+jails > 0 {
 		if _, err := h.Run(ctx, h.path(Program), "-remove"); err != nil {
 			return err
 		}
 	}
-	for _, path := range []string{filepath.Join(units, service), filepath.Join(units, socket), Program} {
+	for _, path := range []string{filepath.Join(units, service), filepath.Join(units, socket), filepath.Join(units, jailService), filepath.Join(units, jailSocket), Firecracker, Jailer, Program} {
 		if err := os.Remove(h.path(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return failed(err, path)
 		}
 	}
-	if err := os.RemoveAll(h.path(wire.RunDir)); err != nil {
-		return failed(err, wire.RunDir)
+	if err := h.removeRun(); err != nil {
+		return err
 	}
 	// Its directory goes if there is nothing else in it.
 	if err := os.Remove(filepath.Dir(h.path(Program))); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrExist) {
@@ -302,9 +384,34 @@ func (h Host) Uninstall(ctx context.Context, uid int, force bool) error {
 	return nil
 }
 
+// removeRun removes what goes with a reboot, but for the records of VMs of root's that run in jails, which need no helper.
+func (h Host) removeRun() error {
+	entries, err := os.ReadDir(h.path(wire.RunDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return failed(err, wire.RunDir)
+	}
+	roots, err := filepath.Glob(h.path(filepath.Join(wire.Jails, "vm-0-*")))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		path := filepath.Join(wire.RunDir, e.Name())
+		if path == wire.Jails && len(roots) > 0 {
+			continue
+		}
+		if err := os.RemoveAll(h.path(path)); err != nil {
+			return failed(err, path)
+		}
+	}
+	if err := os.Remove(h.path(wire.RunDir)); err != nil && !errors.Is(err, fs.ErrNotExist) && len(roots) == 0 {
+		return failed(err, wire.RunDir)
+	}
+	return nil
+}
+
 // startedByHand refuses while a helper serves that nobody but who started it knows of.
 func (h Host) startedByHand() error {
-	sockets, err := filepath.Glob(h.path(filepath.Join(wire.RunDir, "helper-*.sock")))
+	sockets, err := filepath.Glob(h.path(filepath.Join(wire.RunDir, "*er-*.sock"))) // helper- and jailer-
 	if err != nil {
 		return err
 	}
@@ -343,10 +450,13 @@ func listenerOf(conn *net.UnixConn) (pid int, err error) {
 type State struct {
 	Installed bool
 	Version   string // what the program says of itself
+	Jailer    string // the version of what jails are made with, "" if there is nothing
 	Users     []int  // who may use it by systemd
 	// Answer is what the caller's own helper says; Err why it says nothing. A helper of another revision is a fault.VersionSkew.
 	Answer wire.Answer
 	Err    error
+	// JailErr is why nobody makes jails for the caller; nil if somebody does.
+	JailErr error
 }
 
 // Status looks what is installed, and asks the helper of a user.
@@ -365,6 +475,10 @@ func (h Host) Status(ctx context.Context, uid int) (State, error) {
 	if s.Users, err = h.Users(); err != nil {
 		return s, err
 	}
+	if out, err := h.Run(ctx, h.path(Jailer), "--version"); err == nil {
+		s.Jailer = versionOf(out)
+	}
 	s.Answer, s.Err = wire.Probe(ctx, h.path(wire.Socket(uid)))
+	_, s.JailErr = wire.Probe(ctx, h.path(wire.JailSocket(uid)))
 	return s, nil
 }

@@ -22,15 +22,26 @@ import (
 // host is a host with a systemd that keeps notes, and does of its work what others see: enabled sockets are links.
 type host struct {
 	Host
-	calls []string
-	fail  string // the command that fails
+	calls  []string
+	fail   string // the command that fails
+	jailer string // its version
+	jails  string // how many VMs run in some
 }
 
 func newHost(t *testing.T, systemd bool) *host {
 	t.Helper()
-	h := &host{Host: Host{Root: t.TempDir()}}
+	h := &host{Host: Host{Root: t.TempDir()}, jailer: "v1.12.1", jails: "0"}
 	h.Run = func(_ context.Context, program string, args ...string) (string, error) {
 		h.calls = append(h.calls, strings.TrimPrefix(program, h.Root)+" "+strings.Join(args, " "))
+		switch strings.TrimPrefix(program, h.Root) {
+		case Firecracker:
+			return "Firecracker v1.12.1\n\nSupported snapshot data format versions: 1.0.0\n", nil
+		case Jailer:
+			return "Jailer " + h.jailer + "\n", nil
+		}
+		if slices.Contains(args, "-list-jails") {
+			return h.jails + "\n", nil
+		}
 		return "banger-helper 1.2.3, revision 1\n", nil
 	}
 	if systemd {
@@ -152,6 +163,60 @@ func TestInstallAndUninstall(t *testing.T) {
 	}
 }
 
+// TestJails: with a Firecracker there is what makes jails as well, and it stays when the helper is replaced from where none is.
+func TestJails(t *testing.T) {
+	h, ctx := newHost(t, true), t.Context()
+	with := Request{Source: source(t), Users: []int{1000}, Firecracker: source(t), Jailer: source(t)}
+	for _, r := range []Request{with, {Source: with.Source}} {
+		h.calls = nil
+		if _, err := h.Install(ctx, r); err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []string{"stop banger-jailer@*.service", "enable banger-jailer@1000.socket", "restart banger-jailer@1000.socket", "enable banger-helper@1000.socket"} {
+			if !slices.Contains(h.calls, want) {
+				t.Errorf("no %q in %q", want, h.calls)
+			}
+		}
+		if got, want := h.files(t), `/etc/systemd/system/banger-helper@.service -rw-r--r--
+/etc/systemd/system/banger-helper@.socket -rw-r--r--
+/etc/systemd/system/banger-jailer@.service -rw-r--r--
+/etc/systemd/system/banger-jailer@.socket -rw-r--r--
+/etc/systemd/system/sockets.target.wants/banger-helper@1000.socket Lrwxrwxrwx
+/etc/systemd/system/sockets.target.wants/banger-jailer@1000.socket Lrwxrwxrwx
+/usr/local/libexec/banger/banger-helper -rwxr-xr-x
+/usr/local/libexec/banger/firecracker -rwxr-xr-x
+/usr/local/libexec/banger/jailer -rwxr-xr-x`; got != want {
+			t.Errorf("there is\n%s\nwant\n%s", got, want)
+		}
+	}
+	if s, err := h.Status(ctx, 1000); err != nil || s.Jailer != "v1.12.1" || !slices.Equal(s.Users, []int{1000}) || !fault.Is(s.JailErr, fault.Unavailable) {
+		t.Errorf("%+v, %v", s, err)
+	}
+	// Somebody's VM runs in one: only the helper can end it. Root's own do not count, and keep their records.
+	jails := h.path(wire.Jails)
+	if err := errors.Join(os.MkdirAll(jails, 0o700), os.WriteFile(filepath.Join(jails, "vm-0-x"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	h.jails, h.calls = "2", nil
+	if err := h.Uninstall(ctx, 0, false); !fault.Is(err, fault.Precondition) || !strings.Contains(fault.HintOf(err), "--force") || len(h.calls) != 1 {
+		t.Errorf("%v: %q", err, h.calls)
+	}
+	if err := h.Uninstall(ctx, 0, true); err != nil {
+		t.Fatal(err)
+	}
+	if i := slices.Index(h.calls, Program+" -remove"); i < slices.Index(h.calls, "disable --now banger-jailer@1000.socket") || i < 0 {
+		t.Errorf("%q", h.calls)
+	}
+	if left := h.files(t); left != wire.Jails+"/vm-0-x -rw-------" {
+		t.Errorf("left is\n%s", left)
+	}
+	// Two that do not fit are no jailer.
+	h.jailer = "v1.13.0"
+	if _, err := h.Install(ctx, with); !fault.Is(err, fault.Invalid) || fault.HintOf(err) == "" {
+		t.Errorf("%v", err)
+	}
+}
+
 func TestWithoutSystemd(t *testing.T) {
 	h := newHost(t, false)
 	byHand, err := h.Install(t.Context(), Request{Source: source(t), Users: []int{1000}})
@@ -212,8 +277,16 @@ func TestRefusals(t *testing.T) {
 func TestUnits(t *testing.T) {
 	dir := t.TempDir()
 	text := strings.ReplaceAll(serviceUnit(DefaultRanges()), Program, "/bin/true")
-	if err := errors.Join(os.WriteFile(filepath.Join(dir, service), []byte(text), 0o600), os.WriteFile(filepath.Join(dir, socket), []byte(socketUnit), 0o600)); err != nil {
-		t.Fatal(err)
+	jails := strings.ReplaceAll(jailServiceUnit, Program, "/bin/true")
+	for name, text := range map[string]string{service: text, socket: socketUnit, jailService: jails, jailSocket: jailSocketUnit} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, setting := range []string{"ProtectSystem", "PrivateTmp", "ProtectHome", "PrivateDevices", "ReadWritePaths", "ProtectKernelModules", "ProtectControlGroups"} {
+		if strings.Contains(jails, setting) { // what users give is mounted in another namespace, and cannot be cloned
+			t.Errorf("%s makes a mount namespace", setting)
+		}
 	}
 	if got := rangesOf(text); !slices.Equal(got, DefaultRanges()) {
 		t.Errorf("%v", got)
@@ -222,8 +295,9 @@ func TestUnits(t *testing.T) {
 	if err != nil {
 		t.Skip("takes systemd-analyze")
 	}
-	cmd := exec.Command(analyze, "verify", filepath.Join(dir, instance(service, 1000)), filepath.Join(dir, instance(socket, 1000)))
-	for _, unit := range []string{service, socket} {
+	cmd := exec.Command(analyze, "verify")
+	for _, unit := range []string{service, socket, jailService, jailSocket} {
+		cmd.Args = append(cmd.Args, filepath.Join(dir, instance(unit, 1000)))
 		if err := os.Symlink(unit, filepath.Join(dir, instance(unit, 1000))); err != nil {
 			t.Fatal(err)
 		}

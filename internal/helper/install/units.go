@@ -25,6 +25,55 @@ RemoveOnStop=yes
 WantedBy=sockets.target
 `
 
+// jailSocketUnit is that of what makes jails.
+const jailSocketUnit = `# Written by "banger system install" and removed by "banger system uninstall".
+[Unit]
+Description=Jailer of banger for user %i (socket)
+
+[Socket]
+ListenStream=` + wire.RunDir + `/jailer-%i.sock
+SocketUser=%i
+SocketMode=0600
+DirectoryMode=0755
+RemoveOnStop=yes
+
+[Install]
+WantedBy=sockets.target
+`
+
+// jailServiceUnit is for what makes jails, which takes mounts, user ids, device nodes and signals. It has no mount namespace of its own, which files
+// that come from users would not be mounted in; so nothing of ProtectSystem= and its like. Filters of system calls are
+// inherited by the VMs: they hold nothing that Firecracker needs. KillMode: VMs that got no scope of their own are in its group.
+const jailServiceUnit = `# Written by "banger system install" and removed by "banger system uninstall".
+[Unit]
+Description=Jailer of banger for user %i
+
+[Service]
+ExecStart=` + Program + ` -jails -uid %i
+KillMode=process
+TimeoutStopSec=40
+RuntimeDirectory=banger
+RuntimeDirectoryMode=0755
+RuntimeDirectoryPreserve=yes
+UMask=0077
+CapabilityBoundingSet=CAP_SYS_ADMIN CAP_NET_ADMIN CAP_MKNOD CAP_CHOWN CAP_DAC_OVERRIDE CAP_SETUID CAP_SETGID CAP_KILL
+NoNewPrivileges=yes
+RestrictAddressFamilies=AF_UNIX
+RestrictNamespaces=user mnt
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=~@clock @cpu-emulation @keyring @module @obsolete @raw-io @reboot @swap
+SystemCallErrorNumber=EPERM
+DevicePolicy=closed
+DeviceAllow=/dev/kvm rwm
+DeviceAllow=/dev/net/tun rwm
+DeviceAllow=/dev/userfaultfd rwm
+KeyringMode=private
+`
+
 // serviceUnit lets the helper do what its verbs take, and see nothing else: two capabilities, its kinds
 // of sockets, one device, and of the files the kernel's settings of networks and its own records alone to write.
 func serviceUnit(ranges []netip.Prefix) string {

@@ -34,8 +34,41 @@ func WriteFiles(conn *net.UnixConn, message any, files ...*os.File) error {
 	return err
 }
 
-// CallFiles is Call for an answer with count descriptors, which are the caller's to close.
-func CallFiles(ctx context.Context, socket string, r Request, count int) (a Answer, files []*os.File, err error) {
+// maxFiles is how many descriptors come with one message at most.
+const maxFiles = 32
+
+// ReadRequestFiles is ReadRequest for one that may come with descriptors, which are the caller's to close, also with an error.
+func ReadRequestFiles(conn *net.UnixConn) (Request, []*os.File, error) {
+	head, files, err := readHead(conn)
+	if err != nil {
+		return Request{}, files, fault.Wrap(err, fault.Invalid, Subject, "the request cannot be read")
+	}
+	r, err := ReadRequest(io.MultiReader(bytes.NewReader(head), conn))
+	return r, files, err
+}
+
+// readHead reads the length of a message, and the descriptors that come with it.
+func readHead(conn *net.UnixConn) (head []byte, files []*os.File, err error) {
+	head = make([]byte, 4)
+	oob := make([]byte, unix.CmsgSpace(4*maxFiles))
+	n, oobn, flags, _, err := conn.ReadMsgUnix(head, oob)
+	if err != nil {
+		return nil, nil, err
+	}
+	if files, err = received(oob[:oobn]); err != nil {
+		return nil, files, err
+	}
+	if flags&unix.MSG_CTRUNC != 0 {
+		return nil, files, fmt.Errorf("more than %d descriptors come with it", maxFiles)
+	}
+	if n < len(head) {
+		_, err = io.ReadFull(conn, head[max(n, 0):])
+	}
+	return head, files, err
+}
+
+// CallFiles is Call for a request with descriptors, which stay the caller's, and an answer with count of them, which are the caller's to close.
+func CallFiles(ctx context.Context, socket string, r Request, send []*os.File, count int) (a Answer, files []*os.File, err error) {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	r.Revision = Revision
@@ -44,7 +77,12 @@ func CallFiles(ctx context.Context, socket string, r Request, count int) (a Answ
 		return a, nil, err
 	}
 	defer hangUp()
-	sent := Write(conn, r)
+	var sent error
+	if len(send) > 0 {
+		sent = WriteFiles(conn, r, send...)
+	} else {
+		sent = Write(conn, r)
+	}
 	defer func() {
 		if err != nil {
 			for _, f := range files {
@@ -53,14 +91,7 @@ func CallFiles(ctx context.Context, socket string, r Request, count int) (a Answ
 			files = nil
 		}
 	}()
-	head, oob := make([]byte, 4), make([]byte, unix.CmsgSpace(4*count))
-	n, oobn, _, _, err := conn.ReadMsgUnix(head, oob)
-	if err == nil && n < len(head) {
-		_, err = io.ReadFull(conn, head[max(n, 0):])
-	}
-	if err == nil {
-		files, err = received(oob[:oobn])
-	}
+	head, files, err := readHead(conn)
 	if err == nil {
 		a, err = ReadAnswer(io.MultiReader(bytes.NewReader(head), conn))
 	}

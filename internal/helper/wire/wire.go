@@ -34,6 +34,12 @@ const RunDir = "/run/banger"
 // Socket is where the helper of one user listens. Only that user can open it.
 func Socket(uid int) string { return filepath.Join(RunDir, fmt.Sprintf("helper-%d.sock", uid)) }
 
+// JailSocket is where what makes the jails of one user listens: a process of its own, with other rights.
+func JailSocket(uid int) string { return filepath.Join(RunDir, fmt.Sprintf("jailer-%d.sock", uid)) }
+
+// Jails is the directory of RunDir in which the records of jails are.
+const Jails = RunDir + "/jails"
+
 // Verb is what a caller asks for.
 type Verb string
 
@@ -52,6 +58,32 @@ const (
 	ListenDNS  Verb = "listen-dns" // answered with two descriptors: of a listener over TCP, of a socket over UDP
 	KeepNames  Verb = "keep-names" // answered if it does not work, or no more; else until the caller hangs up
 )
+
+// The verbs at JailSocket. JailCheck comes with the descriptor of a directory, JailStart with those of jail.Files. JailFind is
+// answered with the process, JailStart with that and with a pipe, by which the status of its end comes while the helper lives.
+const (
+	JailCheck  Verb = "jail-check"
+	JailStart  Verb = "jail-start"
+	JailFind   Verb = "jail-find"
+	JailSignal Verb = "jail-signal"
+	JailList   Verb = "jail-list"
+)
+
+// Jail names the jail of a VM of Network.Installation, and says what JailStart makes. Slots are of its TAPs.
+type Jail struct {
+	VM        string      `json:"vm"`
+	Place     string      `json:"place"` // the caller's own word: tells copies of an installation apart
+	VCPU      int         `json:"vcpu,omitempty"`
+	MemoryMiB int64       `json:"memory_mib,omitempty"`
+	Drives    []JailDrive `json:"drives,omitempty"`
+	Signal    int         `json:"signal,omitempty"` // JailSignal
+}
+
+// JailDrive is a drive of a VM in a jail.
+type JailDrive struct {
+	Role     string `json:"role"`
+	ReadOnly bool   `json:"read_only,omitempty"`
+}
 
 // Network names the network of one installation. It is data of the caller's and nothing in it is believed.
 type Network struct {
@@ -76,13 +108,14 @@ type Request struct {
 	Verb      Verb           `json:"verb"`
 	Network   Network        `json:"network"`
 	Addresses []netip.Prefix `json:"addresses,omitempty"` // Setup
-	Slots     []int          `json:"slots,omitempty"`     // AddTAP (one), DeleteTAPs
+	Slots     []int          `json:"slots,omitempty"`     // AddTAP (one), DeleteTAPs, JailStart
 	Isolated  bool           `json:"isolated,omitempty"`  // AddTAP
 	Hosts     []netip.Addr   `json:"hosts,omitempty"`     // Policy
 	Guests    []Guest        `json:"guests,omitempty"`    // Policy
 	HostPorts []uint16       `json:"hostports,omitempty"` // Policy
 	At        netip.Addr     `json:"at"`                  // ListenDNS: an address of the bridge
 	Server    netip.AddrPort `json:"server"`              // KeepNames: who answers for .vm
+	Jail      *Jail          `json:"jail,omitempty"`      // the verbs of jails
 }
 
 // Fault is a fault.Error.
@@ -111,6 +144,9 @@ type Answer struct {
 	MTU       int        `json:"mtu,omitempty"`       // Setup
 	Slots     []int      `json:"slots,omitempty"`     // TAPs
 	Obstacles []Obstacle `json:"obstacles,omitempty"` // Obstacles
+	PID       int        `json:"pid,omitempty"`       // JailStart, JailFind
+	Start     uint64     `json:"start,omitempty"`     // JailStart: since when, in clock ticks since the boot
+	VMs       []string   `json:"vms,omitempty"`       // JailList
 }
 
 // longest bounds a message, in bytes: the policy of as many VMs as one network may have is half of it.

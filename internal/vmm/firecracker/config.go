@@ -41,13 +41,13 @@ type request struct {
 }
 
 // requests are the calls that make a machine, in order, but for the one that starts it.
-func requests(s vmm.Spec) []request {
+func requests(s vmm.Spec, at layout) []request {
 	out := []request{
 		{http.MethodPut, "/machine-config", machineConfig{VCPU: s.VCPU, MemoryMiB: s.MemoryMiB}, "its CPUs and memory"},
-		{http.MethodPut, "/boot-source", bootSource{Kernel: s.Kernel, Initrd: s.Initrd, BootArgs: cmdline(s)}, "the kernel " + s.Kernel + " with the initrd " + s.Initrd},
+		{http.MethodPut, "/boot-source", bootSource{Kernel: at.kernel(s), Initrd: at.initrd(s), BootArgs: cmdline(s)}, "the kernel " + s.Kernel + " with the initrd " + s.Initrd},
 	}
 	for _, d := range s.Drives { // the guest tells them apart by this order alone
-		out = append(out, request{http.MethodPut, "/drives/" + string(d.Role), driveOf(d), "the drive " + d.Path})
+		out = append(out, request{http.MethodPut, "/drives/" + string(d.Role), driveOf(d, at), "the drive " + d.Path})
 	}
 	for i, n := range s.NICs {
 		if n.Socket != "" { // by vsock
@@ -57,19 +57,19 @@ func requests(s vmm.Spec) []request {
 		out = append(out, request{http.MethodPut, "/network-interfaces/" + id, networkInterface{ID: id, MAC: n.MAC, TAP: n.TAP}, "the network device " + n.TAP})
 	}
 	return append(out,
-		request{http.MethodPut, "/vsock", vsockDevice{CID: s.CID, Socket: agentSocket}, "its vsock"},
+		request{http.MethodPut, "/vsock", vsockDevice{CID: s.CID, Socket: at.socket(agentSocket)}, "its vsock"},
 		request{http.MethodPut, "/entropy", entropy{}, "its entropy device"})
 }
 
 // driveOf renders a drive. None is the root device: with that Firecracker would put it first and write
 // root= on the command line. Writeback makes a guest's flush an fsync of the host, where Unsafe, the
 // default, answers it at once. Sync is the engine that is not a preview.
-func driveOf(d vmm.Drive) drive {
+func driveOf(d vmm.Drive, at layout) drive {
 	cache := "Writeback"
 	if d.ReadOnly {
 		cache = "Unsafe" // there is nothing to flush
 	}
-	return drive{ID: string(d.Role), Path: d.Path, ReadOnly: d.ReadOnly, CacheType: cache, IOEngine: "Sync"}
+	return drive{ID: string(d.Role), Path: at.drive(d), ReadOnly: d.ReadOnly, CacheType: cache, IOEngine: "Sync"}
 }
 
 // cmdline is the kernel's. Firecracker ends when the guest resets by its keyboard controller, the one

@@ -38,12 +38,17 @@ func TestRequests(t *testing.T) {
 	for _, a := range arguments(spec) {
 		fmt.Fprintln(&out, a)
 	}
-	for _, r := range requests(spec) {
-		b, err := json.Marshal(r.body)
-		if err != nil {
-			t.Fatal(err)
+	for _, at := range []layout{{}, {jailed: true}} {
+		if at.jailed {
+			fmt.Fprintln(&out, "\nin a jail:")
 		}
-		fmt.Fprintf(&out, "%s %s %s\n", r.method, r.path, b)
+		for _, r := range requests(spec, at) {
+			b, err := json.Marshal(r.body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fmt.Fprintf(&out, "%s %s %s\n", r.method, r.path, b)
+		}
 	}
 	const path = "testdata/requests.golden"
 	if *update {
@@ -81,11 +86,14 @@ func TestNetworkSocket(t *testing.T) {
 		if err := linkNIC(dir, spec); err != nil {
 			t.Fatal(err)
 		}
-		conn, err := dir.Dial(t.Context(), nicSocket)
+		conn, err := net.Dial("unix", dir.Path(nicSocket))
 		if err != nil {
 			t.Errorf("%s: %v", at, err)
 		} else {
 			_ = conn.Close()
+		}
+		if _, err := dir.Dial(t.Context(), nicSocket); err == nil {
+			t.Errorf("the daemon follows a link to %s", at)
 		}
 		_ = l.Close()
 		if err := clean(dir); err != nil { // as after the machine's end

@@ -5,7 +5,8 @@
 // disk. Why it does what Firecracker could do otherwise is in docs/decisions/firecracker.md.
 //
 // A run directory holds firecracker.pid (internal/process), api.sock and agent.sock (the guest's vsock), and agent.sock_1025, which
-// leads the guest's frames to its network where that is a socket.
+// leads the guest's frames to its network where that is a socket. The sockets of a Firecracker in a jail are in a directory of their own
+// in it, jail, which is all of the run directory that the jail has.
 package firecracker
 
 import (
@@ -51,9 +52,12 @@ type Driver struct {
 	kvm  func() (usable bool, reason string)
 	free func(path string) (int64, error)
 
+	jails Jails
+
 	mu      sync.Mutex
 	checked checked
 	kvmFine bool
+	plain   string // why the last machine was started without a jail
 }
 
 // checked is what a look at the program found, for as long as the program stays the same.
@@ -211,7 +215,7 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 
 // clean removes what a Firecracker that is gone left behind. Fine if there is nothing.
 func clean(dir *rundir.Dir) error {
-	return dir.Remove(apiSocket, agentSocket, nicSocket, upSocket, pidfile, pidfile+".tmp")
+	return errors.Join(dir.Remove(apiSocket, agentSocket, nicSocket, upSocket, pidfile, pidfile+".tmp", jailInitrd), removeJail(dir))
 }
 
 // linkNIC lets the guest's connections to NICPort end at the socket of its network interface: Firecracker connects to
@@ -256,36 +260,21 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 	if err != nil {
 		return nil, err
 	}
-	if err := linkNIC(dir, spec); err != nil {
-		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "the way to its network cannot be laid")
+	logged := console.Size(spec.Log)
+	s, err := d.startJailed(ctx, dir, spec, files)
+	if s == nil && err == nil {
+		s, err = d.startPlain(ctx, dir, spec, files, path)
 	}
-	up, err := listenUp(dir)
 	if err != nil {
-		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its guest cannot be listened for")
+		return nil, err
 	}
+	defer s.close()
 	defer func() {
 		if err != nil {
-			up.close()
+			s.up.close()
 		}
 	}()
-	socket, err := watchFor(dir, apiSocket)
-	if err != nil {
-		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "its run directory cannot be watched")
-	}
-	defer socket.close()
-	logged := console.Size(spec.Log)
-	p, err := process.Start(ctx, process.Command{
-		Path: path, Args: append([]string{path}, arguments(spec)...), Dir: spec.RunDir,
-		// Nothing of the daemon's environment is Firecracker's business.
-		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
-		Log: spec.Log, Pidfile: dir.Name() + "/" + pidfile, Marker: spec.Marker(), Files: files,
-	})
-	if errors.Is(err, fs.ErrPermission) {
-		return nil, fault.Wrap(err, fault.Permission, spec.Name, "%s cannot be executed", path).WithHint("chmod +x %s", path)
-	}
-	if err != nil {
-		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "Firecracker cannot be started").WithHint("%s", fix)
-	}
+	p := s.process
 
 	// Its group is made while it starts and takes its machine, and is there before the guest runs.
 	grouped := make(chan struct{})
@@ -295,10 +284,10 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 			spec.Cgroup(ctx, p.PID())
 		}
 	}()
-	failed := d.configure(ctx, dir, spec, p, socket, grouped)
+	failed := d.configure(ctx, spec, s, grouped)
 	<-grouped // bounded by itself
 	if failed == nil {
-		return d.watchOver(spec, p, logged, up), nil
+		return d.watchOver(spec, p, logged, s.up), nil
 	}
 	// Its own end explains more than a broken connection.
 	ended := false
@@ -327,22 +316,52 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 	return nil, fault.Wrap(failed, fault.Unavailable, spec.Name, "Firecracker's API fails%s", said)
 }
 
+// startPlain starts Firecracker as this user.
+func (d *Driver) startPlain(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, files []*os.File, path string) (_ *started, err error) {
+	if err := linkNIC(dir, spec); err != nil {
+		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "the way to its network cannot be laid")
+	}
+	s := &started{sockets: dir}
+	if err := s.listen(spec); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			s.up.close()
+			s.close()
+		}
+	}()
+	s.process, err = process.Start(ctx, process.Command{
+		Path: path, Args: append([]string{path}, arguments(spec)...), Dir: spec.RunDir,
+		// Nothing of the daemon's environment is Firecracker's business.
+		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
+		Log: spec.Log, Pidfile: dir.Name() + "/" + pidfile, Marker: spec.Marker(), Files: files,
+	})
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, fault.Wrap(err, fault.Permission, spec.Name, "%s cannot be executed", path).WithHint("chmod +x %s", path)
+	}
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Unavailable, spec.Name, "Firecracker cannot be started").WithHint("%s", fix)
+	}
+	return s, nil
+}
+
 // configure makes the machine by the API of a fresh process and starts its guest once the process is grouped. Only the last
 // call runs anything: a daemon that is killed before leaves a process that is ended by the next.
-func (d *Driver) configure(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, p *process.Process, socket *pathWatch, grouped <-chan struct{}) error {
+func (d *Driver) configure(ctx context.Context, spec vmm.Spec, s *started, grouped <-chan struct{}) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
 		select {
-		case <-p.Done():
+		case <-s.process.Done():
 			cancel() // nobody will answer any more
 		case <-ctx.Done():
 		}
 	}()
-	if err := socket.wait(ctx); err != nil {
+	if err := s.socket.wait(ctx); err != nil {
 		return err
 	}
-	c := newClient(dir)
+	c := newClient(s.sockets)
 	defer c.close()
 	var v versionInfo
 	if err := c.do(ctx, http.MethodGet, "/version", nil, &v); err != nil {
@@ -352,7 +371,7 @@ func (d *Driver) configure(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, 
 		return fault.New(fault.Unsupported, spec.Name, "its Firecracker says that it is version %.40q, at least %d.%d is needed", v.Version, oldest.major, oldest.minor).
 			WithHint("%s", fix)
 	}
-	for _, r := range requests(spec) {
+	for _, r := range requests(spec, s.layout) {
 		if err := c.do(ctx, r.method, r.path, r.body, nil); err != nil {
 			return refusedBy(spec, err, r.about)
 		}
@@ -467,7 +486,7 @@ func (d *Driver) adopt(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, find
 		}
 		return notRunning(cause, spec)
 	}
-	p, err := find(ctx, dir.Name()+"/"+pidfile, spec.Marker())
+	p, err := d.findProcess(ctx, dir, spec, find)
 	if fault.Is(err, fault.NotFound) {
 		return nil, gone(err)
 	}
@@ -509,6 +528,11 @@ func (d *Driver) Sweep(ctx context.Context, owner, under string, known func(id s
 	for i := range markers {
 		markers[i] = strings.TrimPrefix(markers[i], prefix)
 	}
+	if err == nil {
+		var jailed []string
+		jailed, err = d.sweepJails(ctx, owner, under, known)
+		markers = append(markers, jailed...)
+	}
 	if err != nil {
 		return markers, fault.Wrap(err, fault.CodeOf(err), "firecracker", "machines without a record cannot be looked for or ended").WithOp("vmm sweep")
 	}
@@ -518,4 +542,5 @@ func (d *Driver) Sweep(ctx context.Context, owner, under string, known func(id s
 var (
 	_ vmm.Driver  = (*Driver)(nil)
 	_ vmm.Sweeper = (*Driver)(nil)
+	_ vmm.Jailer  = (*Driver)(nil)
 )

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/jail"
 	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
@@ -395,6 +396,23 @@ func crash(when, dir string) {
 			if err == nil {
 				die()
 			}
+		case "jailed: started", "jailed: running", "jailed: running, pidfile lost":
+			var h *jail.Host
+			if h, err = hostOf(os.Getenv("FIRECRACKER_TEST_JAILS")); err == nil {
+				d := driverOf(path)
+				d.UseJails(Jails{Jail: startHook{h, func() {
+					if when == "jailed: started" {
+						die()
+					}
+				}}, Want: true, Must: true})
+				_, err = d.Start(ctx, s)
+			}
+			if err == nil && when == "jailed: running, pidfile lost" {
+				err = os.Remove(c.Pidfile)
+			}
+			if err == nil {
+				die()
+			}
 		case "running", "running, pidfile lost":
 			if _, err = driverOf(path).Start(ctx, s); err == nil {
 				if when != "running" {
@@ -426,7 +444,7 @@ func halfConfigure(ctx context.Context, s vmm.Spec) error {
 	}
 	c := newClient(dir)
 	defer c.close()
-	for _, r := range requests(s)[:2] {
+	for _, r := range requests(s, layout{})[:2] {
 		if err := c.do(ctx, r.method, r.path, r.body, nil); err != nil {
 			return err
 		}

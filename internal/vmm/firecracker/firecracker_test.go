@@ -73,7 +73,7 @@ func specIn(dir string) vmm.Spec {
 }
 
 // newSpec is specIn with its files made. Its owner is the test's own.
-func newSpec(t *testing.T) vmm.Spec {
+func newSpec(t testing.TB) vmm.Spec {
 	t.Helper()
 	s := specIn(t.TempDir())
 	if err := os.Mkdir(s.RunDir, 0o700); err != nil {

@@ -13,7 +13,7 @@ import (
 // PVH note: 64-bit mode, the boot parameters at RSI). It prints its command line on the serial port, then
 // does what the first letter says: p says that it powers off and resets, r resets, anything else sleeps
 // for ever. It needs no more of KVM than a host without vmx and svm may have.
-func tinyKernel(t *testing.T, path string) {
+func tinyKernel(t testing.TB, path string) {
 	t.Helper()
 	code := []byte{
 		0x8b, 0xb6, 0x28, 0x02, 0x00, 0x00, // mov esi, [rsi+0x228]  boot_params.hdr.cmd_line_ptr

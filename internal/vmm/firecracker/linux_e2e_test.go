@@ -114,6 +114,25 @@ func TestLinuxConformance(t *testing.T) {
 		t.Skip(why)
 	}
 	newDriver(t) // or skips
+	vmmtest.Run(t, linuxConformance())
+}
+
+// TestJailedLinuxConformance is that in real jails.
+func TestJailedLinuxConformance(t *testing.T) {
+	if usable, why := vmm.KVMUsable(); !usable {
+		t.Skip(why)
+	}
+	h := jailHost(t)
+	c := linuxConformance()
+	c.New = func(t *testing.T) vmm.Driver {
+		d := newDriver(t)
+		d.UseJails(Jails{Jail: h, Want: true, Must: true})
+		return d
+	}
+	vmmtest.Run(t, c)
+}
+
+func linuxConformance() vmmtest.Config {
 	c := conformance()
 	plain := c.Spec
 	c.Spec = func(t *testing.T) vmm.Spec {
@@ -127,5 +146,5 @@ func TestLinuxConformance(t *testing.T) {
 	c.Echo = true
 	c.Patience = 5 * time.Minute
 	c.Golden = "testdata/linux"
-	vmmtest.Run(t, c)
+	return c
 }

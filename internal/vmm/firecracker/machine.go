@@ -51,6 +51,7 @@ var (
 	_ vmm.Machine  = (*machine)(nil)
 	_ vmm.Reporter = (*machine)(nil)
 	_ vmm.Resizer  = (*machine)(nil)
+	_ vmm.Jailed   = (*machine)(nil)
 )
 
 // watchOver makes a machine of a process whose guest runs, or is stopped. up is nil for one that is adopted.
@@ -318,14 +319,14 @@ func (m *machine) Resize(ctx context.Context, drive vmm.Drive, _ int64) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, apiTime)
 	defer cancel()
-	dir, err := rundir.Open(m.spec.RunDir)
+	dir, err := rundir.Open(m.sockets())
 	if err != nil {
 		return fault.Wrap(err, fault.Unavailable, m.spec.Name, "its run directory cannot be opened")
 	}
 	defer dir.Close()
 	c := newClient(dir)
 	defer c.close()
-	err = c.do(ctx, http.MethodPatch, "/drives/"+string(drive.Role), drivePatch{ID: string(drive.Role), Path: drive.Path}, nil)
+	err = c.do(ctx, http.MethodPatch, "/drives/"+string(drive.Role), drivePatch{ID: string(drive.Role), Path: m.layout().drive(drive)}, nil)
 	var r *refusal
 	switch {
 	case err == nil:
@@ -397,7 +398,7 @@ func (m *machine) Link() vmm.Link {
 // be closed without a byte: whoever dials bounds it and repeats.
 func (m *machine) dial(ctx context.Context) (net.Conn, error) {
 	conn, err := func() (net.Conn, error) {
-		dir, err := rundir.Open(m.spec.RunDir)
+		dir, err := rundir.Open(m.sockets())
 		if err != nil {
 			return nil, err
 		}

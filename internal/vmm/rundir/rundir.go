@@ -107,14 +107,21 @@ func (r *Dir) Listen(name string) (*os.File, error) {
 	return f, errors.Join(err, l.Close())
 }
 
-// Dial connects to a socket in the directory. The queue of QEMU's sockets holds one connection beside the one it
+// Dial connects to a socket in the directory, and follows no link: where a VMM may write there, what it puts in the place of its
+// socket does not lead its daemon elsewhere. The queue of QEMU's sockets holds one connection beside the one it
 // serves: while one that was given up still stands in it, connect(2) says EAGAIN, and nothing tells
 // when there is room, hence the bounded retry.
 func (r *Dir) Dial(ctx context.Context, name string) (net.Conn, error) {
 	const pause = 5 * time.Millisecond
 	var d net.Dialer
+	fd, err := unix.Openat(int(r.f.Fd()), name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: filepath.Join(r.f.Name(), name), Err: err}
+	}
+	defer unix.Close(fd)
 	for {
-		conn, err := d.DialContext(ctx, "unix", r.Path(name))
+		// A link itself is no socket: it refuses.
+		conn, err := d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d", fd))
 		if !errors.Is(err, unix.EAGAIN) {
 			return conn, err
 		}

@@ -774,7 +774,8 @@ type ImageServiceClient interface {
 	BuildImage(context.Context, *v1.BuildImageRequest) (*v1.BuildImageResponse, error)
 	// ReadBuildLog sends the output of a build from its begin, and goes on until it ends.
 	ReadBuildLog(context.Context, *v1.ReadBuildLogRequest) (*connect.ServerStreamForClient[v1.ReadBuildLogResponse], error)
-	// PruneImages removes content that nothing refers to and, if asked to, images that no VM was made from.
+	// PruneImages removes content that nothing refers to, cached layers of pulled images and, if asked to, images that no VM was
+	// made from.
 	PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error)
 	// Makes an image of a container image: of a registry, or of files on this machine. An image of the name that
 	// was made by banger is replaced; VMs that were made from it keep what they have.
@@ -991,7 +992,8 @@ type ImageServiceHandler interface {
 	BuildImage(context.Context, *v1.BuildImageRequest) (*v1.BuildImageResponse, error)
 	// ReadBuildLog sends the output of a build from its begin, and goes on until it ends.
 	ReadBuildLog(context.Context, *v1.ReadBuildLogRequest, *connect.ServerStream[v1.ReadBuildLogResponse]) error
-	// PruneImages removes content that nothing refers to and, if asked to, images that no VM was made from.
+	// PruneImages removes content that nothing refers to, cached layers of pulled images and, if asked to, images that no VM was
+	// made from.
 	PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error)
 	// Makes an image of a container image: of a registry, or of files on this machine. An image of the name that
 	// was made by banger is replaced; VMs that were made from it keep what they have.
