@@ -56,7 +56,9 @@ func TestGuestClock(t *testing.T) {
 	r := newRig(t)
 	r.agent = guestWith(func(g *agentd.Guest) { g.Now, g.SetNow = clock.now, clock.setNow })
 	r.start()
+	clock.stand(time.Minute)
 	v := r.create("web")
+	clock.wantSet(t, "after its boot")
 
 	clock.stand(time.Hour)
 	r.s.setClocks(r.ctx()) // what a jump of the host's clock leads to
@@ -90,7 +92,7 @@ func TestGuestClock(t *testing.T) {
 func TestGuestClockOfASlowGuest(t *testing.T) {
 	t.Parallel()
 	clock := &guestClock{set: make(chan time.Duration, 16)}
-	first := true
+	first := false
 	r := newRig(t)
 	r.agent = guestWith(func(g *agentd.Guest) {
 		g.Now = clock.now
@@ -103,7 +105,10 @@ func TestGuestClockOfASlowGuest(t *testing.T) {
 		}
 	})
 	r.start()
+	clock.stand(time.Minute)
 	r.create("web")
+	clock.wantSet(t, "after its boot")
+	first = true
 	clock.stand(time.Hour)
 	r.faults("web freeze")
 	done := make(chan struct{})

@@ -552,6 +552,7 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	up := *v
 	s.watchers.Go(func() { c.followBoot(up.ID, m) })
 	s.watchers.Go(func() { s.publishPorts(up, m) })
+	s.watchers.Go(func() { s.setClock(s.bg, up) }) // that of some machines begins seconds off
 	return nil
 }
 

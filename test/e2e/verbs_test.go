@@ -323,6 +323,7 @@ func TestVerbs(t *testing.T) {
 		if after := h.show(name); after.PID == m.PID {
 			t.Error("it was not restarted")
 		}
+		// Its init has just begun: a guest that boots is stopped in order, too.
 		began := time.Now()
 		h.do("vm", "stop", name)
 		t.Logf("stop: %s", time.Since(began))

@@ -285,10 +285,35 @@ func (l *live) shutdown(ctx context.Context, reboot bool) error {
 	if reboot {
 		verb = "reboot"
 	}
+	if _, err := os.Lstat(systemdSocket); errors.Is(err, os.ErrNotExist) {
+		// The agent is up seconds before systemd takes requests. A guest that is told to stop by then is not to be forced off.
+		go func() {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), userspaceTime)
+			defer cancel()
+			if waitPath(ctx, systemdSocket) == nil {
+				_ = askSystemd(ctx, verb) // the host waits for the end of the machine, and says if it does not come
+			}
+		}()
+		return nil
+	}
+	return askSystemd(ctx, verb)
+}
+
+// askSystemd asks systemd to end the machine. It may just be about to listen on its socket.
+func askSystemd(ctx context.Context, verb string) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	_, err := systemctl(ctx, "--no-block", verb)
-	return err
+	for tries := 0; ; tries++ {
+		_, err := systemctl(ctx, "--no-block", verb)
+		if err == nil || tries == 3 {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
 }
 
 // systemctl runs systemctl and returns what it says.

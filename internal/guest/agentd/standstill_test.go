@@ -216,7 +216,7 @@ func TestStandstill(t *testing.T) {
 		})
 	}
 	for name := range verbs {
-		for at := 0; at < 420; at += 13 {
+		for at := 0; at < 420; at += 29 {
 			start(name, false, at, false)
 			start(name, true, at, false)
 		}

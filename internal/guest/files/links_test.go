@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -44,11 +45,19 @@ func TestHardLinks(t *testing.T) {
 	must(t, os.MkdirAll(source+"/a/b", 0o755), os.WriteFile(source+"/one", []byte("content"), 0o640), os.Link(source+"/one", source+"/a/two"),
 		os.Link(source+"/one", source+"/a/b/three"), os.WriteFile(source+"/a/empty", nil, 0o600), os.Link(source+"/a/empty", source+"/none"),
 		os.WriteFile(source+"/outside", []byte("x"), 0o600), os.Link(source+"/outside", filepath.Join(t.TempDir(), "elsewhere")))
+	now := time.Now()
+	level := func(root string) { // the time of a directory that was there before is that of what was put into it
+		for _, dir := range []string{"a/b", "a"} {
+			must(t, os.Chtimes(filepath.Join(root, dir), now, now))
+		}
+	}
+	level(source)
 	want := list(t, source)
 	both(t, source, func(t *testing.T, at string, r Result) {
 		if r.Bytes != 8 || r.Left != 0 {
 			t.Errorf("%+v: the content of a file with three names is sent once", r)
 		}
+		level(at)
 		got := list(t, at)
 		got[0] = want[0] // its time is its own
 		if !slices.Equal(got, want) {
