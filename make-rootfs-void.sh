@@ -8,6 +8,8 @@
 #   --output FILE       the root filesystem, FILE.ext4; the work seed lies beside it as FILE.work-seed.ext4
 #   --tools-sha256 SUM  what the archive of the static XBPS tools must hash to
 #
+# mise and opencode come from where RUNTIME_MANIFEST says, by default runtime-bundle.toml beside this script.
+#
 # Runs as root, or as an ordinary user with subordinate ids. What it mounts is mounted in a namespace of its own. Nothing
 # is changed before all is built; an image that is there is replaced at once.
 set -euo pipefail
@@ -186,5 +188,6 @@ wait "$child" || status=$?
 child=
 [ "$status" -eq 0 ] || exit "$status"
 
-"$here/dist/mkruntime" -to "$output" -size "${size:-0}" image <"$work/root.tar"
+# With mise and opencode, as far as their sources are within reach: RUNTIME_MANIFEST says where those are, as for the default image.
+"$here/dist/mkruntime" -to "$output" -size "${size:-0}" -tools -manifest "${RUNTIME_MANIFEST:-$here/runtime-bundle.toml}" image <"$work/root.tar"
 say "$output is ready; next: make void-register"

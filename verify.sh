@@ -76,6 +76,8 @@ if [ -n "$void" ]; then
     check "sshd is a service" inside 'sv status sshd || sv status /etc/service/sshd'
     check "docker is a service" inside 'test -e /etc/runit/runsvdir/default/docker'
     check "root has bash" inside 'grep -q "^root:.*:/bin/bash$" /etc/passwd'
+    check "mise is active in it" inside 'HOME=/root bash -lic "type -t mise" | grep -qx function'
+    check "opencode is mise's" inside 'HOME=/root bash -lc "mise which opencode" | grep -q /opencode && test -x /usr/local/bin/opencode'
 fi
 if [ -n "$nat" ]; then
     check "without NAT it reaches nothing" not reaches

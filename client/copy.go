@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"errors"
+	"os"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/internal/fault"
@@ -49,6 +50,10 @@ func (c *Client) copy(ctx context.Context, vmID string, do func(context.Context,
 		return r, fault.New(fault.Invalid, "", "in the guest: %s", f)
 	case errors.As(err, &f) && !f.Lost:
 		return r, fault.New(fault.Invalid, "", "here: %s", f)
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return r, fault.Wrap(err, fault.Timeout, "", "the guest took and sent nothing for %s, and the copy was left", files.Silence).
+			WithHint("banger vm list shows whether the VM runs; what is complete stays, and the same command starts over")
 	}
 	return r, fault.Wrap(err, fault.Unavailable, "", "lost the connection to the guest before the copy was complete").
 		WithHint("banger vm list shows whether the VM runs; what is complete stays, and the same command starts over")

@@ -34,7 +34,8 @@ type TerminalSize = exec.Size
 // fault.VersionSkew if the VM's agent is of a version that cannot do it.
 func (c *Client) Exec(ctx context.Context, vmID string, command Command, s CommandStreams) (CommandStatus, error) {
 	if _, err := command.Encode(); err != nil {
-		return CommandStatus{}, fault.Wrap(err, fault.Invalid, "", "the command cannot be sent")
+		return CommandStatus{}, fault.Wrap(err, fault.Invalid, "", "the command cannot be sent").
+			WithHint("give it what is long as its input, or as a file that `banger vm cp` brings there")
 	}
 	stream, err := c.dialService(ctx, vmID, bangerv1.DialExec)
 	if err != nil {

@@ -1,6 +1,11 @@
 package client
 
-import "git.thaloco.com/thaloco/banger/internal/guest/boot"
+import (
+	"fmt"
+	"strings"
+
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
+)
 
 // Visible makes text that came from a guest, or through the daemon, safe to put on a terminal: nothing is
 // left of it that a terminal acts upon or that makes text look like other text. A line stays a line.
@@ -45,4 +50,12 @@ func StageText(name string) string {
 		return text
 	}
 	return Visible(name)
+}
+
+// WebText is what a web server answered, in words: that it speaks a scheme, and of its page, if it gave one, status and title.
+func WebText(scheme string, status int32, title string) string {
+	if status == 0 {
+		return scheme
+	}
+	return strings.TrimSpace(fmt.Sprintf("%s %d %s", scheme, status, title))
 }

@@ -266,6 +266,8 @@ if vulnerability_database; then
 else
     not_run+=("govulncheck: its database cannot be reached from here")
 fi
+# Before the unit tests: the tests of what runs beside banger take their Docker and firewalld from its host's disk.
+check "the lab" live make --no-print-directory lab || true
 # shellcheck disable=SC2086 # $short is empty or one word
 check "unit tests" live gotests pkgname -race -skip "^$crash\$" $short ./... || true
 # Without the race detector: it is about processes, thousands of them, that end in the middle.
@@ -310,7 +312,6 @@ lab() {
     done
     return 1
 }
-check "the lab" live make --no-print-directory lab || true
 check "e2e: Firecracker in the lab" live lab || true
 check "nothing is left behind" live left_behind || true
 finish

@@ -51,7 +51,14 @@ func (h rootHelper) advise(n sandbox.Network) sandbox.Network {
 	if h.socket == "" {
 		return n
 	}
-	return advised{n, h}
+	a := advised{n, h}
+	if p, ok := n.(sandbox.Publisher); ok {
+		return struct {
+			advised
+			sandbox.Publisher
+		}{a, p}
+	}
+	return a
 }
 
 // advised is a network whose check also tells of the helper.

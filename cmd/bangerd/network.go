@@ -87,7 +87,7 @@ func openBridge(plan network.Plan, c config.Config, h sandbox.NetworkHost, uid i
 	}
 	var b *bridge.Network
 	b = bridge.New(host, bridge.Options{
-		Plan: plan, Bridge: c.BridgeName, Pool: c.TapPoolSize, Free: h.FreeSlots, Log: h.Log,
+		Plan: plan, Bridge: c.BridgeName, Pool: c.TapPoolSize, HostPorts: c.HostPorts, Free: h.FreeSlots, Log: h.Log,
 		Up: func(addresses []netip.Addr) {
 			up := link
 			up.Addresses, up.Guest = addresses, b.Guest

@@ -177,6 +177,54 @@ func (in *installation) stop(id vm.ID) {
 	in.done(in.s.Stop(in.ctx(), id, true))
 }
 
+// listens has the agent of a VM tell that its guest listens on ports, and no others.
+func (in *installation) listens(id vm.ID, ports ...uint16) {
+	in.t.Helper()
+	if err := fakeguest.Listen(in.paths.Run(id.Short()), ports...); err != nil {
+		in.t.Fatal(err)
+	}
+}
+
+// follows wants a port at a VM's address to come and go with its listener, the port 3000 and NAT to stay, and all of it again
+// after a daemon's end.
+func (in *installation) follows(id vm.ID, at netip.Addr) {
+	in.t.Helper()
+	there := func(when string, port uint16, want bool) {
+		in.t.Helper()
+		for end := time.Now().Add(networktest.Patience); ; time.Sleep(10 * time.Millisecond) {
+			conn, err := net.Dial("tcp", netip.AddrPortFrom(at, port).String())
+			if err == nil {
+				_ = conn.Close()
+			}
+			if (err == nil) == want {
+				return
+			}
+			if time.Now().After(end) {
+				in.t.Fatalf("%s, port %d: %v", when, port, err)
+			}
+		}
+	}
+	there("before it listens", 3001, false)
+	in.listens(id, 3000, 3001)
+	there("listening", 3001, true)
+	in.close()
+	there("without a daemon", 3001, true)
+	in.listens(id, 3000, 3002)
+	in.open()
+	there("with the next daemon", 3002, true)
+	there("with the next daemon", 3001, false)
+	yes := true
+	was := in.vm(id).VM.Spec.NAT
+	in.set(id, vm.Change{NAT: &yes}) // which leaves ports alone
+	in.listens(id, 3000)
+	there("not listening any more", 3002, false)
+	there("still listening", 3000, true)
+	if got := world(in.t, in.guests[id], networktest.Patience); got != networktest.HostAddr.String() {
+		in.t.Errorf("a change of ports has taken NAT: the world sees %q", got)
+	}
+	in.set(id, vm.Change{NAT: &was})
+}
+
 // talk wants text echoed over a connection, after the line that the server says first, which it returns.
 func talk(conn net.Conn, text string) (first string, err error) {
 	if err := conn.SetDeadline(time.Now().Add(networktest.Patience)); err != nil {
@@ -305,7 +353,7 @@ func (d byAgent) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 
 func conforms(t *testing.T, kind string, uid int, root rootHelper, agents bool) {
 	before := devices(t)
-	in := installFor(t, uid, root, agents, func(c *config.Config) { c.Network = kind })
+	in := installFor(t, uid, root, agents, func(c *config.Config) { c.Network, c.HostPorts = kind, config.Ports{4712} })
 	yes, no := true, false
 	shop, shopGuest := in.create("shop", "", false)
 	spy, spyGuest := in.create("spy", "", true)
@@ -324,6 +372,7 @@ func conforms(t *testing.T, kind string, uid int, root rootHelper, agents bool) 
 		t.Fatal(err)
 	}
 	go networktest.Echo(l)
+	in.listens(shop, 3000)
 	addresses := in.vm(shop).Addresses
 	if len(addresses) == 0 {
 		t.Fatal("the host has no address for it")
@@ -338,6 +387,9 @@ func conforms(t *testing.T, kind string, uid int, root rootHelper, agents bool) 
 		t.Fatalf("the host does not reach the guest: %v", err)
 	}
 	defer inward.Close()
+	if kind == vm.UserNetwork { // what its guest does not listen on is not there
+		in.follows(shop, addresses[0])
+	}
 	if from, err := talk(inward, "hello"); err != nil || from != shopGuest.Interface.Gateway4.String() {
 		t.Errorf("the guest sees %s, %v", from, err)
 	}
@@ -363,7 +415,7 @@ func conforms(t *testing.T, kind string, uid int, root rootHelper, agents bool) 
 		t.Errorf("with NAT gone the world sees %q", from)
 	}
 
-	// Of the host a guest reaches nothing but DNS.
+	// Of the host a guest reaches nothing but DNS, and what the bridge's settings allow at the bridge's address.
 	server, err := net.Listen("tcp", "0.0.0.0:4711")
 	if err != nil {
 		t.Fatal(err)
@@ -374,6 +426,23 @@ func conforms(t *testing.T, kind string, uid int, root rootHelper, agents bool) 
 		if conn, err := shopGuest.Dial(netip.AddrPortFrom(a, 4711), networktest.Silence); err == nil {
 			t.Errorf("a guest reaches the host at %s", a)
 			_ = conn.Close()
+		}
+	}
+
+	allowed, err := net.Listen("tcp", "0.0.0.0:4712")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer allowed.Close()
+	go networktest.Echo(allowed)
+	for _, a := range []netip.Addr{networktest.HostAddr, shopGuest.Interface.Gateway4} {
+		want := kind == vm.BridgeNetwork && a == shopGuest.Interface.Gateway4
+		conn, err := shopGuest.Dial(netip.AddrPortFrom(a, 4712), networktest.Silence)
+		if err == nil {
+			_ = conn.Close()
+		}
+		if (err == nil) != want {
+			t.Errorf("a port of the host's that is allowed, at %s: %v", a, err)
 		}
 	}
 

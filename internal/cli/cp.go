@@ -116,7 +116,9 @@ func (a *app) cp(ctx context.Context, copies []copying, o client.CopyOptions) er
 		if cp.from.vm != "" {
 			do = c.CopyFrom
 		}
+		watch := a.watchPulse(ctx, c, v, "Ctrl-C", func(text string) { p.line("%s", strings.TrimSuffix(text, "\n")) })
 		r, err := do(ctx, v.GetId(), in, out, o)
+		watch.end()
 		p.end()
 		sum.Files, sum.Bytes, sum.Left = sum.Files+r.Files, sum.Bytes+r.Bytes, sum.Left+r.Left
 		sum.Warnings = append(sum.Warnings, r.Warnings...)

@@ -1,12 +1,16 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -79,46 +83,67 @@ func (a *app) exec(ctx context.Context, ref string, command client.Command, inte
 	if err != nil {
 		return err
 	}
-	// From here on signals are the command's: ctx would end with the first one.
-	ctx = context.WithoutCancel(ctx)
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH)
 	defer signal.Stop(signals)
+	if ctx.Err() != nil { // by one that came before
+		return errInterrupted
+	}
+	// From here on signals are the command's: ctx would end with the first one.
+	ctx = context.WithoutCancel(ctx)
 
 	s := client.CommandStreams{Stdout: a.stdout, Stderr: a.stderr}
 	if interactive {
 		s.Stdin = a.stdin
 	}
-	here := int(a.stdin.Fd())
+	here, raw := int(a.stdin.Fd()), false
 	if command.TTY {
 		if t := os.Getenv("TERM"); t != "" && !slices.ContainsFunc(command.Env, func(e string) bool { return strings.HasPrefix(e, "TERM=") }) {
 			command.Env = append(command.Env, "TERM="+t)
 		}
 		if size, err := unix.IoctlGetWinsize(here, unix.TIOCGWINSZ); err == nil {
-			command.Rows, command.Cols = size.Row, size.Col
-			if interactive {
-				restore, err := rawTerminal(here)
-				if err != nil {
-					return fault.Wrap(err, fault.Internal, "stdin", "the terminal cannot be set up: %v", err)
-				}
-				defer restore()
-			}
+			command.Rows, command.Cols, raw = size.Row, size.Col, interactive
 		}
 	}
 	ctx, leave := context.WithCancel(ctx)
 	defer leave()
-	numbers, sizes := make(chan int), make(chan client.TerminalSize)
-	s.Signals, s.Sizes = numbers, sizes
+	e := &execution{leave: leave, numbers: make(chan int, 16), sizes: make(chan client.TerminalSize, 1)}
+	s.Signals, s.Sizes = e.numbers, e.sizes
+	var unprepared error
+	s.Begun = func() {
+		e.begun.Store(true)
+		if !raw {
+			return
+		}
+		if e.restore, unprepared = rawTerminal(here); unprepared != nil {
+			leave()
+		}
+	}
+	defer func() { // after c.Exec, which calls Begun
+		if e.restore != nil {
+			e.restore()
+		}
+	}()
+	if raw { // Ctrl-C is a key, once there is a command
+		s.Stdin = &interrupts{Reader: s.Stdin, each: func() {
+			e.interruptKey(a.now(), func() bool { return a.guestAnswers(ctx, c, v.GetId()) })
+		}}
+		s.Stdout = &heard{Writer: s.Stdout, e: e, now: a.now}
+	}
+	e.pulse = a.watchPulse(ctx, c, v, "Ctrl-C", saying(a.stderr, func() bool { return raw && e.begun.Load() }))
+	defer e.pulse.end()
 	left := make(chan struct{})
 	go func() {
 		defer close(left)
-		passSignals(ctx, leave, signals, numbers, sizes, here)
+		e.passSignals(ctx, signals, here, a.now)
 	}()
 	status, err := c.Exec(ctx, v.GetId(), command, s)
 	impatient := ctx.Err() != nil
 	leave()
 	<-left
 	switch {
+	case unprepared != nil:
+		return fault.Wrap(unprepared, fault.Internal, "stdin", "the terminal cannot be set up: %v", unprepared)
 	case impatient && err != nil:
 		return errInterrupted
 	case err != nil:
@@ -133,9 +158,24 @@ func (a *app) exec(ctx context.Context, ref string, command client.Command, inte
 // signal on.
 const impatience = 2 * time.Second
 
-// passSignals sends signals and the terminal's new sizes on until ctx ends.
-func passSignals(ctx context.Context, leave func(), signals <-chan os.Signal, numbers chan<- int, sizes chan<- client.TerminalSize, terminal int) {
-	var interrupts []time.Time
+// execution is a command that runs, as far as its signals go.
+type execution struct {
+	leave   context.CancelFunc
+	numbers chan int // what is not taken stands for what comes after it, as pending signals do
+	sizes   chan client.TerminalSize
+	begun   atomic.Bool // the guest has been asked to run it
+	restore func()      // of the terminal that was made raw then
+	pulse   *pulse
+
+	mu     sync.Mutex
+	typed  []time.Time // the latest interrupts
+	output time.Time   // when the guest last sent some
+	asking bool
+}
+
+// passSignals sends signals and the terminal's new sizes on until ctx ends. Before there is a command, and when its guest is known to be
+// silent, those that are to end a program end this one.
+func (e *execution) passSignals(ctx context.Context, signals <-chan os.Signal, terminal int, now func() time.Time) {
 	for {
 		select {
 		case s := <-signals:
@@ -144,27 +184,100 @@ func passSignals(ctx context.Context, leave func(), signals <-chan os.Signal, nu
 				if err != nil {
 					continue
 				}
-				select {
-				case sizes <- client.TerminalSize{Rows: size.Row, Cols: size.Col}:
-				case <-ctx.Done():
+				select { // only the latest counts
+				case <-e.sizes:
+				default:
 				}
+				e.sizes <- client.TerminalSize{Rows: size.Row, Cols: size.Col}
 				continue
 			}
 			number := s.(syscall.Signal) // os/signal gives no other on Unix
-			if number == syscall.SIGINT {
-				interrupts = append(interrupts, time.Now())
-				if n := len(interrupts); n >= 3 && interrupts[n-1].Sub(interrupts[n-3]) < impatience {
-					leave()
-				}
+			ends := number == syscall.SIGINT || number == syscall.SIGTERM || number == syscall.SIGHUP || number == syscall.SIGQUIT
+			if ends && (!e.begun.Load() || e.pulse.silent.Load()) || number == syscall.SIGINT && e.third(now()) {
+				e.leave()
 			}
 			select {
-			case numbers <- int(number):
-			case <-ctx.Done():
+			case e.numbers <- int(number):
+			default:
 			}
 		case <-ctx.Done():
 			return
 		}
 	}
+}
+
+// third notes an interrupt, and says whether it is the third one within impatience.
+func (e *execution) third(now time.Time) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.typed = append(e.typed, now)
+	e.typed = e.typed[max(0, len(e.typed)-3):]
+	return len(e.typed) == 3 && now.Sub(e.typed[0]) < impatience
+}
+
+// interruptKey is told of each Ctrl-C that was typed for a command with a terminal, which may mean anything to it. The third one that nothing came
+// of leaves a guest that does not answer.
+func (e *execution) interruptKey(now time.Time, answers func() bool) {
+	if e.pulse.silent.Load() {
+		e.leave()
+		return
+	}
+	if !e.third(now) {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.asking || e.output.After(e.typed[0]) {
+		return
+	}
+	e.asking = true
+	go func() { // keys are passed on meanwhile
+		if !answers() {
+			e.leave()
+		}
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.asking = false
+	}()
+}
+
+// guestAnswers asks how a guest is that does not seem to react. Where there is no daemon to ask, it does not.
+func (*app) guestAnswers(ctx context.Context, c *client.Client, id string) bool {
+	ctx, cancel := context.WithTimeout(ctx, remindTime)
+	defer cancel()
+	if running, err := c.Running(ctx); err != nil || !running {
+		return false
+	}
+	resp, err := c.VMs.GetVM(ctx, &bangerv1.GetVMRequest{Id: id})
+	return err == nil && strings.HasPrefix(resp.GetVm().GetAgent(), "answers")
+}
+
+// interrupts passes input on, and tells of each Ctrl-C in it.
+type interrupts struct {
+	io.Reader
+	each func()
+}
+
+func (i *interrupts) Read(b []byte) (int, error) {
+	n, err := i.Reader.Read(b)
+	for range bytes.Count(b[:n], []byte{0x03}) {
+		i.each()
+	}
+	return n, err
+}
+
+// heard passes output on, and notes that there was some.
+type heard struct {
+	io.Writer
+	e   *execution
+	now func() time.Time
+}
+
+func (h *heard) Write(b []byte) (int, error) {
+	h.e.mu.Lock()
+	h.e.output = h.now()
+	h.e.mu.Unlock()
+	return h.Writer.Write(b)
 }
 
 // running resolves a reference to a VM that can be entered.

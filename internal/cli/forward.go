@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strconv"
 	"strings"
@@ -21,7 +22,8 @@ func (a *app) forwardCommand() *cobra.Command {
 		Short: "Reach TCP ports of a VM on this host's loopback",
 		Long: `Listen on ports of this host's loopback, and connect whoever connects there with a TCP port on the
 VM's loopback, through its agent: no network is needed. It runs until Ctrl-C. PORT alone is the
-same port here, :PORT any free one. The VM may stop and start meanwhile.`,
+same port here, :PORT any free one. The VM may stop and start meanwhile; once it is deleted, the next
+connection ends the command.`,
 		Example: `  banger vm port-forward calm-otter 3000
   banger vm port-forward calm-otter 8080:80 :5432`,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -107,7 +109,13 @@ func (a *app) forward(ctx context.Context, ref string, forwards []forwarding) er
 	defer cancel()
 	var all sync.WaitGroup
 	var mu sync.Mutex // of what follows and of stderr
-	var failure error
+	watch := a.watchPulse(ctx, c, v, "Ctrl-C", func(text string) {
+		mu.Lock()
+		defer mu.Unlock()
+		_, _ = io.WriteString(a.stderr, text)
+	})
+	defer watch.end()
+	var failure, gone error
 	for i, l := range listeners {
 		port := forwards[i].guest
 		all.Go(func() {
@@ -115,6 +123,11 @@ func (a *app) forward(ctx context.Context, ref string, forwards []forwarding) er
 			err := c.Forward(ctx, l, v.GetId(), port, func(err error) {
 				mu.Lock()
 				defer mu.Unlock()
+				if fault.Is(err, fault.NotFound) { // nothing comes any more
+					gone = fault.New(fault.NotFound, v.GetName(), "was deleted")
+					cancel()
+					return
+				}
 				a.printError(named(err, v.GetName()))
 			})
 			mu.Lock()
@@ -123,6 +136,9 @@ func (a *app) forward(ctx context.Context, ref string, forwards []forwarding) er
 		})
 	}
 	all.Wait()
+	if gone != nil {
+		return gone
+	}
 	return failure
 }
 

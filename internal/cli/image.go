@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -49,8 +52,29 @@ type imageView struct {
 	WorkSeedAllocatedBytes int64 `json:"work_seed_allocated_bytes,omitempty"`
 
 	// Not in `image list`.
-	Filesystem    string `json:"filesystem,omitempty"`
-	WorkSeedBytes int64  `json:"work_seed_bytes,omitempty"`
+	Filesystem    string           `json:"filesystem,omitempty"`
+	WorkSeedBytes int64            `json:"work_seed_bytes,omitempty"`
+	Config        *imageConfigView `json:"config,omitempty"`
+}
+
+// imageConfigView is what an image made for containers says of the programs that run in it.
+type imageConfigView struct {
+	NoInit      bool              `json:"no_init"`
+	Command     []string          `json:"command"`
+	Environment map[string]string `json:"environment"`
+	User        string            `json:"user"`
+	WorkingDir  string            `json:"working_dir"`
+}
+
+func viewImageConfig(m *bangerv1.ImageConfig) *imageConfigView {
+	if m == nil {
+		return nil
+	}
+	v := &imageConfigView{m.GetNoInit(), append([]string{}, m.GetCommand()...), m.GetEnvironment(), m.GetUser(), m.GetWorkingDir()}
+	if v.Environment == nil {
+		v.Environment = map[string]string{}
+	}
+	return v
 }
 
 func viewImage(m *bangerv1.Image) *imageView {
@@ -62,7 +86,7 @@ func viewImage(m *bangerv1.Image) *imageView {
 		HasWorkSeed: m.GetHasWorkSeed(), IsDefault: m.GetIsDefault(), Source: m.GetSource(), CreatedAt: timeOf(m.GetCreatedAt()),
 		Packages: m.GetPackages(), OwnKernel: m.GetOwnKernel(), Base: m.GetBase(), WorkSeed: m.GetWorkSeed(), VMs: append([]string{}, m.GetVms()...),
 		Filesystem: m.GetFilesystem(), BaseAllocatedBytes: m.GetBaseAllocatedBytes(), WorkSeedAllocatedBytes: m.GetWorkSeedAllocatedBytes(),
-		WorkSeedBytes: m.GetWorkSeedBytes(),
+		WorkSeedBytes: m.GetWorkSeedBytes(), Config: viewImageConfig(m.GetConfig()),
 	}
 }
 
@@ -273,10 +297,42 @@ func (a *app) printImage(im *bangerv1.Image) error {
 		kernel = strings.TrimSpace(kernel + " (that of the default image)")
 	}
 	add("kernel", kernel)
+	if c := im.GetConfig(); c != nil {
+		command := make([]string, len(c.GetCommand()))
+		for i, word := range c.GetCommand() {
+			if command[i] = shown(word); word == "" {
+				command[i] = `""`
+			}
+		}
+		runs := "the image's own"
+		if c.GetNoInit() {
+			runs = "banger's, the image has none"
+		}
+		add("init", runs)
+		add("command", strings.Join(command, " "))
+		add("user", shown(c.GetUser()))
+		add("directory", shown(c.GetWorkingDir()))
+		for i, name := range slices.Sorted(maps.Keys(c.GetEnvironment())) {
+			title := "environment"
+			if i > 0 {
+				title = ""
+			}
+			rows = append(rows, []cell{{text: title, color: dim}, {text: shown(name + "=" + c.GetEnvironment()[name])}})
+		}
+	}
 	add("content", im.GetBase())
 	add("VMs", strings.Join(im.GetVms(), " "))
 	add("created", formatAge(a.now(), im.GetCreatedAt()))
 	return table(a.stdout, a.color, nil, rows)
+}
+
+// shown is a word of somebody else's, who made the image: what a shell would take for something else, or a terminal for a
+// command to it, is quoted.
+func shown(s string) string {
+	if strings.ContainsFunc(s, func(r rune) bool { return r == ' ' || r == '"' || r == '\'' || r == '\\' || !unicode.IsPrint(r) }) {
+		return strconv.Quote(s)
+	}
+	return s
 }
 
 // filePath is a flag with a file of the user's, which the daemon is told by its absolute path.
@@ -493,14 +549,18 @@ type pruneView struct {
 	Images []string `json:"images"`
 	Files  int32    `json:"files"`
 	Bytes  int64    `json:"bytes"`
+
+	Layers     int32 `json:"layers"`
+	LayerBytes int64 `json:"layer_bytes"`
+	LayersBusy bool  `json:"layers_busy,omitempty"`
 }
 
 func (a *app) imagePruneCommand() *cobra.Command {
 	r := &bangerv1.PruneImagesRequest{}
 	cmd := &cobra.Command{
 		Use: "prune", Short: "Remove what no image and no VM needs",
-		Long: `Remove captured content that no image and no VM refers to. With --unused also images that no VM was made from, except
-the default one.`,
+		Long: `Remove captured content that no image and no VM refers to, and the layers of pulled images that are kept for the next
+pull. With --unused also images that no VM was made from, except the default one.`,
 		Example: `  banger image prune --unused --dry-run
   banger image prune --unused`,
 		Args: noArgs,
@@ -514,7 +574,8 @@ the default one.`,
 				return err
 			}
 			if a.json {
-				view := pruneView{r.GetDryRun(), []string{}, resp.GetFiles(), resp.GetBytes()}
+				view := pruneView{DryRun: r.GetDryRun(), Images: []string{}, Files: resp.GetFiles(), Bytes: resp.GetBytes(),
+					Layers: resp.GetLayers(), LayerBytes: resp.GetLayerBytes(), LayersBusy: resp.GetLayersBusy()}
 				for _, im := range resp.GetImages() {
 					view.Images = append(view.Images, im.GetName())
 				}
@@ -527,7 +588,13 @@ the default one.`,
 			for _, im := range resp.GetImages() {
 				fmt.Fprintf(a.stdout, "%s: %s\n", im.GetName(), done)
 			}
-			fmt.Fprintf(a.stdout, "%s %s\n", formatBytes(resp.GetBytes()), freed)
+			if n := resp.GetLayers(); n > 0 {
+				fmt.Fprintf(a.stdout, "layers of pulled images, %d of them with %s: %s\n", n, formatBytes(resp.GetLayerBytes()), done)
+			}
+			if resp.GetLayersBusy() {
+				fmt.Fprintln(a.stderr, "an image is being pulled: layers stay")
+			}
+			fmt.Fprintf(a.stdout, "%s %s\n", formatBytes(resp.GetBytes()+resp.GetLayerBytes()), freed)
 			return nil
 		},
 	}

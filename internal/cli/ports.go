@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"strconv"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -35,7 +34,7 @@ names all VMs that run are shown. What listens on the guest's loopback alone can
 				}
 				views, errs := viewPorts(resp.GetResults())
 				failed = reportedAll(errs)
-				return look{json: views, text: func(w io.Writer) error { return a.printPorts(w, views, len(args) == 0, watching && a.color) }}, nil
+				return look{json: views, over: allGone(args, errs), text: func(w io.Writer) error { return a.printPorts(w, views, len(args) == 0, watching && a.color) }}, nil
 			}
 			if watching {
 				return a.watch(cmd.Context(), take)
@@ -131,10 +130,7 @@ func (a *app) printPorts(w io.Writer, views []portsView, all, over bool) error {
 					endpoint.link = p.Endpoint
 				}
 			}
-			web := ""
-			if p.Scheme != "" {
-				web = strings.TrimSpace(fmt.Sprintf("%s %d %s", p.Scheme, p.Status, p.Title))
-			}
+			web := client.WebText(p.Scheme, p.Status, p.Title)
 			rows = append(rows, []cell{{text: v.Name}, {text: fmt.Sprintf("%d/%s", p.Port, p.Protocol)}, endpoint, {text: web}, {text: p.Process}, {text: p.Command, color: dim}})
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
@@ -76,7 +77,15 @@ func (a *app) ssh(ctx context.Context, ref string, command []string, reminds boo
 		return err
 	}
 	reminds = reminds && len(command) == 0
-	if err := a.runSSH(program, v, target, command); err != nil {
+	raw := len(command) == 0 && isatty.IsTerminal(a.stdin.Fd()) // as ssh makes it
+	leave := "Ctrl-C"
+	if raw {
+		leave = "Enter, ~ and ."
+	}
+	watch := a.watchPulse(ctx, c, v, leave, saying(a.stderr, func() bool { return raw }))
+	err = a.runSSH(program, v, target, command)
+	watch.end()
+	if err != nil {
 		var code passed
 		if reminds && errors.As(err, &code) && code != sshFailed {
 			a.remind(ctx, c, v, target) // a shell ends with the code of its last command
@@ -189,6 +198,7 @@ func (a *app) runSSH(program string, v *bangerv1.VM, target *bangerv1.GetSSHTarg
 		"-o", "CheckHostIP=no",
 		"-o", "ForwardAgent=no",
 		"-o", "LogLevel=ERROR",
+		"-o", "ConnectTimeout=" + strconv.Itoa(int(sshWait.Seconds())), // until the server's greeting: a guest that hangs takes the connection
 		"-l", target.GetUser(),
 		"--", v.GetName(),
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
+	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 // sampleTime is between the two measurements of a single look: rates are differences.
@@ -145,7 +147,16 @@ func (m *meter) take(ctx context.Context) (look, error) {
 		views = append(views, v)
 	}
 	m.failed = reportedAll(failed)
-	return look{json: views, text: func(w io.Writer) error { return m.print(w, views) }}, nil
+	return look{json: views, over: allGone(m.refs, failed), text: func(w io.Writer) error { return m.print(w, views) }}, nil
+}
+
+// allGone is the end of a watch of VMs that were named, once there is none of them.
+func allGone(refs []string, errs []error) error {
+	there := func(err error) bool { return !fault.Is(err, fault.NotFound) }
+	if len(refs) == 0 || len(errs) < len(refs) || slices.ContainsFunc(errs, there) {
+		return nil
+	}
+	return reportedAll(errs)
 }
 
 // reportedAll is the end of a command whose errors are printed one by one; nil if there are none.

@@ -131,26 +131,37 @@ func (a *app) waitFor(ctx context.Context, c *client.Client, v *bangerv1.VM, g g
 		return fault.New(fault.Timeout, v.GetName(), "%s after %s, waiting for %s", last, formatTook(timeout), g.String()).
 			WithHint("banger vm show %s", v.GetName())
 	}
-	reached, last, err := awaitState(bounded, c, v, g)
-	switch {
-	case bounded.Err() != nil, fault.Is(err, fault.Timeout): // the daemon may notice first
-		return nil, late("is " + last)
-	case err != nil:
-		return nil, err
+	for {
+		reached, last, err := awaitState(bounded, c, v, g)
+		switch {
+		case bounded.Err() != nil, fault.Is(err, fault.Timeout): // the daemon may notice first
+			return nil, late("is " + last)
+		case err != nil:
+			return nil, err
+		}
+		if g.port == 0 {
+			return reached, nil
+		}
+		deadline, _ := bounded.Deadline()
+		stream, err := c.DialGuest(bounded, v.GetId(), g.port, time.Until(deadline))
+		switch {
+		case err == nil:
+			return reached, stream.Close() // it was opened to see that it can be
+		case bounded.Err() != nil, fault.Is(err, fault.Timeout):
+			return nil, late(fmt.Sprintf("nothing listens on port %d", g.port))
+		case !fault.Is(err, fault.Unavailable) && !fault.Is(err, fault.Precondition) && !fault.Is(err, fault.NotFound):
+			return nil, err
+		}
+		// It stopped, was deleted, or its agent gave up waiting: its state tells which, and what to wait for.
+		select {
+		case <-time.After(waitPause):
+		case <-bounded.Done():
+		}
 	}
-	if g.port == 0 {
-		return reached, nil
-	}
-	deadline, _ := bounded.Deadline()
-	stream, err := c.DialGuest(bounded, v.GetId(), g.port, time.Until(deadline))
-	switch {
-	case err == nil:
-		return reached, stream.Close() // it was opened to see that it can be
-	case bounded.Err() != nil, fault.Is(err, fault.Timeout):
-		return nil, late(fmt.Sprintf("nothing listens on port %d", g.port))
-	}
-	return nil, err
 }
+
+// waitPause is between two tries to reach a guest that runs and cannot be reached, which should not last.
+const waitPause = 250 * time.Millisecond
 
 // awaitState returns the VM once it is in the state; last is the state it was seen in last.
 func awaitState(ctx context.Context, c *client.Client, v *bangerv1.VM, g goal) (reached *bangerv1.VM, last string, err error) {

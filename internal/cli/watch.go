@@ -14,9 +14,10 @@ const watchEvery = 2 * time.Second
 type look struct {
 	text func(w io.Writer) error
 	json any
+	over error // there is nothing more to look at
 }
 
-// watch prints a look every two seconds until Ctrl-C, which is its normal end. On a terminal each is
+// watch prints a look every two seconds until Ctrl-C, which is its normal end, or until there is nothing more to look at. On a terminal each is
 // drawn over the one before; elsewhere they follow one another, and as JSON each is one line.
 func (a *app) watch(ctx context.Context, take func(context.Context) (look, error)) error {
 	ticker := time.NewTicker(watchEvery)
@@ -31,6 +32,9 @@ func (a *app) watch(ctx context.Context, take func(context.Context) (look, error
 		}
 		if err := a.draw(l, first); err != nil {
 			return err
+		}
+		if l.over != nil {
+			return l.over
 		}
 		select {
 		case <-ctx.Done():

@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/network"
 	"git.thaloco.com/thaloco/banger/internal/spelling"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
@@ -71,7 +72,8 @@ type Config struct {
 	IPv6CIDR            string       // likewise, a unique local /64, or IPv6Auto or IPv6None
 	DefaultNAT          bool
 	DefaultNetworkGroup string // "" for none
-	PublishedPorts      Ports  // of VMs on the user network
+	HostPorts           Ports  // that guests on the bridge reach of the host, at most network.MaxHostPorts
+	PublishedPorts      Ports  // of VMs on the user network; nil: those that their guests listen on
 
 	BootTimeout time.Duration
 	StopTimeout time.Duration
@@ -262,11 +264,25 @@ var keys = []key{
 			return nil
 		},
 		func(c Config) string { return c.DefaultNetworkGroup }},
-	{"published_ports",
+	{"host_ports",
 		func(c *Config, _ loader, v any) error {
 			p, err := parsePorts(fmt.Sprint(v))
+			if err != nil || len(p) > network.MaxHostPorts {
+				return notA(v, fmt.Sprintf("ports and ranges of them, such as \"5432,11434\", %d at most", network.MaxHostPorts))
+			}
+			c.HostPorts = p
+			return nil
+		},
+		func(c Config) string { return c.HostPorts.String() }},
+	{"published_ports",
+		func(c *Config, _ loader, v any) error {
+			if v == PortsAuto {
+				c.PublishedPorts = nil
+				return nil
+			}
+			p, err := parsePorts(fmt.Sprint(v))
 			if err != nil {
-				return notA(v, fmt.Sprintf("ports and ranges of them, such as \"80,3000-3010\", %d at most", maxPorts))
+				return notA(v, fmt.Sprintf("ports and ranges of them, such as \"80,3000-3010\", %d at most, or %q", maxPorts, PortsAuto))
 			}
 			c.PublishedPorts = p
 			return nil
@@ -307,8 +323,8 @@ func Defaults(h vm.Host) Config {
 		DefaultSystemSize: 16 * vm.GiB,
 		Jailer:            JailerAuto,
 		Network:           NetworkAuto,
-		PublishedPorts:    defaultPorts(),
 		BridgeName:        "banger0",
+		HostPorts:         Ports{},
 		CIDR:              netip.MustParsePrefix("172.16.88.0/24"), // outside of what Docker takes by itself
 		IPv6CIDR:          IPv6Auto,
 		// A guest under emulation on a busy host needs up to 30 s to sshd (docs/benchmarks.md has

@@ -10,17 +10,11 @@ import (
 // maxPorts is how many may be published: each costs a descriptor for each VM.
 const maxPorts = 1024
 
-// Ports are TCP ports, sorted, each once.
-type Ports []uint16
+// PortsAuto is the setting of published_ports for those that guests listen on.
+const PortsAuto = "auto"
 
-// defaultPorts are SSH's and those that servers for development and databases choose by themselves.
-func defaultPorts() Ports {
-	p, err := parsePorts("22,80,443,1313,3000-3010,4000,4200,4321,5000-5010,5173-5175,5432,6006,6379,8000-8010,8080-8090,8443,8888,9000,9090")
-	if err != nil {
-		panic(err) // a constant
-	}
-	return p
-}
+// Ports are TCP ports, sorted, each once. Nil stands for PortsAuto.
+type Ports []uint16
 
 // parsePorts reads "80,3000-3010". "" is none.
 func parsePorts(s string) (Ports, error) {
@@ -55,6 +49,9 @@ func parsePorts(s string) (Ports, error) {
 
 // String writes them as they are read.
 func (p Ports) String() string {
+	if p == nil {
+		return PortsAuto
+	}
 	var out []string
 	for i := 0; i < len(p); {
 		j := i

@@ -30,6 +30,9 @@ type Finding struct {
 	Fixed  bool // it was repaired, and passes now
 }
 
+// Firewall is the code of findings about rules of the host's that keep VMs from what they were given.
+const Firewall = "firewall"
+
 // Check looks at something, and changes nothing.
 type Check func(context.Context) []Finding
 

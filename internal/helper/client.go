@@ -83,7 +83,7 @@ func (c *Client) TAPs(ctx context.Context) ([]int, error) {
 // Policy sets what may pass. Of a policy the helper gets what is not its own to know.
 func (c *Client) Policy(ctx context.Context, p network.Policy) error {
 	r := c.request(wire.Policy)
-	r.Hosts = p.Hosts
+	r.Hosts, r.HostPorts = p.Hosts, p.HostPorts
 	r.Guests = make([]wire.Guest, len(p.Guests))
 	for i, g := range p.Guests {
 		slot, err := strconv.Atoi(strings.TrimPrefix(g.TAP, c.plan.TAPPrefix()))

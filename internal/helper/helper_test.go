@@ -266,6 +266,7 @@ func TestVerbs(t *testing.T) {
 		t.Fatal(mtu, err)
 	}
 	want := policyOf(p, "banger0", 0, 1, 2)
+	want.HostPorts = []uint16{5432, 11434}
 	err := errors.Join(c.AddTAP(ctx, 0, true), c.Policy(ctx, want), c.DeleteTAPs(ctx, []int{0, 5}), c.DeleteTAPs(ctx, nil))
 	if err != nil {
 		t.Fatal(err)
@@ -308,7 +309,7 @@ func TestVerbs(t *testing.T) {
 // TestEveryFieldArrives fails when the policy has something new that the helper is not told.
 func TestEveryFieldArrives(t *testing.T) {
 	// NAT6 is found out by the host; what the helper knows by itself is compared by TestVerbs.
-	if n := reflect.TypeFor[network.Policy]().NumField(); n != 6 {
+	if n := reflect.TypeFor[network.Policy]().NumField(); n != 7 {
 		t.Errorf("network.Policy has %d fields: let wire.Request carry what is new, and raise wire.Revision", n)
 	}
 	if n := reflect.TypeFor[network.Guest]().NumField(); n != 6 {

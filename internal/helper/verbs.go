@@ -402,8 +402,11 @@ func (s *Server) policyOf(n wire.Network, bridge string, hosts []netip.Addr, gue
 
 // policy lets guests have addresses of the recorded ranges alone, each its own.
 func (s *Server) policy(ctx context.Context, c *cached, mine *record.Record, r wire.Request) error {
-	if len(r.Guests) > maxSlots || len(r.Hosts) > maxAddresses {
-		return invalid("%d guests and %d addresses are more than %d and %d", len(r.Guests), len(r.Hosts), maxSlots, maxAddresses)
+	if len(r.Guests) > maxSlots || len(r.Hosts) > maxAddresses || len(r.HostPorts) > network.MaxHostPorts {
+		return invalid("%d guests, %d addresses and %d ports are more than %d, %d and %d", len(r.Guests), len(r.Hosts), len(r.HostPorts), maxSlots, maxAddresses, network.MaxHostPorts)
+	}
+	if slices.Contains(r.HostPorts, 0) {
+		return invalid("0 is no port")
 	}
 	addresses := hostsOf(mine.Addresses)
 	for _, h := range r.Hosts {
@@ -444,7 +447,9 @@ func (s *Server) policy(ctx context.Context, c *cached, mine *record.Record, r w
 	}
 	hosts := slices.Clone(r.Hosts)
 	slices.SortFunc(hosts, netip.Addr.Compare)
-	return c.host.Policy(ctx, s.policyOf(r.Network, mine.Bridge, slices.Compact(hosts), guests))
+	p := s.policyOf(r.Network, mine.Bridge, slices.Compact(hosts), guests)
+	p.HostPorts = r.HostPorts
+	return c.host.Policy(ctx, p)
 }
 
 func (s *Server) note(ctx context.Context, r record.Record) error {

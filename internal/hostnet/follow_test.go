@@ -2,10 +2,13 @@ package hostnet
 
 import (
 	"net"
+	"os"
+	"runtime"
 	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/network"
@@ -89,4 +92,49 @@ func mustCIDR(t *testing.T, s string) *net.IPNet {
 		t.Fatal(err)
 	}
 	return &net.IPNet{IP: ip, Mask: n.Mask}
+}
+
+// TestNoRightToForward is a host whose settings cannot be written, as most containers are: it is said before anything is made, and a VM
+// that is given NAT there changes nothing of what others may.
+func TestNoRightToForward(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	h := open(t, sample())
+	if err := h.Check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	setUp(t, h)
+	if err := h.AddTAP(t.Context(), 0, true); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Policy(t.Context(), h.who(t, 1, nothing)); err != nil {
+		t.Fatal(err)
+	}
+	before := state(t, h)
+	if err := os.WriteFile(sysctls+"ipv4/ip_forward", []byte("0"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	runtime.LockOSThread() // never unlocked: its mounts are its own from here on
+	const settings = "/proc/sys"
+	for _, step := range []func() error{
+		func() error { return unix.Unshare(unix.CLONE_NEWNS) },
+		func() error { return unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "") },
+		func() error { return unix.Mount(settings, settings, "", unix.MS_BIND, "") },
+		func() error { return unix.Mount("", settings, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "") },
+	} {
+		if err := step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := h.Check(t.Context()); !fault.Is(err, fault.Permission) || !strings.Contains(fault.HintOf(err), `network = "user"`) {
+		t.Errorf("the check says %v, hint %q", err, fault.HintOf(err))
+	}
+	err := h.Policy(t.Context(), h.who(t, 1, func(_ int, g *network.Guest) { g.NAT = true }))
+	if !fault.Is(err, fault.Permission) || !strings.Contains(fault.HintOf(err), "sudo sysctl -w net.ipv4.ip_forward=1") {
+		t.Errorf("NAT: %v, hint %q", err, fault.HintOf(err))
+	}
+	if after := state(t, h); after != before {
+		t.Errorf("it changed something:\n%s\nbefore:\n%s", after, before)
+	}
 }

@@ -73,7 +73,7 @@ func (h *Host) Close() { h.nl.Close() }
 
 func failed(err error, subject, format string, args ...any) *fault.Error {
 	code := fault.Internal
-	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EPERM) {
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EROFS) {
 		code = fault.Permission
 	}
 	return fault.Wrap(err, code, subject, format, args...).WithOp("host network")
@@ -117,6 +117,11 @@ func (h *Host) Check(ctx context.Context) error {
 		return failed(err, "/dev/net/tun", "no TAP device can be made").WithHint("sudo modprobe tun; in a container, it needs that device")
 	} else if err := unix.Close(fd); err != nil {
 		return failed(err, "/dev/net/tun", "it does not close")
+	}
+	// Most containers have settings of the kernel to read alone.
+	if err := unix.Access(sysctls+"ipv4/ip_forward", unix.W_OK); err != nil {
+		return failed(err, sysctls, "the network's settings cannot be changed").
+			WithHint("/proc/sys has to be writable: a container needs to be privileged; or set network = \"user\" in config.toml, which takes no privilege; then banger daemon stop")
 	}
 	// It is told to those alone who may change the firewall.
 	if _, err := generation(); err != nil {

@@ -704,6 +704,16 @@ func TestHostIsReachedForDNSAlone(t *testing.T) {
 	if answer(22) {
 		t.Error("another port of the host answers")
 	}
+	l.policy.HostPorts = []uint16{22}
+	if err := l.h.Policy(t.Context(), l.policy); err != nil {
+		t.Fatal(err)
+	}
+	for port, want := range map[uint16]bool{22: true, 23: false} { // nobody listens there: it is refused
+		syn(port)
+		if answer(port) != want {
+			t.Errorf("with port 22 of the host's allowed, port %d answers: %v", port, !want)
+		}
+	}
 }
 
 func TestNAT(t *testing.T) {

@@ -109,7 +109,7 @@ func (s *rules) remember(p network.Policy, before, own uint32) error {
 	if err != nil {
 		return failed(err, "nftables", "the firewall cannot be reached")
 	}
-	p.Guests, p.Hosts = slices.Clone(p.Guests), slices.Clone(p.Hosts)
+	p.Guests, p.Hosts, p.HostPorts = slices.Clone(p.Guests), slices.Clone(p.Hosts), slices.Clone(p.HostPorts)
 	s.last, s.generation = &p, after
 	if after != before+own {
 		s.generation = before // never again the kernel's: the next set looks
@@ -418,65 +418,4 @@ func (s *rules) acceptInDocker(c *nftables.Conn, installation string) error {
 		}
 	}
 	return nil
-}
-
-// Obstacle is something of another program that drops what guests with NAT send.
-type Obstacle struct {
-	Table, Chain string
-	Fix          string // what to type
-}
-
-// Obstacles looks for base chains of others that drop what they do not know: an accept of ours in one table
-// does not undo a drop in another.
-func (h *Host) Obstacles() ([]Obstacle, error) {
-	c, err := dialRules()
-	if err != nil {
-		return nil, failed(err, "nftables", "the firewall cannot be reached")
-	}
-	tables, err := c.ListTables()
-	if err != nil {
-		return nil, failed(err, "nftables", "the firewall's tables cannot be listed")
-	}
-	familyNames := map[nftables.TableFamily]string{nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyINet: "inet"}
-	var out []Obstacle
-	b := h.s.Bridge
-	for _, t := range tables {
-		family, ok := familyNames[t.Family]
-		if !ok || strings.HasPrefix(t.Name, network.TableName("")) {
-			continue
-		}
-		if t.Name == "firewalld" {
-			out = append(out, Obstacle{family + " " + t.Name, "filter_FORWARD",
-				fmt.Sprintf("sudo firewall-cmd --permanent --zone=trusted --add-interface=%s && sudo firewall-cmd --reload", b)})
-			continue
-		}
-		chains, err := c.ListChainsOfTableFamily(t.Family)
-		if err != nil {
-			return nil, failed(err, "nftables", "the firewall's chains cannot be listed")
-		}
-		names := map[string]bool{}
-		for _, chain := range chains {
-			if chain.Table.Name == t.Name {
-				names[chain.Name] = true
-			}
-		}
-		for _, chain := range chains {
-			if chain.Table.Name != t.Name || chain.Hooknum == nil || *chain.Hooknum != *nftables.ChainHookForward ||
-				chain.Policy == nil || *chain.Policy != nftables.ChainPolicyDrop {
-				continue
-			}
-			o := Obstacle{Table: family + " " + t.Name, Chain: chain.Name}
-			switch {
-			case names[dockerChain]:
-				continue // rules of ours are in it
-			case names["ufw-before-forward"], names["ufw6-before-forward"]:
-				o.Fix = fmt.Sprintf("sudo ufw route allow in on %s; sudo ufw route allow out on %s; sudo ufw allow in on %s to any port 53", b, b, b)
-			default:
-				o.Fix = fmt.Sprintf("sudo nft insert rule %s %s %s iifname %s accept; sudo nft insert rule %s %s %s oifname %s accept",
-					family, t.Name, chain.Name, b, family, t.Name, chain.Name, b)
-			}
-			out = append(out, o)
-		}
-	}
-	return out, nil
 }

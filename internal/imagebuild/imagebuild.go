@@ -28,16 +28,49 @@ const (
 	DefaultTmuxContinuum = "git+https://github.com/tmux-plugins/tmux-continuum#0698e8f4b17d6454c71bf5212895ec055c578da0"
 )
 
-// Sources are where the parts come from, as the settings of the same names say.
+// Sources are where the parts come from, as the settings of the same names say. An empty one leaves its part out.
 type Sources struct {
 	Mise, Opencode, TmuxResurrect, TmuxContinuum string
 }
 
 // Places in the guest. Programs lie in the image, which all VMs share; what is a user's own lies in /root.
 const (
-	misePath     = "usr/local/bin/mise"
-	opencodePath = "usr/local/lib/opencode/bin/opencode"
-	tmuxPlugins  = "root/.tmux/plugins"
+	misePath = "usr/local/bin/mise"
+	// opencodeInstalls is where mise has the versions of opencode that all users of a machine share, each a directory with the
+	// program: tried with mise 2026.9.15, which finds it in no bin directory of such.
+	opencodeInstalls = "usr/local/share/mise/installs/opencode"
+	opencodeLink     = "usr/local/bin/opencode"
+	miseConfig       = "etc/mise/config.toml"
+	profilePath      = "etc/profile.d/banger-mise.sh"
+	tmuxPlugins      = "root/.tmux/plugins"
+	// stampPath names what the tools are, so that a base that has the same ones is not given them again. It comes last.
+	stampPath = "usr/local/share/banger/tools"
+)
+
+// profile activates mise in shells that people log in to. It is read by interactive ones as well, by way of what Appended adds,
+// and may be read twice.
+const profile = `# Written by banger.
+if [ -n "${BASH_VERSION-}" ] && [ -z "${_banger_mise-}" ] && [ -x /usr/local/bin/mise ]; then
+  _banger_mise=1
+  eval "$(/usr/local/bin/mise activate bash)"
+fi
+`
+
+const bashrcMore = `
+# Written by banger.
+if [ -r /etc/profile.d/banger-mise.sh ]; then . /etc/profile.d/banger-mise.sh; fi
+`
+
+// What is read besides by tmux, for the plugins that are there.
+const (
+	tmuxIntro = `# Written by banger: sessions are saved every 15 minutes, prefix Ctrl-S saves now, prefix Ctrl-R restores.
+`
+	tmuxResurrect = `run-shell /root/.tmux/plugins/tmux-resurrect/resurrect.tmux
+`
+	tmuxContinuum = `set -g @continuum-save-interval '15'
+set -g @continuum-restore 'off'
+run-shell /root/.tmux/plugins/tmux-continuum/continuum.tmux
+`
 )
 
 // Step is one thing that a build does in the guest: a script of sh, which gets Input, if there is any.
@@ -102,8 +135,60 @@ func ParsePackages(text string) []string {
 	return out
 }
 
-// Tools are fetched parts.
+// Tools are fetched parts; some may be left out.
 type Tools struct{ mise, opencode, resurrect, continuum fetched }
+
+// opencodeAt is where the program of a version lies.
+func opencodeAt(version string) string { return opencodeInstalls + "/" + version + "/opencode" }
+
+// version is opencode's as mise knows it.
+func (t Tools) version() string {
+	if t.opencode.version == "" {
+		return "local" // a file or a URL tells none
+	}
+	return t.opencode.version
+}
+
+// Stamp names the parts and what each is, a line for each.
+func (t Tools) Stamp() string {
+	var b strings.Builder
+	for _, part := range []struct {
+		name string
+		fetched
+	}{{"mise", t.mise}, {"opencode " + t.version(), t.opencode}, {"tmux-resurrect", t.resurrect}, {"tmux-continuum", t.continuum}} {
+		if part.path != "" {
+			b.WriteString(part.name + " " + part.content + "\n")
+		}
+	}
+	return b.String()
+}
+
+// Appended are texts that belong at the end of files of the distribution, by path: shells read the one, tmux the other. A file
+// that is not there consists of it, but for /etc/bash.bashrc, which only Debian's bash reads.
+func (t Tools) Appended() map[string]string {
+	out := map[string]string{}
+	if t.mise.path != "" {
+		out[BashrcPath] = bashrcMore
+	}
+	if t.resurrect.path+t.continuum.path == "" {
+		return out
+	}
+	text := tmuxIntro
+	if t.resurrect.path != "" {
+		text += tmuxResurrect
+	}
+	if t.continuum.path != "" {
+		text += tmuxContinuum
+	}
+	out[TmuxPath] = text
+	return out
+}
+
+// Files that Appended adds to.
+const (
+	BashrcPath = "etc/bash.bashrc"
+	TmuxPath   = "root/.tmux.conf"
+)
 
 // Steps are what a build does, in order.
 func (r Recipe) Steps(t Tools) []Step {
@@ -111,10 +196,11 @@ func (r Recipe) Steps(t Tools) []Step {
 	if r.Docker {
 		packages = slices.Concat(packages, dockerPackages)
 	}
+	more := t.Appended()
 	steps := []Step{
 		{Name: "prepare", Script: setting("OWN_HOME", yes(r.OwnHome)) + prepareScript},
 		{Name: "packages", Script: setting("PACKAGES", strings.Join(packages, " ")) + setting("DOCKER", yes(r.Docker)) + packagesScript},
-		{Name: "tools", Script: setting("OPENCODE_VERSION", t.opencode.version) + toolsScript, Input: t.archive},
+		{Name: "tools", Script: setting("STAMP", t.Stamp()) + setting("BASHRC", more[BashrcPath]) + setting("TMUX", more[TmuxPath]) + toolsScript, Input: t.input},
 	}
 	steps = append(steps, r.Custom...)
 	return append(steps, Step{Name: "finish", Script: finishScript})
@@ -132,22 +218,55 @@ func setting(name, value string) string {
 	return name + "='" + strings.ReplaceAll(value, "'", `'\''`) + "'\n"
 }
 
-// archive writes a tar of the tools as they lie in the guest.
-func (t Tools) archive(ctx context.Context, w io.Writer) error {
+// input is a tar of the tools, for the guest.
+func (t Tools) input(ctx context.Context, w io.Writer) error {
 	out := tar.NewWriter(w)
-	if err := t.mise.program(ctx, out, "mise", misePath); err != nil {
-		return err
-	}
-	if err := t.opencode.program(ctx, out, "opencode", opencodePath); err != nil {
-		return err
-	}
-	if err := t.resurrect.tree(ctx, out, tmuxPlugins+"/tmux-resurrect", "resurrect.tmux"); err != nil {
-		return err
-	}
-	if err := t.continuum.tree(ctx, out, tmuxPlugins+"/tmux-continuum", "continuum.tmux"); err != nil {
+	if err := t.Archive(ctx, out); err != nil {
 		return err
 	}
 	return out.Close()
+}
+
+// Archive writes the tools as they lie on a machine, root's, by paths below its root directory; no directories come before what is in
+// them. All that is missing then is what Appended says.
+func (t Tools) Archive(ctx context.Context, out *tar.Writer) error {
+	text := func(name, text string) error { return put(out, name, 0o644, int64(len(text)), strings.NewReader(text)) }
+	if t.mise.path != "" {
+		if err := t.mise.program(ctx, out, "mise", misePath); err != nil {
+			return err
+		}
+		if err := text(profilePath, profile); err != nil {
+			return err
+		}
+	}
+	if t.opencode.path != "" {
+		program := opencodeAt(t.version())
+		if err := t.opencode.program(ctx, out, "opencode", program); err != nil {
+			return err
+		}
+		if err := link(out, opencodeLink, "/"+program); err != nil {
+			return err
+		}
+		if err := text(miseConfig, "# Written by banger.\n[tools]\nopencode = \""+t.version()+"\"\n"); err != nil {
+			return err
+		}
+	}
+	for _, plugin := range []struct {
+		fetched
+		name string
+	}{{t.resurrect, "resurrect"}, {t.continuum, "continuum"}} {
+		if plugin.path == "" {
+			continue
+		}
+		if err := plugin.tree(ctx, out, tmuxPlugins+"/tmux-"+plugin.name, plugin.name+".tmux"); err != nil {
+			return err
+		}
+	}
+	return text(stampPath, t.Stamp())
+}
+
+func link(out *tar.Writer, name, target string) error {
+	return out.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777, ModTime: time.Unix(0, 0), Format: tar.FormatPAX})
 }
 
 // put writes one file of root's.
@@ -275,7 +394,7 @@ func (f fetched) tree(ctx context.Context, out *tar.Writer, to, want string) err
 			if strings.HasPrefix(x.link, "/") || slices.Contains(strings.Split(x.link, "/"), "..") {
 				continue
 			}
-			if err := out.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: to + "/" + name, Linkname: x.link, ModTime: time.Unix(0, 0), Format: tar.FormatPAX}); err != nil {
+			if err := link(out, to+"/"+name, x.link); err != nil {
 				return err
 			}
 			continue

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
@@ -117,7 +118,7 @@ func sum(b []byte) string {
 func unpacked(t *testing.T, tools Tools) map[string]string {
 	t.Helper()
 	var b bytes.Buffer
-	if err := tools.archive(context.Background(), &b); err != nil {
+	if err := tools.input(context.Background(), &b); err != nil {
 		t.Fatal(err)
 	}
 	out := map[string]string{}
@@ -181,17 +182,24 @@ func TestToolsComeFromEveryPlace(t *testing.T) {
 		}
 		have := unpacked(t, tools)
 		for name, want := range map[string]string{
-			"usr/local/bin/mise":                               elf("mise"),
-			"usr/local/lib/opencode/bin/opencode":              elf("opencode"),
-			"root/.tmux/plugins/tmux-resurrect/resurrect.tmux": "one",
-			"root/.tmux/plugins/tmux-continuum/continuum.tmux": "c",
-			"root/.tmux/plugins/tmux-continuum/near":           "continuum.tmux",
+			"usr/local/bin/mise": elf("mise"),
+			"usr/local/share/mise/installs/opencode/local/opencode": elf("opencode"),
+			"usr/local/bin/opencode":                                "/usr/local/share/mise/installs/opencode/local/opencode",
+			"etc/mise/config.toml":                                  "# Written by banger.\n[tools]\nopencode = \"local\"\n",
+			"etc/profile.d/banger-mise.sh":                          profile,
+			"usr/local/share/banger/tools":                          tools.Stamp(),
+			"root/.tmux/plugins/tmux-resurrect/resurrect.tmux":      "one",
+			"root/.tmux/plugins/tmux-continuum/continuum.tmux":      "c",
+			"root/.tmux/plugins/tmux-continuum/near":                "continuum.tmux",
 		} {
 			if have[name] != want {
 				t.Errorf("%s: %q", name, have[name])
 			}
 		}
-		if len(have) != 5 {
+		if want := "mise " + sum(mise) + "\nopencode local " + sum([]byte(elf("opencode"))) + "\ntmux-resurrect "; !strings.HasPrefix(tools.Stamp(), want) || strings.Count(tools.Stamp(), "\n") != 4 {
+			t.Errorf("the stamp is %q", tools.Stamp())
+		}
+		if len(have) != 9 {
 			t.Errorf("the guest is given %v", have)
 		}
 	}
@@ -213,6 +221,90 @@ func TestToolsComeFromEveryPlace(t *testing.T) {
 	}
 	if _, err := f.Fetch(context.Background(), sources, func(string) {}); err != nil || served != 2 {
 		t.Errorf("after damage: %v, asked %d times", err, served)
+	}
+}
+
+// A tool that is welcome and not needed is left out where it is out of reach; what is wrong with it is an error all the same. One
+// that nobody wants is asked for nowhere.
+func TestFetchReachable(t *testing.T) {
+	zeros := strings.Repeat("0", 64)
+	s := Sources{Mise: write(t, "mise", []byte(elf("mise"))), Opencode: "http://127.0.0.1:1/x#sha256=" + zeros, TmuxResurrect: "git+http://127.0.0.1:1/x#" + zeros[:40]}
+	f := Fetcher{Cache: filepath.Join(t.TempDir(), "cache")}
+	tools, without, err := f.FetchReachable(t.Context(), s, func(string) {})
+	if err != nil || len(without) != 2 || without[0].Tool() != "opencode" || without[1].Tool() != "tmux-resurrect" || !fault.Is(without[1].Err, fault.Unavailable) {
+		t.Fatalf("without %v, %v", without, err)
+	}
+	have := unpacked(t, tools)
+	if len(have) != 3 || have[misePath] != elf("mise") || have[profilePath] == "" || have[stampPath] != tools.Stamp() {
+		t.Errorf("the guest is given %v", have)
+	}
+	if more := tools.Appended(); len(more) != 1 || more[BashrcPath] != bashrcMore {
+		t.Errorf("more: %q", more)
+	}
+	s.Opencode = write(t, "opencode", []byte(elf("x"))) + "#sha256=" + zeros
+	if _, _, err := f.FetchReachable(t.Context(), s, func(string) {}); !fault.Is(err, fault.Corrupt) {
+		t.Errorf("with another checksum: %v", err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, _, err := f.FetchReachable(ended, s, func(string) {}); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// A repository that does not answer is given up when patience is at its end, not before all others were waited for.
+func TestPatienceWithRepositories(t *testing.T) {
+	silent := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
+	defer silent.Close()
+	f := Fetcher{Cache: filepath.Join(t.TempDir(), "cache"), Patience: 300 * time.Millisecond}
+	began := time.Now()
+	_, err := f.Fetch(t.Context(), Sources{TmuxContinuum: "git+" + silent.URL + "/x#" + strings.Repeat("0", 40)}, func(string) {})
+	if !fault.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "did not come within 300ms") || time.Since(began) > 20*time.Second {
+		t.Errorf("%v after %s", err, time.Since(began))
+	}
+}
+
+// Identity changes with the pin of what is fetched and with the content of what lies here.
+func TestIdentity(t *testing.T) {
+	file := write(t, "mise", []byte("one"))
+	of := func(s Sources) string {
+		t.Helper()
+		id, err := s.Identity(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id
+	}
+	s := Sources{Mise: file, Opencode: DefaultOpencode}
+	before := of(s)
+	if err := os.WriteFile(file, []byte("two"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	changed := of(s)
+	s.Opencode = ""
+	if without := of(s); before == changed || without == changed || of(Sources{}) != "" {
+		t.Errorf("%q, %q, %q", before, changed, without)
+	}
+	if _, err := (Sources{Mise: "/nowhere"}).Identity(t.Context()); !fault.Is(err, fault.NotFound) {
+		t.Errorf("what is not there: %v", err)
+	}
+}
+
+// What makes shells find the tools is read by a shell, more than once without harm, and tmux's settings come before what reads
+// them.
+func TestWhatIsWrittenForShellsAndTmux(t *testing.T) {
+	for _, script := range []string{profile, bashrcMore} {
+		if out, err := exec.Command("/bin/sh", "-n", "-c", script).CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+	}
+	both := Tools{resurrect: fetched{path: "/x"}, continuum: fetched{path: "/y"}}.Appended()[TmuxPath]
+	settings, reads := strings.Index(both, "@continuum-restore 'off'"), strings.Index(both, "continuum.tmux")
+	if settings < 0 || reads < settings || !strings.Contains(both, "resurrect.tmux") || !strings.Contains(both, "@continuum-save-interval '15'") {
+		t.Errorf("tmux is told %q", both)
+	}
+	if one := (Tools{resurrect: fetched{path: "/x"}}).Appended()[TmuxPath]; strings.Contains(one, "continuum.tmux") || !strings.Contains(one, "resurrect.tmux") {
+		t.Errorf("of one plugin: %q", one)
 	}
 }
 
@@ -339,6 +431,16 @@ func TestScriptsAreSh(t *testing.T) {
 
 // Check says what is wrong with a source before anything is fetched.
 func TestCheck(t *testing.T) {
+	programs := t.TempDir() // git and npm, as far as they are looked for
+	for _, name := range []string{"git", "npm"} {
+		if err := os.WriteFile(filepath.Join(programs, name), []byte("#!/bin/sh\nexit 1\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("PATH", programs)
+	t.Setenv("HOME", t.TempDir())
+	t.Setenv("npm_config_registry", "")
+	t.Setenv("NPM_CONFIG_REGISTRY", "")
 	good := Sources{Mise: DefaultMise, Opencode: DefaultOpencode, TmuxResurrect: DefaultTmuxResurrect, TmuxContinuum: DefaultTmuxContinuum}
 	if err := Check(good); err != nil {
 		t.Errorf("the pinned sources: %v", err)
@@ -365,9 +467,15 @@ func TestCheck(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	t.Setenv("PATH", t.TempDir())
-	if err := Check(good); !fault.Is(err, fault.Unavailable) {
-		t.Errorf("without git: %v", err)
+	for _, c := range []struct{ without, subject string }{{"npm", "mise_source"}, {"git", "git"}} {
+		if err := os.Remove(filepath.Join(programs, c.without)); err != nil {
+			t.Fatal(err)
+		}
+		var f *fault.Error
+		if err := Check(good); !errors.As(err, &f) || f.Code != fault.Unavailable || f.Subject != c.subject || f.Hint == "" {
+			t.Errorf("without %s: %v", c.without, err)
+		}
+		t.Setenv("npm_config_registry", "https://npm.example") // npm need not be asked
 	}
 }
 

@@ -15,7 +15,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -109,6 +111,8 @@ func parseSource(text string) (source, error) {
 type Fetcher struct {
 	Cache string       // directory, made if need be
 	HTTP  *http.Client // nil: the default one, which minds the proxy of the environment
+	// Patience bounds the fetch of a git repository, which says nothing while it goes on; 0: as long as any download may take.
+	Patience time.Duration
 }
 
 // fetched is a source that lies on this machine.
@@ -117,6 +121,7 @@ type fetched struct {
 	from    string // for people
 	path    string
 	version string // if its name tells
+	content string // the SHA-256 of it, or the commit that it is a tree of
 }
 
 const (
@@ -129,42 +134,128 @@ const (
 	askTime = 30 * time.Second
 )
 
+// part is one of the tools: the setting that names its source, that source, and what becomes of it.
+type part struct {
+	setting, source string
+	to              *fetched
+}
+
+// parts are those that are not left out.
+func (s Sources) parts(t *Tools) []part {
+	all := []part{
+		{"mise_source", s.Mise, &t.mise}, {"opencode_source", s.Opencode, &t.opencode},
+		{"tmux_resurrect_source", s.TmuxResurrect, &t.resurrect}, {"tmux_continuum_source", s.TmuxContinuum, &t.continuum},
+	}
+	return slices.DeleteFunc(all, func(p part) bool { return p.source == "" })
+}
+
+// Identity says what the tools are going to be, without fetching anything: what is written for them, sources with the pins that they
+// have, and of what lies on this machine the content. Errors name the setting, as Fetch's.
+func (s Sources) Identity(ctx context.Context) (string, error) {
+	if s == (Sources{}) {
+		return "", nil
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "%x\n", sha256.Sum256([]byte(opencodeAt("")+profile+bashrcMore+tmuxIntro+tmuxResurrect+tmuxContinuum)))
+	for _, p := range s.parts(&Tools{}) {
+		at, err := parseSource(p.source)
+		if err != nil {
+			return "", fault.New(fault.Invalid, p.setting, "%q %s", p.source, err)
+		}
+		content := at.pin
+		switch {
+		case at.kind == kindFile:
+			if content, err = sumOf(ctx, at.at); err != nil {
+				return "", unreadable(err, p.setting, at.at)
+			}
+		case at.kind == kindGit && filepath.IsAbs(at.at):
+			if content, err = commitOf(ctx, p.setting, at); err != nil {
+				return "", err
+			}
+		}
+		fmt.Fprintf(&b, "%s %s %s\n", p.setting, at.at, content)
+	}
+	return b.String(), nil
+}
+
+// commitOf resolves what a source names in a repository on this machine.
+func commitOf(ctx context.Context, setting string, s source) (string, error) {
+	if err := needGit(setting); err != nil {
+		return "", err
+	}
+	ref := s.pin
+	if ref == "" {
+		ref = "HEAD"
+	}
+	commit, err := run(ctx, "git", "-C", s.at, "rev-parse", "--verify", "--quiet", "--end-of-options", ref+"^{commit}")
+	if err != nil || !commitForm.MatchString(commit) {
+		return "", fault.Wrap(err, fault.NotFound, setting, "%s has no commit %s, or is no git repository of yours", s.at, ref).WithHint("correct %s in config.toml", setting)
+	}
+	return commit, nil
+}
+
 // Fetch gets all tools, and tells what it does in lines. A source out of reach or with other content is an error that names
 // its setting: fault.Unavailable, Corrupt, NotFound, Invalid.
 func (f Fetcher) Fetch(ctx context.Context, s Sources, say func(string)) (t Tools, err error) {
-	for _, part := range []struct {
-		setting, value string
-		to             *fetched
-	}{
-		{"mise_source", s.Mise, &t.mise}, {"opencode_source", s.Opencode, &t.opencode},
-		{"tmux_resurrect_source", s.TmuxResurrect, &t.resurrect}, {"tmux_continuum_source", s.TmuxContinuum, &t.continuum},
-	} {
-		if *part.to, err = f.fetch(ctx, part.setting, part.value, say); err != nil {
+	for _, p := range s.parts(&t) {
+		if *p.to, err = f.fetch(ctx, p.setting, p.source, say); err != nil {
 			return Tools{}, err
 		}
 	}
 	return t, nil
 }
 
-// Check looks whether Fetch can begin: at the form of each source, at those on this machine, and for git if one takes it. Nothing
-// is fetched. The error names the setting, as Fetch's.
+// Missing is a tool that could not be had: the setting that names its source, and why.
+type Missing struct {
+	Setting string
+	Err     error
+}
+
+// Tool is the name of what is missing.
+func (m Missing) Tool() string {
+	return strings.ReplaceAll(strings.TrimSuffix(m.Setting, "_source"), "_", "-")
+}
+
+// FetchReachable is Fetch for those to whom tools are welcome and not needed: one whose source is out of reach is left out, and
+// told of.
+func (f Fetcher) FetchReachable(ctx context.Context, s Sources, say func(string)) (t Tools, without []Missing, err error) {
+	for _, p := range s.parts(&t) {
+		got, err := f.fetch(ctx, p.setting, p.source, say)
+		switch {
+		case err == nil:
+			*p.to = got
+		case ctx.Err() == nil && fault.Is(err, fault.Unavailable):
+			without = append(without, Missing{p.setting, err})
+		default:
+			return Tools{}, nil, err
+		}
+	}
+	return t, without, nil
+}
+
+// Check looks whether Fetch can begin: at the form of each source, at those on this machine, and for git and npm if one takes
+// them. Nothing is fetched and no program run. The error names the setting, as Fetch's.
 func Check(s Sources) error {
-	for _, part := range []struct{ setting, value string }{
-		{"mise_source", s.Mise}, {"opencode_source", s.Opencode}, {"tmux_resurrect_source", s.TmuxResurrect}, {"tmux_continuum_source", s.TmuxContinuum},
-	} {
-		at, err := parseSource(part.value)
+	for _, p := range s.parts(&Tools{}) {
+		at, err := parseSource(p.source)
 		if err != nil {
-			return fault.New(fault.Invalid, part.setting, "%q %s", part.value, err)
+			return fault.New(fault.Invalid, p.setting, "%q %s", p.source, err)
 		}
 		if filepath.IsAbs(at.at) {
 			if _, err := os.Stat(at.at); err != nil {
-				return unreadable(err, part.setting, at.at)
+				return unreadable(err, p.setting, at.at)
 			}
 		}
-		if at.kind == kindGit {
-			if err := needGit(part.setting); err != nil {
-				return err
+		switch at.kind {
+		case kindGit:
+			err = needGit(p.setting)
+		case kindNPM:
+			if configuredRegistry() == "" {
+				_, err = findNPM(p.setting)
 			}
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
@@ -194,22 +285,19 @@ func (f Fetcher) fetch(ctx context.Context, setting, text string, say func(strin
 	case kindNPM:
 		_, out.version = splitPackage(s.at)
 	case kindFile:
-		out.path = s.at
-		if s.pin == "" {
-			if _, err := os.Stat(s.at); err != nil {
-				return out, unreadable(err, setting, s.at)
-			}
-			return out, nil
-		}
 		sum, err := sumOf(ctx, s.at)
 		if err != nil {
 			return out, unreadable(err, setting, s.at)
+		}
+		out.path, out.content = s.at, sum
+		if s.pin == "" {
+			return out, nil
 		}
 		return out, checkSum(sum, s.pin, setting, text)
 	case kindGit:
 		return f.git(ctx, s, out, say)
 	}
-	out.path = filepath.Join(f.Cache, s.pin)
+	out.path, out.content = filepath.Join(f.Cache, s.pin), s.pin
 	if sum, err := sumOf(ctx, out.path); err == nil && sum == s.pin { // a cache may be anything
 		say("have " + text)
 		return out, nil
@@ -233,32 +321,54 @@ func splitPackage(text string) (name, version string) {
 	return text[:at], text[at+1:]
 }
 
-// registry is the npm registry of the user's configuration, with a slash at its end: of the environment, else of ~/.npmrc, else
-// what npm says itself, which knows the public one. fault.Unavailable without any, with the setting that wants it.
-func registry(ctx context.Context, setting string) (string, error) {
+// configuredRegistry is the npm registry that the environment names, else ~/.npmrc; "" if neither does.
+func configuredRegistry() string {
 	for _, name := range []string{"npm_config_registry", "NPM_CONFIG_REGISTRY"} {
 		if v := os.Getenv(name); v != "" {
-			return strings.TrimRight(v, "/") + "/", nil
+			return v
 		}
 	}
 	if home, err := os.UserHomeDir(); err == nil {
 		if b, err := os.ReadFile(filepath.Join(home, ".npmrc")); err == nil {
 			for line := range strings.Lines(string(b)) {
 				if key, value, ok := strings.Cut(line, "="); ok && strings.TrimSpace(key) == "registry" {
-					return strings.TrimRight(strings.TrimSpace(value), "/") + "/", nil
+					return strings.TrimSpace(value)
 				}
 			}
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, askTime)
-	defer cancel()
-	said, err := exec.CommandContext(ctx, "npm", "config", "get", "registry").Output()
-	at := strings.TrimRight(strings.TrimSpace(string(said)), "/")
-	if err != nil || !strings.HasPrefix(at, "https://") && !strings.HasPrefix(at, "http://") {
-		return "", fault.Wrap(err, fault.Unavailable, setting, "names an npm package, and npm does not say where packages come from").
+	return ""
+}
+
+// findNPM finds npm. fault.Unavailable without it, with the setting that wants it.
+func findNPM(setting string) (string, error) {
+	path, err := exec.LookPath("npm")
+	if err != nil {
+		return "", fault.Wrap(err, fault.Unavailable, setting, "names an npm package, and npm, which knows where packages come from, is not installed").
 			WithHint("sudo apt install npm, or name another source with %s in config.toml", setting)
 	}
-	return at + "/", nil
+	return path, nil
+}
+
+// registry is the npm registry of the user's configuration, with a slash at its end: the configured one, else what npm says
+// itself, which knows the public one. fault.Unavailable without any, with the setting that wants it.
+func registry(ctx context.Context, setting string) (string, error) {
+	at := configuredRegistry()
+	if at == "" {
+		npm, err := findNPM(setting)
+		if err != nil {
+			return "", err
+		}
+		ctx, cancel := context.WithTimeout(ctx, askTime)
+		defer cancel()
+		said, err := exec.CommandContext(ctx, npm, "config", "get", "registry").Output()
+		at = strings.TrimSpace(string(said))
+		if err != nil || !strings.HasPrefix(at, "https://") && !strings.HasPrefix(at, "http://") {
+			return "", fault.Wrap(err, fault.Unavailable, setting, "names an npm package, and npm does not say where packages come from").
+				WithHint("see: npm config get registry; or name another source with %s in config.toml", setting)
+		}
+	}
+	return strings.TrimRight(at, "/") + "/", nil
 }
 
 func checkSum(got, want, setting, from string) error {
@@ -368,7 +478,12 @@ func (w *wakeful) Read(p []byte) (int, error) {
 
 // git makes an archive of a commit, of a repository of this machine or of one that is fetched.
 func (f Fetcher) git(ctx context.Context, s source, out fetched, say func(string)) (fetched, error) {
-	ctx, cancel := context.WithTimeout(ctx, fetchTime)
+	patience := f.Patience
+	if patience == 0 {
+		patience = fetchTime
+	}
+	whole := ctx
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	if err := needGit(out.setting); err != nil {
 		return out, err
@@ -376,7 +491,7 @@ func (f Fetcher) git(ctx context.Context, s source, out fetched, say func(string
 	remote := strings.Contains(s.at, "://")
 	repository := s.at
 	if remote {
-		out.path = filepath.Join(f.Cache, "git-"+s.pin+".tar")
+		out.path, out.content = filepath.Join(f.Cache, "git-"+s.pin+".tar"), s.pin
 		if _, err := os.Stat(out.path); err == nil { // made whole or not at all
 			say("have " + out.from)
 			return out, nil
@@ -390,25 +505,24 @@ func (f Fetcher) git(ctx context.Context, s source, out fetched, say func(string
 		repository = dir
 		for _, args := range [][]string{{"init", "--quiet", "--bare", dir}, {"-C", dir, "fetch", "--quiet", "--depth", "1", s.at, s.pin}} {
 			if message, err := run(ctx, "git", args...); err != nil {
+				if whole.Err() != nil {
+					return out, context.Cause(whole)
+				}
 				if ctx.Err() != nil {
-					return out, context.Cause(ctx)
+					message = "it did not come within " + patience.String()
 				}
 				return out, fault.Wrap(err, fault.Unavailable, out.setting, "%s cannot be fetched: %s", s.at, message).
 					WithHint("set %s in config.toml to a place that this machine reaches: another URL, a local file or git repository (docs/images.md)", out.setting)
 			}
 		}
 	}
-	ref := s.pin
-	if ref == "" {
-		ref = "HEAD"
-	}
-	commit, err := run(ctx, "git", "-C", repository, "rev-parse", "--verify", "--quiet", "--end-of-options", ref+"^{commit}")
-	if err != nil || !commitForm.MatchString(commit) {
-		return out, fault.Wrap(err, fault.NotFound, out.setting, "%s has no commit %s, or is no git repository of yours", s.at, ref).WithHint("correct %s in config.toml", out.setting)
+	commit, err := commitOf(ctx, out.setting, source{kind: s.kind, at: repository, pin: s.pin})
+	if err != nil {
+		return out, err
 	}
 	if !remote {
 		say("taking commit " + commit + " of " + s.at)
-		out.path = filepath.Join(f.Cache, "git-"+commit+".tar")
+		out.path, out.content = filepath.Join(f.Cache, "git-"+commit+".tar"), commit
 		if _, err := os.Stat(out.path); err == nil {
 			return out, nil
 		}
@@ -433,6 +547,9 @@ func (f Fetcher) git(ctx context.Context, s source, out fetched, say func(string
 func run(ctx context.Context, name string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Env = append(os.Environ(), "GIT_TERMINAL_PROMPT=0", "LC_ALL=C")
+	// git waits for its helpers, which go on without it: all of them are ended.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second // a helper of git's may hold its output open
 	out, err := cmd.CombinedOutput()
 	line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")

@@ -26,9 +26,13 @@ type Policy struct {
 	Bridge       string
 	TAPPrefix    string       // begins the names of the guests' ports, and of no other device
 	Hosts        []netip.Addr // the host's on the bridge, where its DNS server answers guests
+	HostPorts    []uint16     // of TCP, which guests reach at Hosts as well
 	NAT6         bool         // the host has a way out by IPv6
 	Guests       []Guest
 }
+
+// MaxHostPorts bounds Policy.HostPorts: each costs the firewall a rule for each of Hosts.
+const MaxHostPorts = 64
 
 // passed is the mark that a packet between two guests of a group gets in the bridge's table, in place of
 // the group's number: so the inet table, through which the kernel takes bridged packets as well if it has
@@ -54,8 +58,8 @@ const (
 //   - A guest sends with its own MAC and addresses alone, by frames, ARP and neighbour discovery, and
 //     claims no other's address. No other kind of frame leaves it, and no router's message.
 //   - A guest reaches another only if both are of one group.
-//   - Of the host, a guest reaches the DNS server on the bridge's own addresses; what the host asks of
-//     it, it answers.
+//   - Of the host, a guest reaches the DNS server on the bridge's own addresses, and HostPorts there; what the host
+//     asks of it, it answers.
 //   - A guest with NAT reaches beyond the host, and is answered; the others do not.
 func (p Policy) Ruleset() Ruleset { return p.ruleset(slices.Clone(p.Guests), groupNumbers(p.Guests)) }
 
@@ -68,7 +72,8 @@ func (p Policy) ruleset(guests []Guest, numbers map[string]uint32) Ruleset {
 // are in it: with a thousand of them, most of a change would be to say again what is. ok is false if more than
 // elements differs.
 func (p Policy) Since(from Policy) (gone, come Ruleset, ok bool) {
-	if p.Installation != from.Installation || p.Bridge != from.Bridge || p.TAPPrefix != from.TAPPrefix || p.NAT6 != from.NAT6 || !slices.Equal(p.Hosts, from.Hosts) {
+	if p.Installation != from.Installation || p.Bridge != from.Bridge || p.TAPPrefix != from.TAPPrefix || p.NAT6 != from.NAT6 || !slices.Equal(p.Hosts, from.Hosts) ||
+		!slices.Equal(p.HostPorts, from.HostPorts) {
 		return gone, come, false
 	}
 	before, now := groupNumbers(from.Guests), groupNumbers(p.Guests)
@@ -173,8 +178,13 @@ func (p Policy) inetTable(guests []Guest) Table {
 		if h.Is6() {
 			family, field = is6, IP6Target
 		}
-		for _, l4 := range []string{"udp", "tcp"} {
-			toHost = append(toHost, Rule{[]Term{family, Is{Field: field, Value: h.String()}, Is{Field: L4Protocol, Value: l4}, Is{Field: TargetPort, Value: "53"}}, Accept})
+		reached := func(l4 string, port uint16) {
+			toHost = append(toHost, Rule{[]Term{family, Is{Field: field, Value: h.String()}, Is{Field: L4Protocol, Value: l4}, Is{Field: TargetPort, Value: fmt.Sprint(port)}}, Accept})
+		}
+		reached("udp", 53)
+		reached("tcp", 53)
+		for _, port := range p.HostPorts {
+			reached("tcp", port)
 		}
 	}
 	for _, kind := range []string{"nd-neighbor-solicit", "nd-neighbor-advert"} {

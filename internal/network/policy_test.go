@@ -35,7 +35,10 @@ func samplePolicy(t *testing.T, guests ...Guest) Policy {
 
 // TestRuleset compares the rules for some VMs with golden files.
 func TestRuleset(t *testing.T) {
+	open := samplePolicy(t, Guest{})
+	open.HostPorts = []uint16{5432, 11434}
 	for name, p := range map[string]Policy{
+		"open": open,
 		"none": samplePolicy(t),
 		"some": samplePolicy(t, Guest{}, Guest{NAT: true}, Guest{Group: "web"}, Guest{NAT: true, Group: "web"}, Guest{Group: "db"}),
 	} {

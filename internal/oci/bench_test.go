@@ -92,6 +92,7 @@ func BenchmarkGibibyte(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
+		defer img.Close()
 		dir := b.TempDir()
 		if _, err := img.Flatten(b.Context(), tool, filepath.Join(dir, "rootfs"), filepath.Join(dir, "seed"), nil); err != nil {
 			b.Fatal(err)

@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -108,12 +109,19 @@ type Image struct {
 	root   *node
 	limits Limits
 	report *reporter
+	held   *os.File // the lock on the cache; nil without layers in it
+}
+
+// Close lets go of the image's layers: from then on they may be swept from the cache. It may be called again.
+func (img *Image) Close() {
+	if img.held != nil {
+		_ = img.held.Close() // nothing was written to it
+	}
 }
 
 // Pull fetches an image: a reference to a registry (Docker Hub's short names included), oci:DIR[:TAG] for a
 // local OCI layout, docker-archive:FILE[:REFERENCE] for what docker save writes, or the absolute path of
-// either. When it returns, every layer was read and checked once, and what is missing from Cache is only
-// what other processes removed.
+// either. When it returns, every layer was read and checked once, and they stay in Cache until the image is closed.
 //
 // fault.Invalid for a reference that cannot be one; NotFound, Permission, Unavailable as the registry says;
 // Unsupported for an image of another platform or kind; Corrupt for what is not what it says it is;
@@ -131,10 +139,17 @@ func (p *Puller) Pull(ctx context.Context, reference string) (*Image, error) {
 		return nil, fault.New(fault.Exhausted, found.name, "has %d layers, the most is %d", n, limits.Layers)
 	}
 	img := &Image{Reference: found.name, Digest: found.digest, Config: found.config, layers: found.layers, limits: limits, report: report}
-	if err := p.fetch(ctx, img); err != nil {
-		return nil, classify(ctx, err, found.name)
+	if slices.ContainsFunc(img.layers, func(l *layer) bool { return l.blob != nil }) {
+		if img.held, err = holdCache(ctx, p.Cache); err != nil {
+			return nil, classify(ctx, err, p.Cache)
+		}
 	}
-	if err := img.join(); err != nil {
+	err = p.fetch(ctx, img)
+	if err == nil {
+		err = img.join()
+	}
+	if err != nil {
+		img.Close()
 		return nil, classify(ctx, err, found.name)
 	}
 	return img, nil

@@ -72,10 +72,11 @@ func pull(t testing.TB, p *Puller, ref string) *Image {
 	if err != nil {
 		t.Fatalf("%s: %v (%s)", ref, err, fault.HintOf(err))
 	}
+	t.Cleanup(img.Close)
 	return img
 }
 
-// cached lists the files of a cache.
+// cached lists the layers of a cache, whole or not.
 func cached(t testing.TB, p *Puller) []string {
 	t.Helper()
 	entries, err := os.ReadDir(p.Cache)
@@ -84,7 +85,9 @@ func cached(t testing.TB, p *Puller) []string {
 	}
 	var names []string
 	for _, e := range entries {
-		names = append(names, e.Name())
+		if e.Name() != cacheLock {
+			names = append(names, e.Name())
+		}
 	}
 	return names
 }

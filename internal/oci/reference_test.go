@@ -199,6 +199,7 @@ func TestCorpusIsWhatTheReferenceUnpacks(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			defer pulled.Close()
 			file := filepath.Join(t.TempDir(), "rootfs.ext4")
 			if _, err := pulled.Flatten(t.Context(), tool, file, file+".seed", nil); err != nil {
 				t.Fatal(err)

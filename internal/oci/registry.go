@@ -163,7 +163,7 @@ func (b *blob) bring(ctx context.Context, report *reporter, check func(path stri
 			now := time.Now()
 			err := check(b.path)
 			if err == nil {
-				return os.Chtimes(b.path, now, now) // prune goes by the time of use
+				return os.Chtimes(b.path, now, now) // Sweep goes by the time of use
 			}
 			if !fault.Is(err, fault.Corrupt) {
 				return err
@@ -192,7 +192,7 @@ func (b *blob) fetch(ctx context.Context, report *reporter, check func(path stri
 	if err != nil {
 		return false, err
 	}
-	if err := lock(ctx, f); err != nil {
+	if err := lock(ctx, f, unix.LOCK_EX); err != nil {
 		return false, err
 	}
 	defer f.Close()
@@ -216,14 +216,14 @@ func (b *blob) fetch(ctx context.Context, report *reporter, check func(path stri
 	return true, os.Rename(part, b.path)
 }
 
-// lock waits for the lock of a file, and closes it if ctx ends before.
-func lock(ctx context.Context, f *os.File) error {
+// lock waits for the lock of a file, LOCK_EX or LOCK_SH, and closes it if ctx ends before.
+func lock(ctx context.Context, f *os.File, how int) error {
 	fd := int(f.Fd())
-	if unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) == nil {
+	if unix.Flock(fd, how|unix.LOCK_NB) == nil {
 		return nil
 	}
 	got := make(chan error, 1)
-	go func() { got <- os.NewSyscallError("flock", unix.Flock(fd, unix.LOCK_EX)) }()
+	go func() { got <- os.NewSyscallError("flock", unix.Flock(fd, how)) }()
 	select {
 	case err := <-got:
 		if err != nil {

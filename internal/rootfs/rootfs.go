@@ -12,6 +12,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/ext4"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
@@ -26,7 +27,10 @@ const (
 type Info struct {
 	Filesystem string
 	Bytes      int64  // of the filesystem; the file may be longer
-	Init       string // path, without symbolic links; "" if the filesystem could not be looked into
+	Init       string // path, without symbolic links; "" if the filesystem could not be looked into, or has none and needs none
+	// Container is what an image that was made for containers says of the programs that run in it; nil: nothing that a guest
+	// could read.
+	Container *boot.Container
 }
 
 // inits are the paths at which the guest looks for an init, in its order (internal/guest/pid1).
@@ -129,7 +133,7 @@ func otherFile(head []byte) string {
 }
 
 // Check is Detect, and for ext4 also a look at what is in it: it was unmounted in order, and has an init for this
-// architecture. fault.Invalid or fault.Corrupt with the reason if a guest could not boot from it. erofs and squashfs are not
+// architecture, or says that banger's own is to run. fault.Invalid or fault.Corrupt with the reason if a guest could not boot from it. erofs and squashfs are not
 // looked into: a guest that finds no init there says so when it boots.
 func Check(path string) (Info, error) {
 	f, err := open(path)
@@ -152,11 +156,34 @@ func Check(path string) (Info, error) {
 		return info, fault.New(fault.Invalid, path, "was not unmounted in order: it is mounted now, or its journal has to be replayed").
 			WithHint("unmount it, then: e2fsck -f %s", path)
 	}
-	info.Init, err = findInit(r, path)
+	if info.Container, err = container(r); err == nil && (info.Container == nil || !info.Container.NoInit) {
+		info.Init, err = findInit(r, path)
+	}
 	if errors.Is(err, ext4.ErrUnreadable) {
 		return info, nil
 	}
 	return info, err
+}
+
+// container reads what the root filesystem says of its programs, as the guest does (internal/guest/pid1). What cannot be
+// understood is as good as nothing: the guest notes it, and boots with the image's init.
+func container(r *ext4.Reader) (*boot.Container, error) {
+	f, err := r.Lookup(boot.ContainerPath)
+	if fault.Is(err, fault.NotFound) || err == nil && (!f.Regular() || f.Size > boot.MaxContainerSize) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	b, err := r.Head(f, boot.MaxContainerSize)
+	if err != nil {
+		return nil, err
+	}
+	c, err := boot.ParseContainer(b)
+	if err != nil {
+		return nil, nil
+	}
+	return &c, nil
 }
 
 func findInit(r *ext4.Reader, path string) (string, error) {

@@ -78,6 +78,42 @@ func TestCheckFindsInit(t *testing.T) {
 	}
 }
 
+// An image made for containers needs no init if it says that banger's own is to run; with a file that a guest could not read
+// it does.
+func TestCheckReadsWhatContainersSay(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		files   map[string]string
+		init    string
+		command string // "" if nothing is said
+		refused bool
+	}{
+		"no init":         {map[string]string{"etc/banger/image.json": `{"version":1,"no_init":true,"command":["/bin/app"]}`}, "", "/bin/app", false},
+		"an init besides": {map[string]string{"sbin/init": "#!/bin/sh\n", "etc/banger/image.json": `{"version":1,"command":["/bin/app"]}`}, "/sbin/init", "/bin/app", false},
+		"a link":          {map[string]string{"etc/banger/image.json": "->/opt/said", "opt/said": `{"version":1,"no_init":true,"command":["/bin/app"]}`}, "", "/bin/app", false},
+		"none, by itself": {map[string]string{"etc/banger/image.json": `{"version":1}`}, "", "", true},
+		"damaged":         {map[string]string{"sbin/init": "#!/bin/sh\n", "etc/banger/image.json": `{"version":`}, "/sbin/init", "", false},
+		"of the future":   {map[string]string{"etc/banger/image.json": `{"version":99,"no_init":true}`}, "", "", true},
+		"a directory":     {map[string]string{"sbin/init": "#!/bin/sh\n", "etc/banger/image.json/x": ""}, "/sbin/init", "", false},
+		"too large":       {map[string]string{"sbin/init": "#!/bin/sh\n", "etc/banger/image.json": `{"version":1}` + strings.Repeat(" ", 1<<20)}, "/sbin/init", "", false},
+	} {
+		info, err := Check(filesystem(t, c.files))
+		if c.refused {
+			if !fault.Is(err, fault.Invalid) {
+				t.Errorf("%s: %v", name, err)
+			}
+			continue
+		}
+		command := ""
+		if info.Container != nil {
+			command = strings.Join(info.Container.Command, " ")
+		}
+		if err != nil || info.Init != c.init || command != c.command {
+			t.Errorf("%s: %+v, %v", name, info, err)
+		}
+	}
+}
+
 func TestCheckRefuses(t *testing.T) {
 	t.Parallel()
 	dirty := filesystem(t, map[string]string{"sbin/init": program(62)})

@@ -356,15 +356,15 @@ func (s *Service) importFrom(ctx context.Context, h *operation.Handle, path, nam
 			return damagedArchive(err, path)
 		}
 	}
-	p := publication{Name: name, Rootfs: filepath.Join(dir, a.Image.Base), Own: true, Managed: true, Source: path, Packages: a.Image.Packages, Config: a.Image.Config}
+	p := publication{Name: name, Rootfs: filepath.Join(dir, a.Image.Base), Own: true, Managed: true, Source: path, Packages: a.Image.Packages}
 	if a.Image.Seed != "" {
 		p.Seed = filepath.Join(dir, a.Image.Seed)
 	}
-	if a.Image.Config == nil || !a.Image.Config.NoInit {
-		if _, err := rootfs.Check(p.Rootfs); err != nil {
-			return fault.Wrap(err, fault.CodeOf(err), path, "the image in it could not boot")
-		}
+	info, err := rootfs.Check(p.Rootfs)
+	if err != nil {
+		return fault.Wrap(err, fault.CodeOf(err), path, "the image in it could not boot")
 	}
+	p.Config = configOf(info.Container)
 	if p.Seed != "" {
 		if err := checkSeed(p.Seed); err != nil {
 			return err

@@ -338,9 +338,11 @@ func (s *Service) build(ctx context.Context, h *operation.Handle, v *vm.VM, r Bu
 	}
 	p := publication{Name: r.Name, Rootfs: rootDisk(s.paths, v.ID), Seed: s.workDisk(v.ID), Own: true, Managed: true,
 		Source: "built on " + v.Pins.Image + s.with(r), Kernel: s.ownKernelOf(ctx, v.Pins)}
-	if _, err := rootfs.Check(p.Rootfs); err != nil {
+	info, err := rootfs.Check(p.Rootfs)
+	if err != nil {
 		return fault.Wrap(err, fault.CodeOf(err), r.Name, "what was built could not boot")
 	}
+	p.Config = configOf(info.Container)
 	if _, err := s.publish(ctx, h, p); err != nil {
 		return err
 	}

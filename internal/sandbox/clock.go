@@ -6,6 +6,7 @@ import (
 	"time"
 
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
+	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/hostclock"
 	"git.thaloco.com/thaloco/banger/internal/vm"
@@ -16,7 +17,7 @@ import (
 func (s *Service) followClock() {
 	err := hostclock.Watch(s.bg, func() {
 		s.log.Info("the host's clock jumped: the clocks of running guests are set")
-		s.setClocks(s.bg)
+		s.watchers.Go(func() { s.setClocks(s.bg) }) // it may jump again before all are set
 	})
 	if s.bg.Err() == nil {
 		s.warn("the clocks of guests are not set after a sleep of the host: %v", err)
@@ -35,17 +36,46 @@ func (s *Service) setClocks(ctx context.Context) {
 	all.Wait()
 }
 
+const (
+	// clockTime is for how long a guest is asked that does not answer: a host that wakes may be busy with other things than its guests.
+	clockTime  = 2 * time.Minute
+	clockPause = 5 * time.Second
+	// clockQuick is how long an answer may take for the guest to have the right time: it is set to what was right when it was asked.
+	clockQuick = time.Second
+	// clockSlow is after how many answers that took longer it is left at that.
+	clockSlow = 3
+)
+
 // setClock steps a guest's clock if it is off. A guest that cannot be asked goes on with the clock that it
-// has: a paused one is asked when it goes on, an older agent never.
+// has: a paused one is asked when it goes on, an older agent never. One that does not answer is asked again.
 func (s *Service) setClock(ctx context.Context, v vm.VM) {
-	err := s.ask(ctx, &v, "clock", func(ctx context.Context, sess *agent.Session) error {
-		r, err := sess.Client().SetClock(ctx, &agentv1.SetClockRequest{UnixMs: time.Now().UnixMilli()})
-		if r.GetStepped() {
-			s.log.Info("a guest's clock was set", "vm", v.ID, "off_ms", r.GetOffMs())
+	bounded, cancel := context.WithTimeout(ctx, clockTime)
+	defer cancel()
+	for slow := 0; ; {
+		began := time.Now()
+		err := s.ask(bounded, &v, "clock", func(ctx context.Context, sess *agent.Session) error {
+			r, err := sess.Client().SetClock(ctx, &agentv1.SetClockRequest{UnixMs: time.Now().UnixMilli()})
+			if r.GetStepped() {
+				s.log.Info("a guest's clock was set", "vm", v.ID, "off_ms", r.GetOffMs())
+			}
+			return err
+		})
+		if err == nil {
+			if slow++; time.Since(began) <= clockQuick || slow == clockSlow {
+				return
+			}
+			continue
 		}
-		return err
-	})
-	if err != nil && ctx.Err() == nil {
-		s.log.Warn("a guest's clock was not set", "vm", v.ID, "err", err)
+		if fault.Is(err, fault.Timeout) || fault.Is(err, fault.Unavailable) {
+			select {
+			case <-time.After(clockPause):
+				continue
+			case <-bounded.Done():
+			}
+		}
+		if ctx.Err() == nil {
+			s.log.Warn("a guest's clock was not set", "vm", v.ID, "err", err)
+		}
+		return
 	}
 }

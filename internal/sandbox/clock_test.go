@@ -84,3 +84,44 @@ func TestGuestClock(t *testing.T) {
 	r.restart()
 	clock.wantSet(t, "by the next daemon")
 }
+
+// A guest that does not answer just when its host wakes is asked again, and so is one whose answer took so long that what it was set to is
+// wrong by then.
+func TestGuestClockOfASlowGuest(t *testing.T) {
+	t.Parallel()
+	clock := &guestClock{set: make(chan time.Duration, 16)}
+	first := true
+	r := newRig(t)
+	r.agent = guestWith(func(g *agentd.Guest) {
+		g.Now = clock.now
+		g.SetNow = func(at time.Time) error {
+			if first {
+				first = false
+				time.Sleep(3 * time.Second) // between the host's looking at its clock and the guest's
+			}
+			return clock.setNow(at)
+		}
+	})
+	r.start()
+	r.create("web")
+	clock.stand(time.Hour)
+	r.faults("web freeze")
+	done := make(chan struct{})
+	go func() { defer close(done); r.s.setClocks(r.ctx()) }()
+	time.Sleep(askTime + time.Second) // the first question is over
+	if len(clock.set) != 0 {
+		t.Error("the clock of a guest that stands still was set")
+	}
+	r.faults()
+	for range 2 {
+		select {
+		case <-clock.set:
+		case <-time.After(patience):
+			t.Fatal("the guest is not asked again")
+		}
+	}
+	<-done
+	if off := time.Since(clock.now()).Abs(); off > time.Second {
+		t.Errorf("off by %s in the end", off)
+	}
+}

@@ -87,7 +87,11 @@ func (f *fakeNetwork) Detach(_ context.Context, v vm.VM) error {
 func (f *fakeNetwork) Addresses(v vm.VM) []netip.Addr { return []netip.Addr{v.Interface.IPv4.Addr()} }
 
 func (f *fakeNetwork) Check(context.Context) []doctor.Finding {
-	return []doctor.Finding{{Code: "network", Severity: doctor.Pass, Title: "Network of VMs", Detail: "fake"}}
+	out := []doctor.Finding{{Code: "network", Severity: doctor.Pass, Title: "Network of VMs", Detail: "fake"}}
+	if exists(f.dir + ".firewall") {
+		out = append(out, doctor.Finding{Code: doctor.Firewall, Severity: doctor.Warn, Detail: "it drops", Fix: "open it"})
+	}
+	return out
 }
 
 func (f *fakeNetwork) Close(context.Context) error { return nil }

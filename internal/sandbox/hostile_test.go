@@ -117,7 +117,7 @@ func FuzzGuestPage(f *testing.F) {
 	f.Fuzz(func(t *testing.T, says string) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		status, title, err := get(ctx, "http://otter.vm:80/", func(context.Context) (net.Conn, error) {
+		p, err := get(ctx, "http://otter.vm:80/", func(context.Context) (net.Conn, error) {
 			host, guest := net.Pipe()
 			go func() {
 				go func() { _, _ = io.Copy(io.Discard, guest) }()
@@ -126,8 +126,8 @@ func FuzzGuestPage(f *testing.F) {
 			}()
 			return host, nil
 		})
-		if !shown(title) || utf8.RuneCountInString(title) > maxTitle+3 || err == nil && (status < 100 || status > 999) || ctx.Err() != nil {
-			t.Errorf("%d, %q, %v", status, title, err)
+		if !shown(p.title) || utf8.RuneCountInString(p.title) > maxTitle+3 || err == nil && (p.status < 100 || p.status > 999) || ctx.Err() != nil {
+			t.Errorf("%+v, %v", p, err)
 		}
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/bundle"
@@ -39,6 +40,14 @@ type images struct {
 	sources map[string]source // where content that was registered can be captured from, by content id
 	seen    string            // fingerprint of what refresh saw last
 	held    map[vm.Pins]int   // what VMs that have no record yet are made from
+
+	loaded atomic.Pointer[loadedBundle] // the bundle as it was read last
+}
+
+// loadedBundle is a bundle, and the fingerprint that its manifest had before it was read.
+type loadedBundle struct {
+	*bundle.Bundle
+	mark string
 }
 
 // source is a file that holds content of a known id.
@@ -61,13 +70,29 @@ const (
 	partForeign // default_initrd, if there is one
 )
 
-// bundle reads where the bundle is and what it says it holds.
+// bundle is the bundle that the settings or the program's place lead to. Its manifest is read when it is another one than last time.
 func (im *images) bundle() (*bundle.Bundle, error) {
+	l, err := im.load()
+	return l.Bundle, err
+}
+
+// load is bundle with the fingerprint of what was read: a manifest that is replaced meanwhile is seen as another one next time.
+func (im *images) load() (loadedBundle, error) {
 	where, err := bundle.Locate(im.cfg.RuntimeDir)
 	if err != nil {
-		return nil, err
+		return loadedBundle{}, err
 	}
-	return bundle.Load(where.Dir)
+	mark := fingerprint(filepath.Join(where.Dir, bundle.ManifestName))
+	if last := im.loaded.Load(); last != nil && last.mark == mark { // it has the path as well
+		return *last, nil
+	}
+	b, err := bundle.Load(where.Dir)
+	if err != nil {
+		return loadedBundle{}, err
+	}
+	l := loadedBundle{b, mark}
+	im.loaded.Store(&l)
+	return l, nil
 }
 
 // identity is the path of the private SSH key by which this user enters VMs: the bundle's, or the user's own where the bundle is the
@@ -148,13 +173,7 @@ func (im *images) refresh(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	where, err := bundle.Locate(im.cfg.RuntimeDir)
-	if err != nil {
-		return err
-	}
-	// Before it is read: a manifest that is replaced meanwhile is then seen as another one next time.
-	mark := fingerprint(filepath.Join(where.Dir, bundle.ManifestName))
-	b, err := bundle.Load(where.Dir)
+	b, err := im.load()
 	if err != nil {
 		return err
 	}
@@ -162,7 +181,7 @@ func (im *images) refresh(ctx context.Context) error {
 		return err
 	}
 	c := im.cfg
-	mark += "|" + fingerprint(b.Path(bundle.RootFS), b.Path(bundle.WorkSeed),
+	mark := b.mark + "|" + fingerprint(b.Path(bundle.RootFS), b.Path(bundle.WorkSeed),
 		c.DefaultRootfs, c.DefaultWorkSeed, c.DefaultKernel, c.DefaultInitrd, c.DefaultModulesDir, indexOf(c.DefaultModulesDir))
 	if mark == im.seen {
 		return nil
@@ -205,7 +224,7 @@ func (im *images) refresh(ctx context.Context) error {
 		return fault.Wrap(err, fault.NotFound, img.Source, "the root filesystem cannot be read")
 	}
 	img.SizeBytes = st.Size()
-	k, err := im.kernelSources(ctx, b, configuredFiles(c), take)
+	k, err := im.kernelSources(ctx, b.Bundle, configuredFiles(c), take)
 	if err != nil {
 		return err
 	}

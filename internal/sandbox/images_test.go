@@ -400,3 +400,34 @@ func elfKernel() string {
 	}
 	return b.String() + string(body)
 }
+
+// The manifest of the bundle is read once, and again when it is another one.
+func TestBundleIsReadWhenItChanges(t *testing.T) {
+	r := newRig(t)
+	r.ownBundle()
+	r.start()
+	first, err := r.s.images.bundle()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := r.s.images.bundle(); err != nil || again != first {
+		t.Errorf("read again: %v", err)
+	}
+	manifest := filepath.Join(r.bundle, bundle.ManifestName)
+	raw, err := os.ReadFile(manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(manifest); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.s.images.bundle(); !fault.Is(err, fault.NotFound) {
+		t.Errorf("without a manifest: %v", err)
+	}
+	if err := os.WriteFile(manifest, []byte(strings.Replace(string(raw), `"created_by": "`, `"created_by": "another `, 1)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if other, err := r.s.images.bundle(); err != nil || !strings.HasPrefix(other.CreatedBy, "another ") {
+		t.Errorf("another manifest: %+v, %v", other, err)
+	}
+}

@@ -19,6 +19,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/kernel"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
+	"git.thaloco.com/thaloco/banger/internal/oci"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/rootfs"
 	"git.thaloco.com/thaloco/banger/internal/vm"
@@ -363,7 +364,7 @@ func checkInitrd(path string) error {
 // register is the body of a registration.
 func (s *Service) register(ctx context.Context, h *operation.Handle, r RegisterRequest) error {
 	p := publication{Name: r.Name, Rootfs: r.Rootfs, Seed: r.WorkSeed, Source: r.Rootfs, Packages: r.PackagesManifest,
-		Check: func(path string) error { _, err := rootfs.Check(path); return err }}
+		Check: rootfs.Check}
 	if r.Kernel != "" || r.Initrd != "" || r.Modules != "" {
 		h.Stage("kernel")
 		files := bootFiles{r.Kernel, r.Initrd, r.Modules, "--kernel", "--modules", "in the command"}
@@ -439,11 +440,11 @@ type publication struct {
 	Own      bool   // the files are banger's own and nobody writes them any more: they are moved, not copied
 	Kernel   string // id of a kernel on record that is held, "" for the default image's
 	Managed  bool
-	Source   string // for people: what it was made from
-	Packages string // likewise
-	Config   *image.Config
-	// Check looks at the root filesystem once it is captured; nil: it was made here, and is sound.
-	Check func(path string) error
+	Source   string        // for people: what it was made from
+	Packages string        // likewise
+	Config   *image.Config // what the root filesystem says of its programs, if it was looked at
+	// Check looks at the root filesystem once it is captured; nil: it was made here, and was looked at.
+	Check func(path string) (rootfs.Info, error)
 }
 
 // publish makes an image of finished files: captured by content, complete or not at all, and named in one transaction.
@@ -491,10 +492,12 @@ func (s *Service) publish(ctx context.Context, h *operation.Handle, p publicatio
 		if part.what == "root filesystem" {
 			img.SizeBytes = st.Size
 			if p.Check != nil {
-				if err := p.Check(st.Path()); err != nil {
+				info, err := p.Check(st.Path())
+				if err != nil {
 					return img, fault.Wrap(err, fault.CodeOf(err), part.path, "what was captured of it is not what was looked at: it changed meanwhile").
 						WithHint("wait until whatever writes it is done, then try again")
 				}
+				img.Config = configOf(info.Container)
 			}
 		}
 	}
@@ -589,11 +592,12 @@ type PruneRequest struct {
 type Pruned struct {
 	Images []image.Image
 	Files  int
-	Bytes  int64 // of the host's disk
+	Bytes  int64     // of the host's disk
+	Layers oci.Swept // of pulled images, in the cache
 }
 
-// PruneImages removes captured content that nothing refers to, what was made of it in the cache, and, if asked to,
-// images that no VM was made from.
+// PruneImages removes captured content that nothing refers to, what was made of it in the cache, the layers of pulled images
+// there, and, if asked to, images that no VM was made from.
 func (s *Service) PruneImages(ctx context.Context, r PruneRequest) (Pruned, error) {
 	im := s.images
 	unlock, err := im.mu.lock(ctx)
@@ -629,8 +633,8 @@ func (s *Service) PruneImages(ctx context.Context, r PruneRequest) (Pruned, erro
 		p.Files++
 		p.Bytes += n
 	}
-	if r.DryRun {
-		return p, nil
+	if p.Layers, err = oci.Sweep(s.layers(), oci.Keep{}, r.DryRun); err != nil || r.DryRun {
+		return p, err
 	}
 	for _, img := range p.Images {
 		if err := im.store.DeleteImage(ctx, img.Name); err != nil {

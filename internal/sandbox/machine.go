@@ -43,6 +43,8 @@ type machine struct {
 	mu       sync.Mutex
 	sess     *agent.Session
 	released bool // no session may be put into sess any more
+
+	pulse pulse
 }
 
 // whileAlive is ctx that ends with the machine as well: what is gone will never answer.
@@ -547,7 +549,9 @@ func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
 	}
 	now := time.Now()
 	v.StartedAt = &now
-	s.watchers.Go(func() { c.followBoot(v.ID, m) })
+	up := *v
+	s.watchers.Go(func() { c.followBoot(up.ID, m) })
+	s.watchers.Go(func() { s.publishPorts(up, m) })
 	return nil
 }
 
@@ -657,6 +661,7 @@ func (c *agentCapability) Observe(_ context.Context, v *vm.VM) (bool, error) {
 	s := c.machines.service
 	found := *v
 	s.watchers.Go(func() { c.followBoot(found.ID, m) })
+	s.watchers.Go(func() { s.publishPorts(found, m) })
 	s.watchers.Go(func() { s.setClock(s.bg, found) }) // the host may have slept while no daemon was there
 	return true, nil
 }

@@ -13,6 +13,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/network/usernet"
+	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
@@ -96,6 +97,18 @@ func (s *Service) restoreNetworks(ctx context.Context, rebooted bool) {
 		if err := n.Restore(ctx, attached); err != nil { // VMs that run are no worse off than before
 			s.warn("what is left of the %s network could not be taken in: %v", n.Kind(), err)
 			s.log.Error("what is left of a network could not be taken in", "network", n.Kind(), "err", err)
+		}
+	}
+}
+
+// noticeFirewall says what of the host's own rules is in the way of a VM that is given NAT, and what to type.
+func (s *Service) noticeFirewall(ctx context.Context, h *operation.Handle, to vm.Spec) {
+	if len(s.networks) == 0 || !to.NAT {
+		return
+	}
+	for _, f := range s.networks[0].Check(ctx) {
+		if f.Code == doctor.Firewall && f.Severity != doctor.Pass {
+			h.Notice("firewall: " + f.Detail + "; it does not with: " + f.Fix)
 		}
 	}
 }

@@ -195,6 +195,36 @@ func TestNATOfARunningVM(t *testing.T) {
 	}
 }
 
+// TestFirewallIsNoticed: who gets NAT is told what of the host's is in its way, and nobody else.
+func TestFirewallIsNoticed(t *testing.T) {
+	r := newRig(t)
+	r.start()
+	if err := os.WriteFile(filepath.Join(r.dir, "network.firewall"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	told := func(op operation.Operation) bool {
+		return slices.ContainsFunc(op.Notices, func(n string) bool { return strings.Contains(n, "it drops") && strings.Contains(n, "open it") })
+	}
+	on, off := true, false
+	op := r.done(r.s.Create(r.ctx(), CreateRequest{Name: "in"}))
+	if told(op) {
+		t.Errorf("without NAT: %q", op.Notices)
+	}
+	id := vm.ID(op.VMID)
+	for range 2 { // told once: the second time it has it
+		was := r.vm(id).Spec.NAT
+		if op := r.done(r.set(id, vm.Change{NAT: &on}, false)); told(op) == was {
+			t.Errorf("NAT by a set, when it was %v: %q", was, op.Notices)
+		}
+	}
+	if op := r.done(r.set(id, vm.Change{NAT: &off}, false)); told(op) {
+		t.Errorf("NAT off: %q", op.Notices)
+	}
+	if op := r.done(r.s.Create(r.ctx(), CreateRequest{Name: "out", NAT: &on})); !told(op) {
+		t.Errorf("with NAT: %q", op.Notices)
+	}
+}
+
 // TestDefaultNetworkGroup is what a new VM is in.
 func TestDefaultNetworkGroup(t *testing.T) {
 	r := newRig(t)

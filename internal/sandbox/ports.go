@@ -40,7 +40,7 @@ type Port struct {
 	Command  string
 	// What a TCP listener answered.
 	Scheme string // https, http, "" for neither
-	Status int
+	Status int    // 0: it takes https, and gave no page in time
 	Title  string
 }
 
@@ -159,39 +159,54 @@ func (p *Port) reachedByLoopback() bool {
 	return p.Protocol == "tcp" && (p.Address == "0.0.0.0" || p.Address == "::" || p.Address == "127.0.0.1")
 }
 
+// page is what a web server answered.
+type page struct {
+	status     int
+	title      string
+	wantsHTTPS bool // it was asked by HTTP, and says that it takes HTTPS
+}
+
 // probe asks a listener for a page, by HTTPS and by HTTP at the same time: one that speaks neither may say
-// nothing at all. A server of HTTPS tells those who come by HTTP so, by HTTP.
+// nothing at all. A server of HTTPS tells those who come by HTTP so, by HTTP; in a guest that has much to do it says that
+// long before it has shaken hands, and gets the time for it.
 func probe(ctx context.Context, host string, port int, dial func(context.Context) (net.Conn, error)) (scheme string, status int, title string) {
-	type page struct {
-		status int
-		title  string
-		err    error
+	type got struct {
+		page
+		err error
 	}
-	ctx, cancel := context.WithTimeout(ctx, probeTime)
+	bounded, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
-	ask := func(scheme string) <-chan page {
-		got := make(chan page, 1)
+	ask := func(ctx context.Context, scheme string) <-chan got {
+		answer := make(chan got, 1)
 		go func() {
-			status, title, err := get(ctx, scheme+"://"+net.JoinHostPort(host, strconv.Itoa(port))+"/", dial)
-			got <- page{status, title, err}
+			p, err := get(ctx, scheme+"://"+net.JoinHostPort(host, strconv.Itoa(port))+"/", dial)
+			answer <- got{p, err}
 		}()
-		return got
+		return answer
 	}
-	secure, plain := ask("https"), ask("http")
+	secure, plain := ask(bounded, "https"), ask(bounded, "http")
 	if p := <-secure; p.err == nil {
 		return "https", p.status, p.title
 	}
-	if p := <-plain; p.err == nil {
-		return "http", p.status, p.title
+	p := <-plain
+	switch {
+	case p.err != nil:
+		return "", 0, ""
+	case p.wantsHTTPS:
+		again := <-ask(ctx, "https") // nothing if it fails again
+		return "https", again.status, again.title
 	}
-	return "", 0, ""
+	return "http", p.status, p.title
 }
+
+// httpsForm is in the pages with which Go's server, nginx, Apache, lighttpd and Python's refuse who comes by HTTP.
+var httpsForm = regexp.MustCompile(`(?i)\b(https|ssl|tls)\b`)
 
 var titleForm = regexp.MustCompile(`(?is)<title[^>]*>(.{0,1000}?)</title`)
 
-// get fetches one page and returns its status and title. The server is whoever listens: nothing that it says is
+// get fetches one page. The server is whoever listens: nothing that it says is
 // trusted, its certificate is not looked at, and no redirect is followed.
-func get(ctx context.Context, url string, dial func(context.Context) (net.Conn, error)) (status int, title string, err error) {
+func get(ctx context.Context, url string, dial func(context.Context) (net.Conn, error)) (page, error) {
 	transport := &http.Transport{
 		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
 		TLSClientConfig:        &tls.Config{InsecureSkipVerify: true}, // whether it speaks TLS is all that is asked
@@ -203,23 +218,26 @@ func get(ctx context.Context, url string, dial func(context.Context) (net.Conn, 
 	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return 0, "", err
+		return page{}, err
 	}
 	req.Header.Set("User-Agent", "banger")
 	resp, err := client.Do(req)
 	if err != nil {
-		return 0, "", err
+		return page{}, err
 	}
 	defer resp.Body.Close()
-	page, err := io.ReadAll(io.LimitReader(resp.Body, maxPage))
+	content, err := io.ReadAll(io.LimitReader(resp.Body, maxPage))
 	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && ctx.Err() == nil {
-		return 0, "", err
+		return page{}, err
 	}
-	if m := titleForm.FindSubmatch(page); m != nil {
-		title = strings.Join(strings.Fields(guestText(html.UnescapeString(string(m[1])))), " ")
+	p := page{status: resp.StatusCode}
+	p.wantsHTTPS = resp.TLS == nil && p.status == http.StatusBadRequest && httpsForm.Match(content)
+	if m := titleForm.FindSubmatch(content); m != nil {
+		title := strings.Join(strings.Fields(guestText(html.UnescapeString(string(m[1])))), " ")
 		if r := []rune(title); len(r) > maxTitle {
 			title = string(r[:maxTitle]) + "..."
 		}
+		p.title = title
 	}
-	return resp.StatusCode, title, nil
+	return p, nil
 }

@@ -3,8 +3,14 @@ package sandbox
 import (
 	"bufio"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"strings"
 	"syscall"
@@ -78,6 +84,12 @@ func TestPortsOfHostileServers(t *testing.T) {
 			request(c)
 			fmt.Fprint(c, "HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
 		},
+		1008: func(c net.Conn) { slowTLS(c, probeTime+time.Second) },
+		1009: func(c net.Conn) { slowTLS(c, time.Minute) },
+		1010: func(c net.Conn) { // a server of HTTP that does not like being asked
+			request(c)
+			fmt.Fprint(c, "HTTP/1.1 400 Bad Request\r\nContent-Length: 6\r\n\r\nno API")
+		},
 	}
 	r := newRig(t)
 	r.agent = guestWith(func(g *agentd.Guest) {
@@ -112,7 +124,7 @@ func TestPortsOfHostileServers(t *testing.T) {
 	if p.Err != nil || p.Host != "web.vm" || len(p.Ports) != len(servers) {
 		t.Fatalf("%+v", p)
 	}
-	want := map[int]string{1000: "http 200 red <b> page", 1005: "http 503 ", 1007: "http 302 "}
+	want := map[int]string{1000: "http 200 red <b> page", 1005: "http 503 ", 1007: "http 302 ", 1008: "https 200 slow", 1009: "https 0 ", 1010: "http 400 "}
 	for _, port := range p.Ports {
 		got := fmt.Sprintf("%s %d %s", port.Scheme, port.Status, port.Title)
 		w, speaks := want[port.Port]
@@ -124,6 +136,38 @@ func TestPortsOfHostileServers(t *testing.T) {
 		}
 	}
 }
+
+// slowTLS serves a page by HTTPS after a while, and says at once to who comes by HTTP that it does, as nginx would.
+func slowTLS(c net.Conn, after time.Duration) {
+	in := bufio.NewReader(c)
+	if first, err := in.Peek(1); err != nil || first[0] != 0x16 { // handshake (RFC 8446, 5.1)
+		request(readFirst{c, in})
+		fmt.Fprint(c, "HTTP/1.1 400 Bad Request\r\nContent-Length: 50\r\n\r\nThe plain HTTP request was sent to HTTPS port     .")
+		return
+	}
+	time.Sleep(after)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return
+	}
+	form := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	certificate, err := x509.CreateCertificate(rand.Reader, form, form, &key.PublicKey, key)
+	if err != nil {
+		return
+	}
+	secure := tls.Server(readFirst{c, in}, &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}}})
+	if _, err := secure.Read(make([]byte, 4096)); err == nil {
+		fmt.Fprint(secure, "HTTP/1.1 200 OK\r\nContent-Length: 19\r\n\r\n<title>slow</title>")
+	}
+}
+
+// readFirst is a connection of which some was read.
+type readFirst struct {
+	net.Conn
+	in io.Reader
+}
+
+func (c readFirst) Read(b []byte) (int, error) { return c.in.Read(b) }
 
 func request(c net.Conn) {
 	b := bufio.NewReader(c)

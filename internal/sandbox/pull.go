@@ -12,6 +12,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/ext4"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/oci"
 	"git.thaloco.com/thaloco/banger/internal/operation"
@@ -93,11 +94,13 @@ func (s *Service) pull(ctx context.Context, h *operation.Handle, reference, name
 	}
 	defer os.RemoveAll(dir) // what a crash leaves is swept at the next start
 	tell := tellPull(h)
-	puller := oci.Puller{Cache: filepath.Join(s.paths.Cache, "oci"), Progress: tell}
+	puller := oci.Puller{Cache: s.layers(), Progress: tell}
+	defer s.boundLayers()
 	img, err := puller.Pull(ctx, reference)
 	if err != nil {
 		return err
 	}
+	defer img.Close()
 	if err := img.AddContainer(); err != nil {
 		return err
 	}
@@ -117,7 +120,7 @@ func (s *Service) pull(ctx context.Context, h *operation.Handle, reference, name
 		p.Seed = seed
 	}
 	c := img.Container()
-	p.Config = &image.Config{Environment: c.SessionEnvironment(), User: c.User, WorkingDir: c.WorkingDir, Command: c.Command, NoInit: c.NoInit}
+	p.Config = configOf(&c)
 	if img.Digest != "" {
 		p.Source += "@" + img.Digest
 	}
@@ -129,6 +132,33 @@ func (s *Service) pull(ctx context.Context, h *operation.Handle, reference, name
 	}
 	h.Notice(fmt.Sprintf("%s: %d files; %s", img.Reference, made.Files, initNotice(c.NoInit, len(c.Command) > 0)))
 	return nil
+}
+
+// configOf is what is on record of what a root filesystem says of its programs; nil is nothing.
+func configOf(c *boot.Container) *image.Config {
+	if c == nil {
+		return nil
+	}
+	return &image.Config{Environment: c.SessionEnvironment(), User: c.User, WorkingDir: c.WorkingDir, Command: c.Command, NoInit: c.NoInit}
+}
+
+// layersKept bounds what pulls leave in the cache of layers: what was used lately, as much as a handful of large images has.
+const (
+	layersKept = 10 * vm.GiB
+	layersAge  = 30 * 24 * time.Hour
+)
+
+// layers is the cache of layers of pulled images. Installations of one user share it.
+func (s *Service) layers() string { return filepath.Join(s.paths.Cache, "oci") }
+
+// boundLayers removes the layers that need not be kept. The last one of several pulls at once does it.
+func (s *Service) boundLayers() {
+	swept, err := oci.Sweep(s.layers(), oci.Keep{Since: time.Now().Add(-layersAge), Bytes: layersKept}, false)
+	if err != nil { // the next pull tries again
+		s.log.Warn("layers that were not used lately could not be removed", "err", err)
+	} else if swept.Layers > 0 {
+		s.log.Info("layers that were not used lately were removed", "layers", swept.Layers, "bytes", swept.Bytes)
+	}
 }
 
 // addSSHServer puts the bundle's SSH server for guests into an image. It says whether there is one.

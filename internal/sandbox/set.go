@@ -100,6 +100,9 @@ func (s *Service) set(r SetRequest, again bool) func(context.Context, *operation
 				h.Notice(n)
 			}
 		}
+		if !v.Spec.NAT {
+			s.noticeFirewall(ctx, h, to)
+		}
 		restart := half || up && len(vm.NeedsStop(v.Spec, to)) > 0
 		if restart {
 			if err := s.roomToRun(); err != nil { // before anything is changed
@@ -273,9 +276,13 @@ func (ms *machines) listens(ctx context.Context, v *vm.VM) error {
 	if st, err := ms.state(ctx, v.ID); err != nil || st != vmm.Paused {
 		return nil
 	}
-	why := v.Note // says that it is paused
-	if why == "" {
-		why = "paused"
+	return fault.New(fault.Precondition, v.Name, "%s", pausedNote(v)).WithHint("banger vm start %s", v.Name)
+}
+
+// pausedNote says that a VM is paused, and why if that is known.
+func pausedNote(v *vm.VM) string {
+	if v.Note == "" {
+		return "paused"
 	}
-	return fault.New(fault.Precondition, v.Name, "%s", why).WithHint("banger vm start %s", v.Name)
+	return v.Note
 }

@@ -145,7 +145,7 @@ func (a *answers) fill(p *Port) bool {
 		return false
 	}
 	last, ok := a.said[p.key()]
-	if !ok || last.scheme == "" && last.asked < askAgain {
+	if !ok || last.status == 0 && last.asked < askAgain {
 		return false
 	}
 	p.Scheme, p.Status, p.Title = last.scheme, last.status, last.title

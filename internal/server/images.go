@@ -38,6 +38,9 @@ func imageDetailMessage(d sandbox.ImageDetail) *bangerv1.Image {
 	m := imageMessage(d.Image)
 	m.Kernel, m.IsDefault, m.Vms = d.KernelVersion, d.Default, d.VMs
 	m.BaseAllocatedBytes, m.WorkSeedAllocatedBytes, m.WorkSeedBytes, m.Filesystem = d.BaseAllocated, d.SeedAllocated, d.SeedBytes, d.Filesystem
+	if c := d.Image.Config; c != nil {
+		m.Config = &bangerv1.ImageConfig{NoInit: c.NoInit, Command: c.Command, Environment: c.Environment, User: c.User, WorkingDir: c.WorkingDir}
+	}
 	return m
 }
 
@@ -121,7 +124,8 @@ func (h *imageHandler) PruneImages(ctx context.Context, r *bangerv1.PruneImagesR
 	if err != nil {
 		return nil, err
 	}
-	m := &bangerv1.PruneImagesResponse{Files: int32(p.Files), Bytes: p.Bytes}
+	m := &bangerv1.PruneImagesResponse{Files: int32(p.Files), Bytes: p.Bytes,
+		Layers: int32(p.Layers.Layers), LayerBytes: p.Layers.Bytes, LayersBusy: p.Layers.Busy}
 	for _, im := range p.Images {
 		m.Images = append(m.Images, imageMessage(im))
 	}

@@ -43,6 +43,7 @@ type Machines interface {
 	Stats(ctx context.Context, refs []string) []sandbox.Stats
 	Ports(ctx context.Context, refs []string) []sandbox.Ports
 	WatchUsage(ctx context.Context, r sandbox.UsageRequest, send func(sandbox.Usage) error) error
+	WatchGuest(ctx context.Context, id vm.ID, silent time.Duration, send func(sandbox.Pulse) error) error
 	ReadLog(ctx context.Context, id vm.ID, r sandbox.LogRequest, send func([]byte) error) error
 	RunningOperation(id vm.ID) string
 	KernelVersion(ctx context.Context, id string) string

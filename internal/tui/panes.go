@@ -284,7 +284,7 @@ func (m *model) portLines(w int) (c content) {
 		c.items = append(c.items, len(c.lines))
 		web := ""
 		if p.GetScheme() != "" {
-			web = strings.TrimSpace(fmt.Sprintf("%s %d %s", p.GetScheme(), p.GetStatus(), p.GetTitle()))
+			web = client.WebText(p.GetScheme(), p.GetStatus(), p.GetTitle())
 		} else if p.GetLoopback() {
 			web = "for the guest alone"
 		}

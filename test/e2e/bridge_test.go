@@ -22,7 +22,7 @@ func TestBridgeNetwork(t *testing.T) {
 		t.Skip("takes root")
 	}
 	h := newHost(t, `default_network_group = "store"`, `network = "auto"`)
-	ownNetwork(t)
+	came := ownNetwork(t)
 	if err := route(worldAddr); err != nil {
 		t.Fatal(err)
 	}
@@ -85,6 +85,9 @@ func TestBridgeNetwork(t *testing.T) {
 	if err := request(conn); err != nil {
 		t.Errorf("a connection, with the next daemon: %v", err)
 	}
+
+	h.throughDaemons("web", "172.16.88.2", came)
+	h.containers("web", "172.16.88.2")
 
 	h.do("vm", "set", "db", "--no-network-group", "--nat")
 	if got := in("db", "timeout 3 bash -c '</dev/tcp/172.16.88.2/22'; echo $?; getent hosts web.vm; echo $?"); !strings.HasPrefix(got, "124") || !strings.HasSuffix(got, "\n2") {

@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -110,7 +111,29 @@ func newHostIn(t *testing.T, dir string, settings ...string) *host {
 	h.env = append(h.env, "BANGER_STATE_DIR="+h.state, "BANGER_CONFIG="+config, "XDG_RUNTIME_DIR="+runtimeDir,
 		"BANGER_RUNTIME_DIR="+filepath.Join(checkout, "runtime"), "NO_COLOR=1")
 	t.Cleanup(h.end)
+	if kept := os.Getenv("BANGER_E2E_CAPTURED"); kept != "" {
+		share(t, kept, h.state)
+		t.Cleanup(func() { share(t, h.state, kept) })
+	}
 	return h
+}
+
+// share links captured content, which nobody writes, from one installation to the next: in the lab each of them would
+// spend half a minute on the copy and its checksum. The first of all still does, and on the machine itself all.
+func share(t *testing.T, from, to string) {
+	t.Helper()
+	for _, kind := range []string{"images", "kernels"} {
+		files, _ := filepath.Glob(filepath.Join(from, kind, strings.Repeat("[0-9a-f]", 64)))
+		for _, f := range files {
+			err := os.MkdirAll(filepath.Join(to, kind), 0o700)
+			if err == nil {
+				err = os.Link(f, filepath.Join(to, kind, filepath.Base(f)))
+			}
+			if err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, unix.EXDEV) {
+				t.Error(err)
+			}
+		}
+	}
 }
 
 func (h *host) setenv(name, value string) { h.env = append(h.env, name+"="+value) }

@@ -3,9 +3,12 @@
 package e2e
 
 import (
+	"bufio"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -38,6 +41,32 @@ func (h *host) verbs(all []verb) {
 			}
 		}
 	}
+}
+
+// session runs a command that does not end, and gives the first line that is then said on stderr.
+func (h *host) session(name string) (*exec.Cmd, <-chan string) {
+	h.t.Helper()
+	cmd := h.command(h.t.Context(), "vm", "exec", name, "--", "sh", "-c", "echo begun; sleep 1000")
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "begun\n" {
+		h.t.Fatalf("%q, %v", line, err)
+	}
+	told := make(chan string, 1)
+	go func() {
+		line, _ := bufio.NewReader(stderr).ReadString('\n') // what came before an error is what is looked at
+		told <- line
+	}()
+	return cmd, told
 }
 
 // firstOf is the first line of a message, without its hint.
@@ -115,9 +144,26 @@ func TestGuestInTrouble(t *testing.T) {
 
 	t.Run("an agent that hangs", func(t *testing.T) {
 		h := h.with(t)
+		open, told := h.session(name) // that is told of it below
 		// Its supervisor too, which would start another one for one that ended; and whoever would let it go on.
 		h.do("vm", "exec", name, "--", "sh", "-c", `(sleep 2; kill -STOP $(pgrep -f ^banger-supervisor) $(pgrep -f ^banger-vsock-agent)) >/dev/null 2>&1 &`)
 		h.until("it answers nothing", callTime, func() bool { return h.try("vm", "ports", name).code != 0 })
+		select {
+		case text := <-told:
+			if !strings.Contains(text, "has not answered for") {
+				t.Errorf("an open session says %q", text)
+			}
+		case <-time.After(callTime):
+			t.Error("an open session is told nothing")
+		}
+		began := time.Now()
+		if err := open.Process.Signal(syscall.SIGINT); err != nil {
+			t.Error(err)
+		}
+		_ = open.Wait() // its code is looked at
+		if took := time.Since(began); took > 3*time.Second || open.ProcessState.ExitCode() != 130 {
+			t.Errorf("Ctrl-C ended it after %s: %v", took, open.ProcessState)
+		}
 		h.verbs([]verb{
 			{[]string{"vm", "list"}, 2 * time.Second, []int{0}, []string{name}},
 			{[]string{"vm", "show", name}, 10 * time.Second, []int{0}, []string{"does not answer"}},

@@ -51,7 +51,7 @@ func (h *host) tryFor(bound time.Duration, args ...string) result {
 }
 
 // TestImageBuild builds an image with Docker and a script, looks at what it leaves on the host, and at what is in a VM of it.
-// mise and opencode are the real ones, of the npm registry; the plugins of tmux are the test's.
+// mise and opencode are the real ones, of the npm registry, and packages are Debian's; the plugins of tmux are the test's.
 func TestImageBuild(t *testing.T) {
 	slow(t)
 	h := newHost(t, fmt.Sprintf("tmux_resurrect_source = %q", pluginRepository(t, "resurrect")), fmt.Sprintf("tmux_continuum_source = %q", pluginRepository(t, "continuum")))
@@ -59,9 +59,11 @@ func TestImageBuild(t *testing.T) {
 	if err := os.WriteFile(script, []byte("set -e\necho hello from the script\nid -u > /opt/by-script\necho seeded > /root/seeded\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	built := h.tryFor(buildTime, "image", "build", "--name", "docker-dev", "--docker", "--script", script)
+	// Two packages that the base has not: apt fetches them from Debian's archive, over the builder's own network.
+	built := h.tryFor(buildTime, "image", "build", "--name", "docker-dev", "--docker", "--packages", "tree,jq,libpq5", "--script", script)
 	t.Logf("%s", built)
-	if built.code != 0 || built.stdout != "docker-dev: built\n" || !strings.Contains(built.stderr, "\nhello from the script\n") {
+	if built.code != 0 || built.stdout != "docker-dev: built\n" || !strings.Contains(built.stderr, "\nhello from the script\n") ||
+		!strings.Contains(built.stderr, "installing tree libpq5\n") {
 		t.Fatalf("%s", built)
 	}
 	t.Logf("built in %s", built.took.Round(time.Second))
@@ -94,11 +96,12 @@ func TestImageBuild(t *testing.T) {
 
 	h.create("dd", "--image", "docker-dev", "--memory", "1G")
 	for command, want := range map[string]string{
-		"cat /opt/by-script /root/seeded":                 "0\nseeded",
+		"cat /opt/by-script /root/seeded": "0\nseeded",
+		"tree -i --noreport /opt; dpkg-query -W -f '${Status}\n' libpq5; ls /var/lib/apt/lists /var/cache/apt/archives/*.deb 2>/dev/null": "/opt\n/opt/by-script\ninstall ok installed",
 		"bash -lc 'type -P mise; type -t mise'":           "/usr/local/bin/mise\nfunction",
 		"bash -ic 'type -t mise' 2>/dev/null":             "function",
-		"bash -lc 'mise which opencode'":                  "/root/.local/share/mise/installs/opencode/1.18.33/bin/opencode",
-		"readlink -f /usr/local/bin/opencode":             "/usr/local/lib/opencode/bin/opencode",
+		"bash -lc 'mise which opencode'":                  "/usr/local/share/mise/installs/opencode/1.18.33/opencode",
+		"readlink -f /usr/local/bin/opencode":             "/usr/local/share/mise/installs/opencode/1.18.33/opencode",
 		"systemctl is-enabled docker.socket":              "enabled",
 		"stat -c '%a %U' /root":                           "700 root",
 		"findmnt -no FSTYPE /; findmnt -no FSTYPE /root":  "overlay\next4",

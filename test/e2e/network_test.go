@@ -4,14 +4,17 @@ package e2e
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -27,8 +30,8 @@ const (
 )
 
 // ownNetwork puts this goroutine's thread, and all programs that it starts, into a network namespace of their own, with its own
-// /etc/resolv.conf, and serves there. The thread ends with the test.
-func ownNetwork(t *testing.T) {
+// /etc/resolv.conf, and serves there. The thread ends with the test. Connections to port 9000 of the world come to the caller.
+func ownNetwork(t *testing.T) (came <-chan net.Conn) {
 	t.Helper()
 	runtime.LockOSThread() // never unlocked
 	must := func(what string, err error) {
@@ -49,6 +52,7 @@ func ownNetwork(t *testing.T) {
 
 	ready := make(chan error, 1)
 	end := make(chan struct{})
+	conns := make(chan net.Conn, 16)
 	t.Cleanup(func() { close(end) })
 	go func() {
 		runtime.LockOSThread()
@@ -74,7 +78,20 @@ func ownNetwork(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			go func() { <-end; _, _ = l.Close(), u.Close() }()
+			raw, err := net.Listen("tcp", worldAddr+":9000")
+			if err != nil {
+				return err
+			}
+			go func() { <-end; _, _, _ = l.Close(), u.Close(), raw.Close() }()
+			go func() {
+				for {
+					conn, err := raw.Accept()
+					if err != nil {
+						return
+					}
+					conns <- conn
+				}
+			}()
 			go func() {
 				_ = http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					_, _ = fmt.Fprintf(w, "the world, to %s\n", r.RemoteAddr[:strings.LastIndex(r.RemoteAddr, ":")])
@@ -97,6 +114,7 @@ func ownNetwork(t *testing.T) {
 	must("make the world", <-ready)
 	must("bring lo up", address("lo", ""))
 	must("bring the uplink up", address("uplink", hostAddr+"/24"))
+	return conns
 }
 
 // address brings a link of this thread's namespace up, with an address if there is one.
@@ -126,7 +144,7 @@ func TestUserNetwork(t *testing.T) {
 		settings = append(settings, `vmm = "qemu"`)
 	}
 	h, _ := newOrdinaryUser(t, settings...)
-	ownNetwork(t)
+	came := ownNetwork(t)
 	l, err := net.Listen("tcp", ":8080") // the host's own server, which guests must not get to
 	if err != nil {
 		t.Fatal(err)
@@ -135,6 +153,10 @@ func TestUserNetwork(t *testing.T) {
 	go func() {
 		_ = http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "the host") }))
 	}()
+	// The privileged step that lets users have ports below 1024, as docs/network.md has it.
+	if err := os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte("22"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	h.create("web")
 
 	get := func(url string) string { return h.in("web", "curl -sS --max-time 20 "+url+" 2>&1 || true") }
@@ -184,6 +206,9 @@ func TestUserNetwork(t *testing.T) {
 	}
 	defer conn.Close()
 
+	h.portsFollow("web", at)
+	h.containers("web", at)
+
 	h.do("daemon", "stop")
 	if err := request(conn); err != nil {
 		t.Errorf("a connection, with the daemon gone: %v", err)
@@ -192,6 +217,7 @@ func TestUserNetwork(t *testing.T) {
 	if err := request(conn); err != nil {
 		t.Errorf("a connection, with the next daemon: %v", err)
 	}
+	h.throughDaemons("web", at, came)
 	if again := lookup(); again != at {
 		t.Errorf("web.vm was %s, and is %s", at, again)
 	}
@@ -225,6 +251,79 @@ func TestUserNetwork(t *testing.T) {
 		t.Error("the port of a stopped VM still is published")
 	}
 	h.do("vm", "delete", "web")
+}
+
+// portsFollow wants ports at a VM's address to be there while its guest listens on them, and not otherwise.
+func (h *host) portsFollow(name, at string) {
+	t := h.t
+	t.Helper()
+	dial := func(port string) error {
+		conn, err := net.Dial("tcp", net.JoinHostPort(at, port))
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	}
+	// What listened before the daemon asked: SSH's is for the daemon's user to have by a setting of the host's alone.
+	h.until("SSH is published", callTime, func() bool {
+		conn, err := net.Dial("tcp", net.JoinHostPort(at, "22"))
+		if err != nil {
+			return false
+		}
+		defer conn.Close()
+		greeting := make([]byte, 4)
+		_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+		_, err = io.ReadFull(conn, greeting)
+		return err == nil && string(greeting) == "SSH-"
+	})
+	if err := dial("3456"); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("a port that nobody listens on: %v", err)
+	}
+	// It says when it begins and ceases to listen, and waits for a word before each.
+	server := exec.Command(h.program, "vm", "exec", "--interactive", name, "--", "python3", "-uc", `import socket, sys
+input()
+s = socket.create_server(("", 3456))
+print("listens")
+input()
+s.close()
+print("ceased")
+sys.stdin.read()`)
+	server.Env, server.SysProcAttr, server.Dir, server.Stderr = h.env, h.sys, "/", os.Stderr
+	in, err := server.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := server.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	said := bufio.NewScanner(out)
+	for _, step := range []struct {
+		says string
+		want error
+	}{{"listens", nil}, {"ceased", syscall.ECONNREFUSED}} {
+		if _, err := io.WriteString(in, "\n"); err != nil {
+			t.Fatal(err)
+		}
+		if !said.Scan() || said.Text() != step.says {
+			t.Fatalf("the guest says %q, %v", said.Text(), said.Err())
+		}
+		began := time.Now()
+		for deadline := began.Add(callTime); ; time.Sleep(5 * time.Millisecond) {
+			if err := dial("3456"); errors.Is(err, step.want) {
+				break
+			} else if time.Now().After(deadline) {
+				t.Fatalf("the guest %s, and the host's port: %v", step.says, err)
+			}
+		}
+		t.Logf("%5.3fs  after the guest said that it %s, the host's port did", time.Since(began).Seconds(), step.says)
+	}
+	if err := errors.Join(in.Close(), server.Wait()); err != nil {
+		t.Errorf("the guest's server ended with %v", err)
+	}
 }
 
 // request asks the guest's server for its page, on a connection that stays open.

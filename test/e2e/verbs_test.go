@@ -3,11 +3,18 @@
 package e2e
 
 import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -52,15 +59,22 @@ func main() {
 }
 `
 
-// TestVerbs is what one does with a VM that runs, in one VM: a boot is what costs here.
+// sh runs a shell command in a VM without SSH, which an emulated guest needs seconds for. It must succeed.
+func (h *host) sh(name, command string) string {
+	h.t.Helper()
+	return strings.TrimSuffix(h.do("vm", "exec", name, "--", "sh", "-c", command), "\n")
+}
+
+// TestVerbs is what one does with a VM that runs, in one VM: a boot is what costs here. It has no network, which none of this needs.
 func TestVerbs(t *testing.T) {
-	h := newHost(t)
+	h := newHost(t, `network = "none"`)
 	const name = "busy"
 	h.create(name, "--disk-size", "2G", "--system-size", "2G")
+	h.do("vm", "wait", name, "--for", "ssh") // its init is up, too
 	m := h.show(name)
 	size := func(h *host, dir string) int64 {
 		h.t.Helper()
-		n, err := strconv.ParseInt(h.in(name, "df --block-size 1 --output=size "+dir+" | tail -n 1 | tr -d ' '"), 10, 64)
+		n, err := strconv.ParseInt(h.sh(name, "df --block-size 1 --output=size "+dir+" | tail -n 1 | tr -d ' '"), 10, 64)
 		if err != nil {
 			h.t.Fatal(err)
 		}
@@ -80,7 +94,7 @@ func TestVerbs(t *testing.T) {
 
 	t.Run("set", func(t *testing.T) {
 		h := h.with(t)
-		h.in(name, "echo kept > /root/kept; echo kept > /kept")
+		h.sh(name, "echo kept > /root/kept; echo kept > /kept")
 		if out := h.do("vm", "set", name, "--disk-size", "20G", "--system-size", "5G", "--label", "a=b"); out != name+": set\n" {
 			t.Errorf("set printed %q", out)
 		}
@@ -89,7 +103,7 @@ func TestVerbs(t *testing.T) {
 				t.Errorf("%s has %d bytes in the guest, want about %d", dir, got, want)
 			}
 		}
-		if got := h.in(name, "cat /root/kept /kept"); got != "kept\nkept" {
+		if got := h.sh(name, "cat /root/kept /kept"); got != "kept\nkept" {
 			t.Errorf("files: %q", got)
 		}
 		if after := h.show(name); after.PID != m.PID || after.DiskBytes != 20<<30 {
@@ -137,13 +151,17 @@ func TestVerbs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if r := h.tryInput(string(program), "vm", "ssh", name, "--", "cat > /run/services && chmod +x /run/services"); r.code != 0 {
+		if r := h.tryInput(string(program), "vm", "exec", name, "--", "sh", "-c", "cat > /run/services && chmod +x /run/services"); r.code != 0 {
 			t.Fatal(r)
 		}
-		h.in(name, "systemd-run --quiet --unit services /run/services && until journalctl -u services | grep -q up; do sleep 0.2; done")
-		began := time.Now()
-		out := h.do("vm", "ports", name)
-		t.Logf("after %s:\n%s", time.Since(began), out)
+		h.sh(name, "systemd-run --quiet --unit services /run/services")
+		h.do("vm", "wait", name, "--for", "port:8080", "--timeout", "2m")
+		r := h.try("vm", "ports", name)
+		t.Logf("%s", r)
+		out := r.stdout
+		if r.code != 0 || r.took > callTime || !strings.Contains(r.stderr, name+": it has no address: its ports cannot be reached by the network") {
+			t.Errorf("%s", r)
+		}
 		for _, want := range []string{"5353/udp", "22/tcp", "9000/tcp  loopback only", "http 200 Hello there", "https 404", "/run/services"} {
 			if !strings.Contains(out, want) {
 				t.Errorf("no %q", want)
@@ -157,14 +175,43 @@ func TestVerbs(t *testing.T) {
 		}
 	})
 
+	t.Run("a hundred calls at once", func(t *testing.T) {
+		h := h.with(t)
+		socket := strings.TrimSpace(h.do("daemon", "socket"))
+		client := &http.Client{Timeout: callTime, Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", socket)
+		}}}
+		defer client.CloseIdleConnections()
+		// Each asks the guest: the daemon does that for 16 at a time of one request, and these are a hundred.
+		began := time.Now()
+		var all sync.WaitGroup
+		for range 100 {
+			all.Go(func() {
+				resp, err := client.Post("http://daemon/banger.v1.VMService/GetStats", "application/json", strings.NewReader(`{"refs":["`+name+`"]}`))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer resp.Body.Close()
+				body, err := io.ReadAll(resp.Body)
+				if err != nil || resp.StatusCode != http.StatusOK || !strings.Contains(string(body), `"uptimeMs"`) {
+					t.Errorf("%s %.300s, %v", resp.Status, body, err)
+				}
+			})
+		}
+		all.Wait()
+		t.Logf("a hundred answers after %s", time.Since(began))
+	})
+
 	t.Run("trim", func(t *testing.T) {
 		if os.Getenv("BANGER_E2E_VMM") == "firecracker" {
 			t.Skip("Firecracker 1.12 takes no discards")
 		}
 		h := h.with(t)
-		h.in(name, "head -c 128M /dev/urandom > /root/big && sync")
+		h.sh(name, "head -c 128M /dev/urandom > /root/big && sync")
 		full := taken()
-		h.in(name, "rm /root/big && sync")
+		h.sh(name, "rm /root/big && sync")
 		began := time.Now()
 		r := h.try("vm", "trim", name)
 		if r.code != 0 || !strings.Contains(r.stderr, "given back to the host") {
@@ -181,11 +228,11 @@ func TestVerbs(t *testing.T) {
 		// The daemon that comes next finds a guest whose clock is off.
 		h.do("daemon", "stop")
 		h.do("vm", "list")
-		h.in(name, "timedatectl set-ntp false 2>/dev/null; date -s 2020-01-01 > /dev/null")
+		h.sh(name, "timedatectl set-ntp false 2>/dev/null; date -s 2020-01-01 > /dev/null")
 		h.do("daemon", "stop")
 		h.do("vm", "list")
 		h.until("the guest's clock is right", callTime, func() bool {
-			guest, err := strconv.ParseInt(h.in(name, "date +%s"), 10, 64)
+			guest, err := strconv.ParseInt(h.sh(name, "date +%s"), 10, 64)
 			return err == nil && time.Since(time.Unix(guest, 0)).Abs() < time.Minute
 		})
 		// That a jump of the clock is noticed is shown where it may be set: in the guest.
@@ -199,23 +246,61 @@ func TestVerbs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if r := h.tryInput(string(program), "vm", "ssh", name, "--", "cat > /run/clock && chmod +x /run/clock && BANGER_TEST_MAY_SET_CLOCK=1 /run/clock -test.v -test.run TestJumps"); r.code != 0 || !strings.Contains(r.stdout, "--- PASS: TestJumps") {
+		if r := h.tryInput(string(program), "vm", "exec", name, "--", "sh", "-c", "cat > /run/clock && chmod +x /run/clock && BANGER_TEST_MAY_SET_CLOCK=1 /run/clock -test.v -test.run TestJumps"); r.code != 0 || !strings.Contains(r.stdout, "--- PASS: TestJumps") {
 			t.Error(r)
 		}
 	})
 
+	t.Run("clock after a pause", func(t *testing.T) {
+		h := h.with(t)
+		h.do("daemon", "stop") // it holds QEMU's monitor
+		if os.Getenv("BANGER_E2E_VMM") == "firecracker" {
+			h.do("vm", "kill", "--signal", "STOP", name)
+		} else {
+			pause(t, filepath.Join(h.state, "run"))
+		}
+		time.Sleep(15 * time.Second)
+		if r := h.try("vm", "exec", name, "--", "true"); r.code != 4 || !strings.Contains(r.stderr, "paused") || !strings.Contains(r.stderr, "banger vm start "+name) {
+			t.Errorf("a paused guest: %s", r)
+		}
+		h.do("vm", "start", name)
+		began := time.Now()
+		off := time.Hour
+		h.until("the guest's clock is right", callTime, func() bool {
+			before := time.Now()
+			guest, err := strconv.ParseFloat(strings.TrimSpace(h.do("vm", "exec", name, "--", "date", "+%s.%N")), 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			at := time.UnixMicro(int64(guest * 1e6))
+			off = max(before.Sub(at), time.Until(at), 0)
+			return off < 2*time.Second
+		})
+		t.Logf("right again %s after it went on, but for %s", time.Since(began), off)
+	})
+
 	t.Run("agent", func(t *testing.T) {
 		h := h.with(t)
-		// Nobody asks it anything meanwhile: the daemon is away, and so is this. Idle means no tick of 10 ms in 5 seconds.
-		h.in(name, `nohup sh -c 'sleep 10; p=$(pidof banger-vsock-agent | tr " " "\n" | sort -n | head -n 1)
-			a=$(cut -d" " -f14,15 /proc/$p/stat); sleep 5; test "$a" = "$(cut -d" " -f14,15 /proc/$p/stat)" && echo idle
+		// Nobody asks it anything meanwhile: the daemon is away, and so is this. What its threads ran is in nanoseconds
+		// (Documentation/scheduler/sched-stats.rst).
+		h.sh(name, `nohup sh -c 'p=$(pidof banger-vsock-agent | tr " " "\n" | sort -n | head -n 1)
+			ran() { cat /proc/$p/task/*/schedstat | awk "{n += \$1} END {printf \"%.0f\", n}"; }
+			for i in 1 2 3 4 5 6 7 8; do a=$(ran); sleep 5; echo ran $(($(ran) - a)) ns; done
 			awk "/^Rss|^VmRSS/ {print \$1, \$2}" /proc/$p/status' > /run/measured 2>&1 &`)
 		h.do("daemon", "stop")
-		time.Sleep(17 * time.Second)
-		measured := h.in(name, "cat /run/measured")
-		t.Logf("\n%s", measured)
-		if !strings.HasPrefix(measured, "idle\n") {
-			t.Error("the agent did something although nobody asked")
+		time.Sleep(45 * time.Second)
+		measured := h.sh(name, "cat /run/measured")
+		t.Logf("in every five seconds of forty in which nobody asked it anything, the agent\n%s", measured)
+		// It gives memory back soon after it was last asked; after that it does nothing.
+		var ran []int64
+		for line := range strings.Lines(measured) {
+			var n int64
+			if _, err := fmt.Sscanf(line, "ran %d ns", &n); err == nil {
+				ran = append(ran, n)
+			}
+		}
+		if len(ran) != 8 || ran[4]+ran[5]+ran[6]+ran[7] > 1_000_000 {
+			t.Errorf("the agent ran although nobody asked: %d ns", ran)
 		}
 		// What is its own: the rest is the program, which lies in the guest's memory in any case.
 		own := 0
@@ -232,7 +317,7 @@ func TestVerbs(t *testing.T) {
 	t.Run("restart", func(t *testing.T) {
 		h := h.with(t)
 		h.do("vm", "set", name, "--memory", "768M", "--restart")
-		if got := h.in(name, "cat /root/kept /kept; nproc"); got != "kept\nkept\n2" {
+		if got := h.sh(name, "cat /root/kept /kept; nproc"); got != "kept\nkept\n2" {
 			t.Errorf("%q", got)
 		}
 		if after := h.show(name); after.PID == m.PID {
@@ -243,4 +328,37 @@ func TestVerbs(t *testing.T) {
 		t.Logf("stop: %s", time.Since(began))
 		h.disksAreClean(h.show(name))
 	})
+}
+
+// pause stops the one QEMU below a directory of run directories, by its monitor.
+func pause(t *testing.T, dir string) {
+	t.Helper()
+	sockets, err := filepath.Glob(filepath.Join(dir, "*", "qmp.sock"))
+	if err != nil || len(sockets) != 1 {
+		t.Fatalf("monitors: %q, %v", sockets, err)
+	}
+	run, err := os.Open(filepath.Dir(sockets[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer run.Close()
+	conn, err := net.Dial("unix", fmt.Sprintf("/proc/self/fd/%d/qmp.sock", run.Fd())) // its name may be too long for an address
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(callTime)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(conn, `{"execute":"qmp_capabilities"}{"execute":"stop","id":1}`); err != nil {
+		t.Fatal(err)
+	}
+	for lines := bufio.NewScanner(conn); ; {
+		if !lines.Scan() {
+			t.Fatalf("QEMU did not stop: %v", lines.Err())
+		}
+		if strings.Contains(lines.Text(), `"id": 1`) {
+			return
+		}
+	}
 }

@@ -138,6 +138,9 @@ func voidImage(t *testing.T, image string) {
 		"/etc/ssh/sshd_config":             "Include /etc/ssh/sshd_config.d/*.conf\nPort 22\n",
 		"/var/db/xbps/keys/3d:b9:c0.plist": "a key",
 		"/keys":                            "3d:b9:c0.plist\n",
+		"/usr/local/bin/mise":              "#!/bin/sh\necho mise\n",
+		"/usr/local/share/mise/installs/opencode/local/opencode": "#!/bin/sh\necho opencode\n",
+		"/etc/mise/config.toml":                                  "# Written by banger.\n[tools]\nopencode = \"local\"\n",
 	} {
 		if got := debugfs(t, image, "cat "+file); got != want {
 			t.Errorf("%s is %q, want %q", file, got, want)
@@ -156,6 +159,8 @@ func voidImage(t *testing.T, image string) {
 		"/etc/runit/runsvdir/default/agetty-tty1": "File not found",
 		"/etc/ssh/ssh_host_ed25519_key":           "File not found",
 		"/etc/resolv.conf":                        "File not found",
+		"/etc/profile.d/banger-mise.sh":           "Mode:  0644",
+		"/root/.tmux":                             "File not found", // the plugins are the default image's alone
 		"/var/cache/xbps/p.xbps":                  "File not found",
 		"/dev/null":                               "File not found",
 		"/proc/self":                              "File not found",
@@ -181,6 +186,20 @@ func voidImage(t *testing.T, image string) {
 	}
 }
 
+// toolsManifest names programs that stand for mise and opencode.
+func toolsManifest(t *testing.T, dir string) string {
+	t.Helper()
+	text := "[tools]\n"
+	for _, name := range []string{"mise", "opencode"} {
+		program := filepath.Join(dir, name)
+		must(0, os.WriteFile(program, []byte("#!/bin/sh\necho "+name+"\n"), 0o755))
+		text += fmt.Sprintf("%s_source = %q\n", name, program)
+	}
+	manifest := filepath.Join(dir, "runtime-bundle.local.toml")
+	must(0, os.WriteFile(manifest, []byte(text), 0o644))
+	return manifest
+}
+
 // TestVoidScript runs the whole script against the stand-in, and boots nothing.
 func TestVoidScript(t *testing.T) {
 	script := filepath.Join(checkout, "make-rootfs-void.sh")
@@ -188,9 +207,10 @@ func TestVoidScript(t *testing.T) {
 	empty := newMirror(t, nil)
 	tmp, dir := t.TempDir(), t.TempDir()
 	out := filepath.Join(dir, "rootfs-void.ext4")
+	manifest := toolsManifest(t, t.TempDir())
 	try := func(args ...string) (string, error) {
 		cmd := command(t.Context(), script, args...)
-		cmd.Env = append(cmd.Environ(), "TMPDIR="+tmp)
+		cmd.Env = append(cmd.Environ(), "TMPDIR="+tmp, "RUNTIME_MANIFEST="+manifest)
 		text, err := cmd.CombinedOutput()
 		return string(text), err
 	}
@@ -268,6 +288,7 @@ func TestVoidScriptAsAnOrdinaryUser(t *testing.T) {
 	for _, k := range kernels {
 		run(t, "cp", "-a", k, to)
 	}
+	manifest := toolsManifest(t, u.HomeDir)
 	run(t, "chown", "-R", fmt.Sprintf("%d:%d", uid, gid), u.HomeDir)
 	m := newMirror(t, map[string]string{"tree.tar": voidTree(t), "extra.tar": voidTree(t)})
 	tmp := filepath.Join(u.HomeDir, "tmp")
@@ -275,7 +296,7 @@ func TestVoidScriptAsAnOrdinaryUser(t *testing.T) {
 	must(0, os.Chown(tmp, uid, gid))
 	out := filepath.Join(u.HomeDir, "void.ext4")
 	cmd := command(t.Context(), filepath.Join(dir, "make-rootfs-void.sh"), "--mirror", m.url, "--tools-sha256", m.sum, "--output", out)
-	cmd.Env, cmd.Dir = append(slices.Clone(h.env), "TMPDIR="+tmp), u.HomeDir
+	cmd.Env, cmd.Dir = append(slices.Clone(h.env), "TMPDIR="+tmp, "RUNTIME_MANIFEST="+manifest), u.HomeDir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: h.sys.Credential}
 	if text, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, text)
@@ -303,21 +324,36 @@ func TestRunitGuest(t *testing.T) {
 	must(0, w.Close())
 	must(0, f.Close())
 	m := newMirror(t, map[string]string{"tree.tar": tree, "extra.tar": extra})
-	image := filepath.Join(dir, "rootfs-void.ext4")
-	run(t, filepath.Join(checkout, "make-rootfs-void.sh"), "--mirror", m.url, "--tools-sha256", m.sum, "--output", image)
-
-	// As make void-register does it.
-	h := newHost(t)
-	h.do("image", "register", "--name", "void-exp", "--rootfs", image, "--work-seed", filepath.Join(dir, "rootfs-void.work-seed.ext4"),
-		"--packages", filepath.Join(checkout, "packages.void"))
-	h.create("void", "--image", "void-exp")
+	// A checkout of its own, whose bundle gets the image as make does it.
+	b := newBundle(t)
+	own := filepath.Dir(b.dir)
+	for _, name := range []string{"Makefile", "banger", "make-rootfs-void.sh", "verify.sh", "packages.sh", "packages.void", "runtime-bundle.toml", "dist", "tools", "cmd", "internal", "api", "go.sum"} {
+		must(0, os.Symlink(filepath.Join(checkout, name), filepath.Join(own, name)))
+	}
+	h := newHost(t, `default_memory = "1G"`)
+	h.setenv("BANGER_RUNTIME_DIR", b.dir)
+	target := func(args ...string) string {
+		t.Helper()
+		cmd := command(t.Context(), "make", append([]string{"--no-print-directory", "-C", own}, args...)...)
+		cmd.Env = h.env
+		out, err := cmd.CombinedOutput()
+		t.Logf("make %v\n%s", args, tail(out, 20))
+		if err != nil {
+			t.Fatalf("make %v: %v", args, err)
+		}
+		return string(out)
+	}
+	// mise and opencode are the real ones, of the npm registry.
+	target("rootfs-void", "ARGS=--mirror "+m.url+" --tools-sha256 "+m.sum)
+	target("void-register")
+	target("void-vm", "VOID_VM_NAME=void")
 	log := h.show("void").Log
 	defer func() {
 		if console, err := os.ReadFile(log); t.Failed() && err == nil {
 			t.Logf("the console:\n%s", tail(console, 60))
 		}
 	}()
-	if got := h.in("void", "cat /proc/1/comm; getent passwd root | cut -d: -f7; cat /run/docker-service; ls -A /root | grep -v ssh"); got != "runit\n/bin/bash\nran\n.bashrc\n.hushlogin\n.profile" {
+	if got := h.in("void", "cat /proc/1/comm; getent passwd root | cut -d: -f7; cat /run/docker-service; ls -A /root | grep -v -E 'ssh|local|cache'"); got != "runit\n/bin/bash\nran\n.bashrc\n.hushlogin\n.profile" {
 		t.Errorf("got %q", got)
 	}
 	if got := h.in("void", "sv status /etc/service/sshd | cut -d: -f1"); got != "run" {
@@ -334,6 +370,13 @@ func TestRunitGuest(t *testing.T) {
 	_ = h.try("vm", "ssh", "void", "--", "poweroff")
 	h.until("the guest has powered itself off", bootTime, func() bool { return h.show("void").State == "stopped" })
 	h.disksAreClean(h.show("void"))
+	h.do("vm", "delete", "void")
+	if got := target("verify-void"); !strings.Contains(got, "ok: opencode is mise's") || !strings.Contains(got, "banger works here") {
+		t.Errorf("verify-void says\n%s", got)
+	}
+	if left := h.list(); len(left) != 0 {
+		t.Errorf("VMs are left: %+v", left)
+	}
 }
 
 // must is for what only fails if the test itself is broken.

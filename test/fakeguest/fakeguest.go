@@ -60,8 +60,11 @@ func Agent(dial Dial, reports ...string) fakevmm.Agent {
 			Grow:  func(context.Context) ([]agentd.Grown, error) { return grow(g) },
 			Stats: func(context.Context) (*agentv1.StatsResponse, error) { return stats(g), nil },
 			Ports: func(context.Context) (*agentv1.PortsResponse, error) { return ports(), nil },
-			Trim:  func(context.Context) (*agentv1.TrimResponse, error) { return trim(g) },
-			Exec:  run,
+			FollowPorts: func(ctx context.Context, send func([]uint16) error) error {
+				return followPorts(ctx, g.Spec().RunDir, send)
+			},
+			Trim: func(context.Context) (*agentv1.TrimResponse, error) { return trim(g) },
+			Exec: run,
 			// Files of a fake guest lie in its run directory, and go with the machine.
 			Files: func(path string) string { return g.Spec().RunDir + "/guest" + agentd.LocalPath(path) },
 			DialTCP: func(ctx context.Context, port int) (net.Conn, error) {

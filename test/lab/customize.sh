@@ -81,6 +81,8 @@ StandardError=journal+console
 [Install]
 WantedBy=multi-user.target
 END
+# These are there for tests to start: a host whose rules are nobody's is what the others are on.
+chroot "$root" systemctl disable --quiet docker.service docker.socket containerd.service firewalld.service ufw.service
 for unit in lab-ready systemd-networkd systemd-resolved ssh; do chroot "$root" systemctl enable --quiet "$unit"; done
 # Housekeeping in the middle of a test is nothing that is tested.
 for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \

@@ -180,7 +180,7 @@ func runSuite(t *testing.T, m *Machine, s suite) {
 	out := "/tmp/lab-" + strings.TrimSuffix(s.Binary, ".test")
 	ctx, cancel := context.WithTimeout(t.Context(), callTime)
 	defer cancel()
-	if _, err := m.Output(ctx, s.user, fmt.Sprintf("rm -rf %[1]s && mkdir -p %[1]s/cover %[1]s/logs", out)); err != nil {
+	if _, err := m.Output(ctx, s.user, fmt.Sprintf("rm -rf %[1]s %[1]s.captured && mkdir -p %[1]s/cover %[1]s/logs %[1]s.captured", out)); err != nil {
 		t.Fatal(err)
 	}
 	var tests mirror
@@ -219,7 +219,7 @@ func (s suite) attempt(t *testing.T, m *Machine, name, out string) ([]event, err
 	if testing.Short() {
 		args += " -test.short"
 	}
-	command := fmt.Sprintf("cd ~/banger/%[2]s && GOCOVERDIR=%[1]s/cover BANGER_TEST_LOGS=%[1]s/logs BANGER_RUNTIME_DIR=$HOME/banger/runtime BANGER_E2E_VMM=firecracker "+
+	command := fmt.Sprintf("cd ~/banger/%[2]s && GOCOVERDIR=%[1]s/cover BANGER_TEST_LOGS=%[1]s/logs BANGER_E2E_CAPTURED=%[1]s.captured BANGER_RUNTIME_DIR=$HOME/banger/runtime BANGER_E2E_VMM=firecracker "+
 		"exec /payload/bin/%[3]s %[4]s", out, s.Package, s.Binary, args)
 
 	ctx, cancel := context.WithTimeoutCause(t.Context(), attemptTime(), fmt.Errorf("%s did not end within %v", name, attemptTime()))

@@ -42,12 +42,12 @@ const cacheNeed = 5 << 30
 const seedBlocks = 256 << 20 / ext4.BlockSize
 
 // kernelKey and imageKey name what the artifacts are made of. An image's key has all of packages.apt
-// that counts: names, not comments.
+// that counts: names, not comments; and what its tools are, whether they could be reached or not.
 func kernelKey() string {
 	return contentKey("kernel", recipeVersion, suite, runtime.GOARCH, kernelPackages, kernel.InitrdModules(), kernel.RootModules(), ext4.MkfsArgs(ext4.ReadOnly))
 }
 
-func imageKey(packages []string) (string, error) {
+func imageKey(packages []string, tools string) (string, error) {
 	repl, err := replacements()
 	if err != nil {
 		return "", err
@@ -57,7 +57,7 @@ func imageKey(packages []string) (string, error) {
 		own = append(own, r.name, r.link, string(r.content), strconv.FormatInt(r.mode, 8))
 	}
 	return contentKey("image", recipeVersion, suite, runtime.GOARCH, debootstrapArgs("", "minbase", suite, packages), own, dropped,
-		ext4.MkfsArgs(ext4.Base), ext4.MkfsArgs(ext4.Growing), kernelPackages), nil
+		ext4.MkfsArgs(ext4.Base), ext4.MkfsArgs(ext4.Growing), kernelPackages, tools), nil
 }
 
 // buildKernel unpacks the kernel package: vmlinux, the modules image, the initrd but for the guest program,
@@ -233,8 +233,8 @@ func extract(r io.Reader, root string, wanted func(name string) bool) error {
 	return nil
 }
 
-// buildImage makes the root filesystem and the work seed in dir.
-func buildImage(ctx context.Context, p *progress, mode, dir string, packages []string, tools toolchain) ([]string, error) {
+// buildImage makes the root filesystem and the work seed in dir, with what is added to the packages.
+func buildImage(ctx context.Context, p *progress, mode, dir string, packages []string, add addition, tools toolchain) ([]string, error) {
 	if free, err := freeBytes(dir); err != nil || free < cacheNeed {
 		return nil, fault.Wrap(err, fault.Exhausted, dir, "building the image takes %s, and there are %s", gib(cacheNeed), gib(free)).
 			WithHint("free some space, or set XDG_CACHE_HOME to a directory with more")
@@ -246,7 +246,7 @@ func buildImage(ctx context.Context, p *progress, mode, dir string, packages []s
 	p.begin("building the root filesystem from %d packages", len(packages))
 	var sizes [2]imageSize
 	err = debootstrap(ctx, p, debootstrapArgs(mode, "minbase", suite, packages), func(r io.Reader) (err error) {
-		sizes, err = splitTree(r, dir, dropped, repl)
+		sizes, err = splitTree(ctx, r, dir, dropped, repl, add)
 		return err
 	})
 	if err != nil {
@@ -263,7 +263,7 @@ const (
 )
 
 // splitTree rewrites the tar of a tree into two files in dir, the image's and the work seed's, and says what they need.
-func splitTree(r io.Reader, dir string, drop []string, repl []replacement) (sizes [2]imageSize, err error) {
+func splitTree(ctx context.Context, r io.Reader, dir string, drop []string, repl []replacement, add addition) (sizes [2]imageSize, err error) {
 	image, err := os.Create(filepath.Join(dir, imageTar))
 	if err != nil {
 		return sizes, err
@@ -274,7 +274,7 @@ func splitTree(r io.Reader, dir string, drop []string, repl []replacement) (size
 		return sizes, err
 	}
 	defer func() { err = errors.Join(err, seed.Close()) }()
-	sizes[0], sizes[1], err = rewriteTar(r, image, seed, drop, repl, time.Now())
+	sizes[0], sizes[1], err = rewriteTar(ctx, r, image, seed, drop, repl, add, time.Now())
 	return sizes, err
 }
 
@@ -396,7 +396,19 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 	if err != nil {
 		return err
 	}
-	key, err := imageKey(packages)
+	m, err := readRuntimeManifest(o.manifest)
+	if err != nil {
+		return err
+	}
+	sources, err := m.toolSources(o.manifest)
+	if err != nil {
+		return err
+	}
+	identity, err := sources.Identity(ctx)
+	if err != nil {
+		return err
+	}
+	key, err := imageKey(packages, identity)
 	if err != nil {
 		return err
 	}
@@ -404,11 +416,23 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 		if err := needMode(); err != nil {
 			return nil, err
 		}
-		return buildImage(ctx, p, mode, dir, packages, toolchain{filepath.Join(kernelDir, dirTools)})
+		add, without, err := fetchTools(ctx, p, o, sources)
+		if err != nil {
+			return nil, err
+		}
+		if err := os.WriteFile(filepath.Join(dir, fileWithout), []byte(strings.Join(without, "\n")), 0o644); err != nil {
+			return nil, err
+		}
+		return buildImage(ctx, p, mode, dir, packages, add, toolchain{filepath.Join(kernelDir, dirTools)})
 	})
 	if err != nil {
 		return err
 	}
+	without, err := readWithout(imageDir)
+	if err != nil {
+		return err
+	}
+	sayWithout(p, without)
 
 	s, err := newStaging(ctx, p, o.runtime)
 	if err != nil {

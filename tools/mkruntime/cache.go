@@ -30,17 +30,26 @@ type cache struct {
 	lock *os.File
 }
 
-// openCache opens the cache and waits until no other build uses it.
-func openCache(ctx context.Context, p *progress) (*cache, error) {
+// cacheRoot is the directory of all that banger caches.
+func cacheRoot() (string, error) {
 	base := os.Getenv("XDG_CACHE_HOME")
 	if !filepath.IsAbs(base) { // the XDG specification: a relative path is to be ignored
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return nil, fault.Wrap(err, fault.Invalid, "cache", "has no place").WithHint("set HOME or XDG_CACHE_HOME")
+			return "", fault.Wrap(err, fault.Invalid, "cache", "has no place").WithHint("set HOME or XDG_CACHE_HOME")
 		}
 		base = filepath.Join(home, ".cache")
 	}
-	c := &cache{dir: filepath.Join(base, "banger", "build")}
+	return filepath.Join(base, "banger"), nil
+}
+
+// openCache opens the cache and waits until no other build uses it.
+func openCache(ctx context.Context, p *progress) (*cache, error) {
+	root, err := cacheRoot()
+	if err != nil {
+		return nil, err
+	}
+	c := &cache{dir: filepath.Join(root, "build")}
 	if err := os.MkdirAll(c.dir, 0o755); err != nil {
 		return nil, fault.Wrap(err, fault.Permission, c.dir, "cannot be made")
 	}

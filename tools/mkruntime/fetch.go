@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 
 	"github.com/pelletier/go-toml/v2"
@@ -28,6 +29,37 @@ type manifest struct {
 		URL    string `toml:"url"` // likewise
 		SHA256 string `toml:"sha256"`
 	} `toml:"firecracker"`
+	// Tools are what the default image has beside its packages: "" is the pinned source, leftOut is without it.
+	Tools struct {
+		Mise          string `toml:"mise_source"`
+		Opencode      string `toml:"opencode_source"`
+		TmuxResurrect string `toml:"tmux_resurrect_source"`
+		TmuxContinuum string `toml:"tmux_continuum_source"`
+	} `toml:"tools"`
+	// Metadata is what the archive is said to hold; a manifest without it says nothing.
+	Metadata struct {
+		Format    int                    `toml:"format"`
+		Arch      string                 `toml:"arch"`
+		Artifacts map[bundle.Role]string `toml:"artifacts"` // file names
+	} `toml:"bundle_metadata"`
+}
+
+// checkMetadata refuses an archive by what the manifest says of it, before a gigabyte is fetched.
+func (m manifest) checkMetadata(file string) error {
+	d := m.Metadata
+	switch {
+	case d.Format > bundle.Format:
+		return fault.New(fault.VersionSkew, file, "is for bundles of format %d; this checkout reads up to %d", d.Format, bundle.Format).WithHint("update the checkout, or make a bundle that fits it: make runtime")
+	case d.Arch != "" && d.Arch != runtime.GOARCH:
+		return fault.New(fault.Unsupported, file, "is for bundles for %s, and this machine is %s", d.Arch, runtime.GOARCH).WithHint("make runtime")
+	}
+	for role, name := range d.Artifacts {
+		if bundle.FileName(role) != name {
+			return fault.New(fault.Invalid, file, "[bundle_metadata.artifacts] says that %s is %q, and banger has no such", role, name).
+				WithHint("copy the table from this checkout's runtime-bundle.toml")
+		}
+	}
+	return nil
 }
 
 func readRuntimeManifest(file string) (manifest, error) {
@@ -58,6 +90,9 @@ func fetch(ctx context.Context, p *progress, o options) error {
 	if m.URL == "" || m.SHA256 == "" {
 		return fault.New(fault.Invalid, o.manifest, "has no url or no sha256").
 			WithHint("fill them in (make runtime-package prints the checksum), or run 'make runtime' to build the bundle here")
+	}
+	if err := m.checkMetadata(o.manifest); err != nil {
+		return err
 	}
 	want := strings.ToLower(m.SHA256)
 	if raw, err := hex.DecodeString(want); err != nil || len(raw) != sha256.Size {

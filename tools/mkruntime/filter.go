@@ -2,13 +2,17 @@ package main
 
 import (
 	"archive/tar"
+	"context"
 	"errors"
 	"io"
+	"maps"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/ext4"
+	"git.thaloco.com/thaloco/banger/internal/imagebuild"
 )
 
 // imageSize counts what a tar needs on an ext4 filesystem.
@@ -37,10 +41,10 @@ func (s *imageSize) add(h *tar.Header) {
 	}
 }
 
-// rewriteTar reads the root filesystem that packages make and writes the one of the image: without what drop matches, and with repl in place
-// of what has the same names; and a second tar with the content of /root, whose entries begin at "./": the work seed. Owners, modes, devices,
+// rewriteTar reads the root filesystem that packages make and writes the one of the image: without what drop matches, with repl in place
+// of what has the same names, and with what is added; and a second tar with the content of /root, whose entries begin at "./": the work seed. Owners, modes, devices,
 // hard links and extended attributes pass through untouched.
-func rewriteTar(in io.Reader, image, seed io.Writer, drop []string, repl []replacement, now time.Time) (imgSize, seedSize imageSize, err error) {
+func rewriteTar(ctx context.Context, in io.Reader, image, seed io.Writer, drop []string, repl []replacement, add addition, now time.Time) (imgSize, seedSize imageSize, err error) {
 	replaced := make(map[string]bool, len(repl))
 	for _, r := range repl {
 		replaced[r.name] = true
@@ -105,21 +109,38 @@ func rewriteTar(in io.Reader, image, seed io.Writer, drop []string, repl []repla
 		if h.Typeflag == tar.TypeLink {
 			h.Linkname = tarName(path.Clean(h.Linkname), tar.TypeReg)
 		}
-		if err := put(h, tr); err != nil {
+		var body io.Reader = tr
+		if text := add.more[name]; text != "" && h.Typeflag == tar.TypeReg {
+			h.Size += int64(len(text))
+			body = io.MultiReader(tr, strings.NewReader(text))
+		}
+		if err := put(h, body); err != nil {
 			return imgSize, seedSize, err
 		}
 	}
 
-	for _, r := range repl {
+	// within makes the directories that lead to a name.
+	within := func(name string) error {
 		var missing []string
-		for d := path.Dir(r.name); !have[d]; d = path.Dir(d) {
+		for d := path.Dir(name); !have[d]; d = path.Dir(d) {
 			missing = append(missing, d)
 		}
 		for i := len(missing) - 1; i >= 0; i-- {
 			h := &tar.Header{Typeflag: tar.TypeDir, Name: missing[i], Mode: 0o755, ModTime: now, Format: tar.FormatPAX}
 			if err := put(h, nil); err != nil {
-				return imgSize, seedSize, err
+				return err
 			}
+		}
+		return nil
+	}
+	for _, name := range slices.Sorted(maps.Keys(add.more)) {
+		if !have[name] && name != imagebuild.BashrcPath { // of a distribution that is not Debian; ~/.bashrc does it there
+			repl = append(repl, replacement{name: name, content: []byte(add.more[name]), mode: 0o644})
+		}
+	}
+	for _, r := range repl {
+		if err := within(r.name); err != nil {
+			return imgSize, seedSize, err
 		}
 		h := &tar.Header{Typeflag: tar.TypeReg, Name: r.name, Mode: r.mode, Size: int64(len(r.content)), ModTime: now, Format: tar.FormatPAX}
 		if r.link != "" {
@@ -127,6 +148,26 @@ func rewriteTar(in io.Reader, image, seed io.Writer, drop []string, repl []repla
 		}
 		if err := put(h, strings.NewReader(string(r.content))); err != nil {
 			return imgSize, seedSize, err
+		}
+	}
+	if add.archive != nil {
+		tr, done := add.entries(ctx)
+		defer done.Close() // ends who writes it
+		for {
+			h, err := tr.Next()
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				return imgSize, seedSize, err
+			}
+			if err := within(path.Clean(h.Name)); err != nil {
+				return imgSize, seedSize, err
+			}
+			h.ModTime = now
+			if err := put(h, tr); err != nil {
+				return imgSize, seedSize, err
+			}
 		}
 	}
 	return imgSize, seedSize, errors.Join(iw.Close(), sw.Close())

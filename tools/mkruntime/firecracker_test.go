@@ -384,7 +384,7 @@ func TestReleasesThatAreRefused(t *testing.T) {
 			}
 			// The same is an error when somebody named it.
 			o.manifest = write(t, filepath.Join(t.TempDir(), "named.toml"),
-				fmt.Sprintf("[firecracker]\nurl = \"%s/%s\"\nsha256 = %q\n", o.origin.releases, file, sum(archive)))
+				fmt.Sprintf("[firecracker]\nurl = \"%s/%s\"\nsha256 = %q\n", o.origin.releases, file, sum(archive))+noTools)
 			if _, _, err := tryMake(t, o); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("named: %v", err)
 			}
@@ -685,7 +685,7 @@ func TestTheManifestsArchiveReplacesTheReleasePage(t *testing.T) {
 	archive := releaseArchive(t, "1.13.1")
 	write(t, filepath.Join(dir, "fc.tgz"), string(archive))
 	named := func(url, sum string) string {
-		return write(t, filepath.Join(dir, "m.toml"), fmt.Sprintf("[firecracker]\nurl = %q\nsha256 = %q\n", url, sum))
+		return write(t, filepath.Join(dir, "m.toml"), fmt.Sprintf("[firecracker]\nurl = %q\nsha256 = %q\n", url, sum)+noTools)
 	}
 	for _, url := range []string{"fc.tgz", filepath.Join(dir, "fc.tgz"), "file://" + filepath.Join(dir, "fc.tgz")} {
 		o.manifest = named(url, sum(archive))

@@ -51,6 +51,7 @@ type options struct {
 	size     string
 	withKey  bool
 	shared   bool
+	tools    bool
 
 	firecracker, jailer string // programs that the user names, "" for none
 	origin              origin
@@ -65,13 +66,14 @@ func main() {
 	flag.StringVar(&o.runtime, "runtime", "runtime", "the bundle's `directory`")
 	flag.StringVar(&o.packages, "packages", "packages.apt", "the `file` that lists the packages of the default image")
 	flag.StringVar(&o.agent, "agent", "", "take this guest program instead of building ./cmd/banger-vsock-agent")
-	flag.StringVar(&o.manifest, "manifest", "runtime-bundle.toml", "the `file` that says where fetch gets its archive, and where all gets Firecracker's")
+	flag.StringVar(&o.manifest, "manifest", "runtime-bundle.toml", "the `file` that says where fetch gets its archive, and where all gets Firecracker and the image's tools")
 	flag.StringVar(&o.firecracker, "firecracker", "", "take this Firecracker, and the jailer beside it, into the bundle")
 	flag.StringVar(&o.jailer, "jailer", "", "with -firecracker: take this jailer")
 	flag.StringVar(&o.to, "to", "", "where pack, install, image, lab and stock put their result, and uninstall finds it")
 	flag.BoolVar(&o.withKey, "with-key", false, "with pack: put the bundle's private SSH key into the archive as well")
 	flag.BoolVar(&o.shared, "shared", false, "with install: for all users of the system, without a key")
 	flag.StringVar(&o.size, "size", "", "with image: how large the filesystem is, 2G; by default as its content needs")
+	flag.BoolVar(&o.tools, "tools", false, "with image: put mise and opencode into it, from where the manifest says")
 	flag.StringVar(&o.version, "version", "devel", "the version to write into bundle.json")
 	flag.Usage = func() {
 		fmt.Fprint(os.Stderr, usage)

@@ -42,7 +42,7 @@ func TestOneMorePackageIsInTheImage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := buildImage(t.Context(), quiet(), mode, image, list, toolchain{filepath.Join(kernelDir, dirTools)}); err != nil {
+		if _, err := buildImage(t.Context(), quiet(), mode, image, list, addition{}, toolchain{filepath.Join(kernelDir, dirTools)}); err != nil {
 			t.Fatal(err)
 		}
 		return image
@@ -128,7 +128,7 @@ func TestInterruptedBuildLeavesNothing(t *testing.T) {
 	t.Setenv("TMPDIR", scratch)
 	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Second)
 	defer cancel()
-	_, err = buildImage(ctx, quiet(), mode, dir, []string{"build-essential"}, toolchain{})
+	_, err = buildImage(ctx, quiet(), mode, dir, []string{"build-essential"}, addition{}, toolchain{})
 	if !fault.Is(err, fault.Timeout) {
 		t.Errorf("buildImage = %v", err)
 	}

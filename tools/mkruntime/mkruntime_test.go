@@ -32,6 +32,9 @@ func write(t *testing.T, file, content string) string {
 	return file
 }
 
+// noTools is the part of a manifest by which nothing is fetched for the image.
+const noTools = "[tools]\nmise_source = \"none\"\nopencode_source = \"none\"\ntmux_resurrect_source = \"none\"\ntmux_continuum_source = \"none\"\n"
+
 func TestPackagesFile(t *testing.T) {
 	file := write(t, filepath.Join(t.TempDir(), "packages.apt"), "# a comment\n\n git \ncurl # why\ngit\nlibstdc++6\n")
 	got, err := readPackages(file)
@@ -57,7 +60,7 @@ func TestPackagesDecideTheImage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		key, err := imageKey(packages)
+		key, err := imageKey(packages, "")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -192,7 +195,7 @@ func TestImageIsPackagesPlusRecipe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	size, seedSize, err := rewriteTar(packagesTar(t), &image, &seed, dropped, repl, now)
+	size, seedSize, err := rewriteTar(t.Context(), packagesTar(t), &image, &seed, dropped, repl, addition{}, now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -306,13 +309,13 @@ func warmCache(t *testing.T, packages string) options {
 	put("kernel", kernelKey(), map[string]string{fileVmlinux: "vmlinux", fileModules: "modules", fileInitrd: string(initrd), fileVersion: "6.12.9"})
 	o := options{runtime: filepath.Join(dir, "runtime"), packages: write(t, filepath.Join(dir, "packages.apt"), packages),
 		agent: write(t, filepath.Join(dir, "agent"), "agent"), version: "test",
-		manifest: write(t, filepath.Join(dir, "runtime-bundle.toml"), "url = \"\"\nsha256 = \"\"\n[firecracker]\nurl = \"\"\nsha256 = \"\"\n"),
+		manifest: write(t, filepath.Join(dir, "runtime-bundle.toml"), "url = \"\"\nsha256 = \"\"\n[firecracker]\nurl = \"\"\nsha256 = \"\"\n"+noTools),
 		patience: usualPatience, origin: origin{version: "1.12.1", releases: "http://127.0.0.1:1", pkg: published.pkg}}
 	list, err := readPackages(o.packages)
 	if err != nil {
 		t.Fatal(err)
 	}
-	key, err := imageKey(list)
+	key, err := imageKey(list, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -588,3 +588,41 @@ func TestUninstall(t *testing.T) {
 	}
 	nothingBeside(t, filepath.Dir(o.to))
 }
+
+// The template's bundle_metadata is what bundles are, and its url and sha256 are empty.
+func TestTheTemplateIsTrue(t *testing.T) {
+	m, err := readRuntimeManifest("../../runtime-bundle.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m.URL != "" || m.SHA256 != "" || m.Firecracker.URL != "" || m.Firecracker.SHA256 != "" {
+		t.Errorf("the template names an archive: %+v", m)
+	}
+	want := map[bundle.Role]string{}
+	for _, r := range append(bundle.Required(), bundle.Optional()...) {
+		want[r] = bundle.FileName(r)
+	}
+	if d := cmp.Diff(want, m.Metadata.Artifacts); d != "" || m.Metadata.Format != bundle.Format || m.Metadata.Arch != "amd64" {
+		t.Errorf("bundle_metadata (-is +says): %s, format %d, arch %s", d, m.Metadata.Format, m.Metadata.Arch)
+	}
+	if err := m.checkMetadata("m.toml"); err != nil {
+		t.Error(err)
+	}
+}
+
+// What cannot fit is refused before anything is fetched: the address is none.
+func TestMetadataThatDoesNotFit(t *testing.T) {
+	for text, code := range map[string]fault.Code{
+		"[bundle_metadata]\nformat = 99\n":                           fault.VersionSkew,
+		"[bundle_metadata]\narch = \"riscv64\"\n":                    fault.Unsupported,
+		"[bundle_metadata.artifacts]\nkernel = \"bzImage\"\n":        fault.Invalid,
+		"[bundle_metadata.artifacts]\nwarp_drive = \"warp-drive\"\n": fault.Invalid,
+	} {
+		dir := t.TempDir()
+		o := options{runtime: filepath.Join(dir, "runtime"), patience: usualPatience,
+			manifest: write(t, filepath.Join(dir, "m.toml"), fmt.Sprintf("url = \"/nowhere\"\nsha256 = %q\n", strings.Repeat("0", 64))+text)}
+		if err := fetch(t.Context(), quiet(), o); !fault.Is(err, code) || fault.HintOf(err) == "" {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}

@@ -27,7 +27,8 @@ var droppedFromGuests = []string{
 
 // makeTree makes a root filesystem and its work seed of a distribution's tree, which comes as a tar on in: FILE.ext4 of o.to, and
 // FILE.work-seed.ext4 beside it. /root becomes the seed's content as well. Facts about the machine that built it are left out. Both are
-// complete on the disk before either is put in place; the seed is first, since it fits the image before as well.
+// complete on the disk before either is put in place; the seed is first, since it fits the image before as well. With o.tools it has
+// mise and opencode, where those can be had.
 func makeTree(ctx context.Context, p *progress, o options, in io.Reader) (err error) {
 	base, ok := strings.CutSuffix(o.to, ".ext4")
 	if !ok {
@@ -63,8 +64,27 @@ func makeTree(ctx context.Context, p *progress, o options, in io.Reader) (err er
 		return fault.Wrap(err, fault.Permission, filepath.Dir(o.to), "cannot be written")
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	var add addition
+	if o.tools {
+		m, err := readRuntimeManifest(o.manifest)
+		if err != nil {
+			return err
+		}
+		sources, err := m.toolSources(o.manifest)
+		if err != nil {
+			return err
+		}
+		sources.TmuxResurrect, sources.TmuxContinuum = "", "" // the default image's alone
+		var without []string
+		if add, without, err = fetchTools(ctx, p, o, sources); err != nil {
+			return err
+		}
+		for _, line := range without {
+			p.say("%s is without %s", o.to, line)
+		}
+	}
 	p.begin("reading the tree")
-	sizes, err := splitTree(&bounded{r: &counted{ctx: ctx, r: in, p: p}, left: maxTree, what: "the tree"}, dir, slices.Concat(droppedAnywhere, droppedFromGuests), nil)
+	sizes, err := splitTree(ctx, &bounded{r: &counted{ctx: ctx, r: in, p: p}, left: maxTree, what: "the tree"}, dir, slices.Concat(droppedAnywhere, droppedFromGuests), nil, add)
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()

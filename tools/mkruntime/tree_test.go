@@ -85,7 +85,7 @@ func TestMountedDirectoryComesOnce(t *testing.T) {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := rewriteTar(&b, &image, &seed, droppedFromGuests, nil, time.Now()); err != nil {
+	if _, _, err := rewriteTar(t.Context(), &b, &image, &seed, droppedFromGuests, nil, addition{}, time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	if _, names := members(t, &image); !slices.Equal(names, []string{"./", "./root/", "./etc/", "./root/note"}) { // fails as well if one comes twice

@@ -48,14 +48,9 @@ func openURL(ctx context.Context, w patience, where, dir string) (io.ReadCloser,
 	return nil, fault.New(fault.Invalid, where, "is neither a path nor a file, http or https URL")
 }
 
-func (w patience) get(ctx context.Context, where string) (io.ReadCloser, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, where, nil)
-	if err != nil {
-		cancel(nil)
-		return nil, fault.Wrap(err, fault.Invalid, where, "is no URL")
-	}
-	client := &http.Client{
+// client is for one file after the other.
+func (w patience) client() *http.Client {
+	return &http.Client{
 		Transport: &http.Transport{
 			Proxy:                 http.ProxyFromEnvironment,
 			DialContext:           (&net.Dialer{Timeout: w.connect}).DialContext,
@@ -66,7 +61,16 @@ func (w patience) get(ctx context.Context, where string) (io.ReadCloser, error) 
 		},
 		CheckRedirect: noWayBack,
 	}
-	resp, err := client.Do(req)
+}
+
+func (w patience) get(ctx context.Context, where string) (io.ReadCloser, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, where, nil)
+	if err != nil {
+		cancel(nil)
+		return nil, fault.Wrap(err, fault.Invalid, where, "is no URL")
+	}
+	resp, err := w.client().Do(req)
 	if err != nil {
 		defer cancel(nil)
 		if cause := context.Cause(ctx); cause != nil {

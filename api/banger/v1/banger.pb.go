@@ -681,8 +681,9 @@ type Image struct {
 	BaseAllocatedBytes     int64 `protobuf:"varint,30,opt,name=base_allocated_bytes,json=baseAllocatedBytes,proto3" json:"base_allocated_bytes,omitempty"`
 	WorkSeedAllocatedBytes int64 `protobuf:"varint,31,opt,name=work_seed_allocated_bytes,json=workSeedAllocatedBytes,proto3" json:"work_seed_allocated_bytes,omitempty"`
 	// Only in GetImage and as the result of an operation.
-	Filesystem    string `protobuf:"bytes,32,opt,name=filesystem,proto3" json:"filesystem,omitempty"`                               // ext4, erofs, squashfs; empty: not captured yet
-	WorkSeedBytes int64  `protobuf:"varint,33,opt,name=work_seed_bytes,json=workSeedBytes,proto3" json:"work_seed_bytes,omitempty"` // the smallest work disk that a VM of it can have
+	Filesystem    string       `protobuf:"bytes,32,opt,name=filesystem,proto3" json:"filesystem,omitempty"`                               // ext4, erofs, squashfs; empty: not captured yet
+	WorkSeedBytes int64        `protobuf:"varint,33,opt,name=work_seed_bytes,json=workSeedBytes,proto3" json:"work_seed_bytes,omitempty"` // the smallest work disk that a VM of it can have
+	Config        *ImageConfig `protobuf:"bytes,34,opt,name=config,proto3" json:"config,omitempty"`                                       // not set: the image says nothing of programs, its init decides
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -843,6 +844,90 @@ func (x *Image) GetWorkSeedBytes() int64 {
 	return 0
 }
 
+func (x *Image) GetConfig() *ImageConfig {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+// ImageConfig is what an image that was made for containers says of the programs that run in it.
+type ImageConfig struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NoInit        bool                   `protobuf:"varint,1,opt,name=no_init,json=noInit,proto3" json:"no_init,omitempty"`                                                                      // it has no init of its own: banger's runs, and the command under it
+	Command       []string               `protobuf:"bytes,2,rep,name=command,proto3" json:"command,omitempty"`                                                                                   // with its arguments; empty: nothing is to run
+	Environment   map[string]string      `protobuf:"bytes,3,rep,name=environment,proto3" json:"environment,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // of the command, of SSH sessions and of exec
+	User          string                 `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`                                                                                         // that the command runs as: user[:group], names or numbers; empty: root
+	WorkingDir    string                 `protobuf:"bytes,5,opt,name=working_dir,json=workingDir,proto3" json:"working_dir,omitempty"`                                                           // of the command; empty: /
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageConfig) Reset() {
+	*x = ImageConfig{}
+	mi := &file_banger_v1_banger_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageConfig) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageConfig) ProtoMessage() {}
+
+func (x *ImageConfig) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageConfig.ProtoReflect.Descriptor instead.
+func (*ImageConfig) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ImageConfig) GetNoInit() bool {
+	if x != nil {
+		return x.NoInit
+	}
+	return false
+}
+
+func (x *ImageConfig) GetCommand() []string {
+	if x != nil {
+		return x.Command
+	}
+	return nil
+}
+
+func (x *ImageConfig) GetEnvironment() map[string]string {
+	if x != nil {
+		return x.Environment
+	}
+	return nil
+}
+
+func (x *ImageConfig) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *ImageConfig) GetWorkingDir() string {
+	if x != nil {
+		return x.WorkingDir
+	}
+	return ""
+}
+
 type Operation struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -864,7 +949,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_banger_v1_banger_proto_msgTypes[6]
+	mi := &file_banger_v1_banger_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -876,7 +961,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[6]
+	mi := &file_banger_v1_banger_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -889,7 +974,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{6}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Operation) GetId() string {
@@ -995,7 +1080,7 @@ type OperationStage struct {
 
 func (x *OperationStage) Reset() {
 	*x = OperationStage{}
-	mi := &file_banger_v1_banger_proto_msgTypes[7]
+	mi := &file_banger_v1_banger_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1007,7 +1092,7 @@ func (x *OperationStage) String() string {
 func (*OperationStage) ProtoMessage() {}
 
 func (x *OperationStage) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[7]
+	mi := &file_banger_v1_banger_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1020,7 +1105,7 @@ func (x *OperationStage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OperationStage.ProtoReflect.Descriptor instead.
 func (*OperationStage) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{7}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *OperationStage) GetName() string {
@@ -1070,7 +1155,7 @@ type CreateVMRequest struct {
 
 func (x *CreateVMRequest) Reset() {
 	*x = CreateVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[8]
+	mi := &file_banger_v1_banger_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1167,7 @@ func (x *CreateVMRequest) String() string {
 func (*CreateVMRequest) ProtoMessage() {}
 
 func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[8]
+	mi := &file_banger_v1_banger_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1180,7 @@ func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVMRequest.ProtoReflect.Descriptor instead.
 func (*CreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{8}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateVMRequest) GetName() string {
@@ -1177,7 +1262,7 @@ type CreateVMResponse struct {
 
 func (x *CreateVMResponse) Reset() {
 	*x = CreateVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[9]
+	mi := &file_banger_v1_banger_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1189,7 +1274,7 @@ func (x *CreateVMResponse) String() string {
 func (*CreateVMResponse) ProtoMessage() {}
 
 func (x *CreateVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[9]
+	mi := &file_banger_v1_banger_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1202,7 +1287,7 @@ func (x *CreateVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVMResponse.ProtoReflect.Descriptor instead.
 func (*CreateVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{9}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateVMResponse) GetOperation() *Operation {
@@ -1221,7 +1306,7 @@ type StartVMRequest struct {
 
 func (x *StartVMRequest) Reset() {
 	*x = StartVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[10]
+	mi := &file_banger_v1_banger_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1318,7 @@ func (x *StartVMRequest) String() string {
 func (*StartVMRequest) ProtoMessage() {}
 
 func (x *StartVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[10]
+	mi := &file_banger_v1_banger_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1331,7 @@ func (x *StartVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartVMRequest.ProtoReflect.Descriptor instead.
 func (*StartVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{10}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *StartVMRequest) GetId() string {
@@ -1265,7 +1350,7 @@ type StartVMResponse struct {
 
 func (x *StartVMResponse) Reset() {
 	*x = StartVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[11]
+	mi := &file_banger_v1_banger_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1277,7 +1362,7 @@ func (x *StartVMResponse) String() string {
 func (*StartVMResponse) ProtoMessage() {}
 
 func (x *StartVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[11]
+	mi := &file_banger_v1_banger_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1290,7 +1375,7 @@ func (x *StartVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartVMResponse.ProtoReflect.Descriptor instead.
 func (*StartVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{11}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StartVMResponse) GetOperation() *Operation {
@@ -1312,7 +1397,7 @@ type StopVMRequest struct {
 
 func (x *StopVMRequest) Reset() {
 	*x = StopVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[12]
+	mi := &file_banger_v1_banger_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1324,7 +1409,7 @@ func (x *StopVMRequest) String() string {
 func (*StopVMRequest) ProtoMessage() {}
 
 func (x *StopVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[12]
+	mi := &file_banger_v1_banger_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1337,7 +1422,7 @@ func (x *StopVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopVMRequest.ProtoReflect.Descriptor instead.
 func (*StopVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{12}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StopVMRequest) GetId() string {
@@ -1370,7 +1455,7 @@ type StopVMResponse struct {
 
 func (x *StopVMResponse) Reset() {
 	*x = StopVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[13]
+	mi := &file_banger_v1_banger_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1382,7 +1467,7 @@ func (x *StopVMResponse) String() string {
 func (*StopVMResponse) ProtoMessage() {}
 
 func (x *StopVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[13]
+	mi := &file_banger_v1_banger_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1395,7 +1480,7 @@ func (x *StopVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopVMResponse.ProtoReflect.Descriptor instead.
 func (*StopVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{13}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StopVMResponse) GetOperation() *Operation {
@@ -1414,7 +1499,7 @@ type RestartVMRequest struct {
 
 func (x *RestartVMRequest) Reset() {
 	*x = RestartVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[14]
+	mi := &file_banger_v1_banger_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1426,7 +1511,7 @@ func (x *RestartVMRequest) String() string {
 func (*RestartVMRequest) ProtoMessage() {}
 
 func (x *RestartVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[14]
+	mi := &file_banger_v1_banger_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1439,7 +1524,7 @@ func (x *RestartVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartVMRequest.ProtoReflect.Descriptor instead.
 func (*RestartVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{14}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RestartVMRequest) GetId() string {
@@ -1458,7 +1543,7 @@ type RestartVMResponse struct {
 
 func (x *RestartVMResponse) Reset() {
 	*x = RestartVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[15]
+	mi := &file_banger_v1_banger_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1470,7 +1555,7 @@ func (x *RestartVMResponse) String() string {
 func (*RestartVMResponse) ProtoMessage() {}
 
 func (x *RestartVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[15]
+	mi := &file_banger_v1_banger_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1483,7 +1568,7 @@ func (x *RestartVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartVMResponse.ProtoReflect.Descriptor instead.
 func (*RestartVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{15}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RestartVMResponse) GetOperation() *Operation {
@@ -1502,7 +1587,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[16]
+	mi := &file_banger_v1_banger_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1514,7 +1599,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[16]
+	mi := &file_banger_v1_banger_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1527,7 +1612,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{16}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeleteVMRequest) GetId() string {
@@ -1546,7 +1631,7 @@ type DeleteVMResponse struct {
 
 func (x *DeleteVMResponse) Reset() {
 	*x = DeleteVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[17]
+	mi := &file_banger_v1_banger_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1558,7 +1643,7 @@ func (x *DeleteVMResponse) String() string {
 func (*DeleteVMResponse) ProtoMessage() {}
 
 func (x *DeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[17]
+	mi := &file_banger_v1_banger_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1571,7 +1656,7 @@ func (x *DeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{17}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DeleteVMResponse) GetOperation() *Operation {
@@ -1601,7 +1686,7 @@ type SetVMRequest struct {
 
 func (x *SetVMRequest) Reset() {
 	*x = SetVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[18]
+	mi := &file_banger_v1_banger_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1613,7 +1698,7 @@ func (x *SetVMRequest) String() string {
 func (*SetVMRequest) ProtoMessage() {}
 
 func (x *SetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[18]
+	mi := &file_banger_v1_banger_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1626,7 +1711,7 @@ func (x *SetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetVMRequest.ProtoReflect.Descriptor instead.
 func (*SetVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{18}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SetVMRequest) GetId() string {
@@ -1715,7 +1800,7 @@ type SetVMResponse struct {
 
 func (x *SetVMResponse) Reset() {
 	*x = SetVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[19]
+	mi := &file_banger_v1_banger_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1727,7 +1812,7 @@ func (x *SetVMResponse) String() string {
 func (*SetVMResponse) ProtoMessage() {}
 
 func (x *SetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[19]
+	mi := &file_banger_v1_banger_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1740,7 +1825,7 @@ func (x *SetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetVMResponse.ProtoReflect.Descriptor instead.
 func (*SetVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{19}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SetVMResponse) GetOperation() *Operation {
@@ -1759,7 +1844,7 @@ type GetStatsRequest struct {
 
 func (x *GetStatsRequest) Reset() {
 	*x = GetStatsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[20]
+	mi := &file_banger_v1_banger_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1771,7 +1856,7 @@ func (x *GetStatsRequest) String() string {
 func (*GetStatsRequest) ProtoMessage() {}
 
 func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[20]
+	mi := &file_banger_v1_banger_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1784,7 +1869,7 @@ func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsRequest.ProtoReflect.Descriptor instead.
 func (*GetStatsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{20}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GetStatsRequest) GetRefs() []string {
@@ -1803,7 +1888,7 @@ type GetStatsResponse struct {
 
 func (x *GetStatsResponse) Reset() {
 	*x = GetStatsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[21]
+	mi := &file_banger_v1_banger_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1815,7 +1900,7 @@ func (x *GetStatsResponse) String() string {
 func (*GetStatsResponse) ProtoMessage() {}
 
 func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[21]
+	mi := &file_banger_v1_banger_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1828,7 +1913,7 @@ func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsResponse.ProtoReflect.Descriptor instead.
 func (*GetStatsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{21}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetStatsResponse) GetResults() []*VMStats {
@@ -1853,7 +1938,7 @@ type VMStats struct {
 
 func (x *VMStats) Reset() {
 	*x = VMStats{}
-	mi := &file_banger_v1_banger_proto_msgTypes[22]
+	mi := &file_banger_v1_banger_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1865,7 +1950,7 @@ func (x *VMStats) String() string {
 func (*VMStats) ProtoMessage() {}
 
 func (x *VMStats) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[22]
+	mi := &file_banger_v1_banger_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1878,7 +1963,7 @@ func (x *VMStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMStats.ProtoReflect.Descriptor instead.
 func (*VMStats) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{22}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *VMStats) GetRef() string {
@@ -1943,7 +2028,7 @@ type HostStats struct {
 
 func (x *HostStats) Reset() {
 	*x = HostStats{}
-	mi := &file_banger_v1_banger_proto_msgTypes[23]
+	mi := &file_banger_v1_banger_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1955,7 +2040,7 @@ func (x *HostStats) String() string {
 func (*HostStats) ProtoMessage() {}
 
 func (x *HostStats) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[23]
+	mi := &file_banger_v1_banger_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1968,7 +2053,7 @@ func (x *HostStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStats.ProtoReflect.Descriptor instead.
 func (*HostStats) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{23}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *HostStats) GetCpuMs() int64 {
@@ -2022,7 +2107,7 @@ type GuestStats struct {
 
 func (x *GuestStats) Reset() {
 	*x = GuestStats{}
-	mi := &file_banger_v1_banger_proto_msgTypes[24]
+	mi := &file_banger_v1_banger_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2034,7 +2119,7 @@ func (x *GuestStats) String() string {
 func (*GuestStats) ProtoMessage() {}
 
 func (x *GuestStats) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[24]
+	mi := &file_banger_v1_banger_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2047,7 +2132,7 @@ func (x *GuestStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestStats.ProtoReflect.Descriptor instead.
 func (*GuestStats) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{24}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *GuestStats) GetUptimeMs() int64 {
@@ -2153,7 +2238,7 @@ type GuestDisk struct {
 
 func (x *GuestDisk) Reset() {
 	*x = GuestDisk{}
-	mi := &file_banger_v1_banger_proto_msgTypes[25]
+	mi := &file_banger_v1_banger_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2165,7 +2250,7 @@ func (x *GuestDisk) String() string {
 func (*GuestDisk) ProtoMessage() {}
 
 func (x *GuestDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[25]
+	mi := &file_banger_v1_banger_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2178,7 +2263,7 @@ func (x *GuestDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestDisk.ProtoReflect.Descriptor instead.
 func (*GuestDisk) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{25}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GuestDisk) GetTarget() string {
@@ -2220,7 +2305,7 @@ type GuestInterface struct {
 
 func (x *GuestInterface) Reset() {
 	*x = GuestInterface{}
-	mi := &file_banger_v1_banger_proto_msgTypes[26]
+	mi := &file_banger_v1_banger_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2232,7 +2317,7 @@ func (x *GuestInterface) String() string {
 func (*GuestInterface) ProtoMessage() {}
 
 func (x *GuestInterface) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[26]
+	mi := &file_banger_v1_banger_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2245,7 +2330,7 @@ func (x *GuestInterface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestInterface.ProtoReflect.Descriptor instead.
 func (*GuestInterface) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{26}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *GuestInterface) GetName() string {
@@ -2278,7 +2363,7 @@ type GetPortsRequest struct {
 
 func (x *GetPortsRequest) Reset() {
 	*x = GetPortsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[27]
+	mi := &file_banger_v1_banger_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2290,7 +2375,7 @@ func (x *GetPortsRequest) String() string {
 func (*GetPortsRequest) ProtoMessage() {}
 
 func (x *GetPortsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[27]
+	mi := &file_banger_v1_banger_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2303,7 +2388,7 @@ func (x *GetPortsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPortsRequest.ProtoReflect.Descriptor instead.
 func (*GetPortsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{27}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetPortsRequest) GetRefs() []string {
@@ -2322,7 +2407,7 @@ type GetPortsResponse struct {
 
 func (x *GetPortsResponse) Reset() {
 	*x = GetPortsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	mi := &file_banger_v1_banger_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2334,7 +2419,7 @@ func (x *GetPortsResponse) String() string {
 func (*GetPortsResponse) ProtoMessage() {}
 
 func (x *GetPortsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[28]
+	mi := &file_banger_v1_banger_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2347,7 +2432,7 @@ func (x *GetPortsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPortsResponse.ProtoReflect.Descriptor instead.
 func (*GetPortsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{28}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetPortsResponse) GetResults() []*VMPorts {
@@ -2370,7 +2455,7 @@ type VMPorts struct {
 
 func (x *VMPorts) Reset() {
 	*x = VMPorts{}
-	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	mi := &file_banger_v1_banger_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2382,7 +2467,7 @@ func (x *VMPorts) String() string {
 func (*VMPorts) ProtoMessage() {}
 
 func (x *VMPorts) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[29]
+	mi := &file_banger_v1_banger_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2395,7 +2480,7 @@ func (x *VMPorts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMPorts.ProtoReflect.Descriptor instead.
 func (*VMPorts) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{29}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *VMPorts) GetRef() string {
@@ -2444,7 +2529,7 @@ type Port struct {
 	Command  string                 `protobuf:"bytes,7,opt,name=command,proto3" json:"command,omitempty"`
 	// What a TCP listener answered; empty: neither.
 	Scheme        string `protobuf:"bytes,8,opt,name=scheme,proto3" json:"scheme,omitempty"`  // https, http
-	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"` // of HTTP
+	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"` // of HTTP; 0 with a scheme: it gave no page in time
 	Title         string `protobuf:"bytes,10,opt,name=title,proto3" json:"title,omitempty"`   // of the page
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2452,7 +2537,7 @@ type Port struct {
 
 func (x *Port) Reset() {
 	*x = Port{}
-	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	mi := &file_banger_v1_banger_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2464,7 +2549,7 @@ func (x *Port) String() string {
 func (*Port) ProtoMessage() {}
 
 func (x *Port) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[30]
+	mi := &file_banger_v1_banger_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2477,7 +2562,7 @@ func (x *Port) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Port.ProtoReflect.Descriptor instead.
 func (*Port) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{30}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Port) GetProtocol() string {
@@ -2559,7 +2644,7 @@ type TrimVMRequest struct {
 
 func (x *TrimVMRequest) Reset() {
 	*x = TrimVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	mi := &file_banger_v1_banger_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2571,7 +2656,7 @@ func (x *TrimVMRequest) String() string {
 func (*TrimVMRequest) ProtoMessage() {}
 
 func (x *TrimVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[31]
+	mi := &file_banger_v1_banger_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2584,7 +2669,7 @@ func (x *TrimVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimVMRequest.ProtoReflect.Descriptor instead.
 func (*TrimVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{31}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *TrimVMRequest) GetId() string {
@@ -2603,7 +2688,7 @@ type TrimVMResponse struct {
 
 func (x *TrimVMResponse) Reset() {
 	*x = TrimVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	mi := &file_banger_v1_banger_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2615,7 +2700,7 @@ func (x *TrimVMResponse) String() string {
 func (*TrimVMResponse) ProtoMessage() {}
 
 func (x *TrimVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[32]
+	mi := &file_banger_v1_banger_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2628,7 +2713,7 @@ func (x *TrimVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimVMResponse.ProtoReflect.Descriptor instead.
 func (*TrimVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{32}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *TrimVMResponse) GetOperation() *Operation {
@@ -2648,7 +2733,7 @@ type KillVMRequest struct {
 
 func (x *KillVMRequest) Reset() {
 	*x = KillVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[33]
+	mi := &file_banger_v1_banger_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2660,7 +2745,7 @@ func (x *KillVMRequest) String() string {
 func (*KillVMRequest) ProtoMessage() {}
 
 func (x *KillVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[33]
+	mi := &file_banger_v1_banger_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2673,7 +2758,7 @@ func (x *KillVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillVMRequest.ProtoReflect.Descriptor instead.
 func (*KillVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{33}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *KillVMRequest) GetId() string {
@@ -2699,7 +2784,7 @@ type KillVMResponse struct {
 
 func (x *KillVMResponse) Reset() {
 	*x = KillVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[34]
+	mi := &file_banger_v1_banger_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2796,7 @@ func (x *KillVMResponse) String() string {
 func (*KillVMResponse) ProtoMessage() {}
 
 func (x *KillVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[34]
+	mi := &file_banger_v1_banger_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2809,7 @@ func (x *KillVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillVMResponse.ProtoReflect.Descriptor instead.
 func (*KillVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{34}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *KillVMResponse) GetVm() *VM {
@@ -2743,7 +2828,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[35]
+	mi := &file_banger_v1_banger_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2755,7 +2840,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[35]
+	mi := &file_banger_v1_banger_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2768,7 +2853,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{35}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GetVMRequest) GetId() string {
@@ -2787,7 +2872,7 @@ type GetVMResponse struct {
 
 func (x *GetVMResponse) Reset() {
 	*x = GetVMResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[36]
+	mi := &file_banger_v1_banger_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2799,7 +2884,7 @@ func (x *GetVMResponse) String() string {
 func (*GetVMResponse) ProtoMessage() {}
 
 func (x *GetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[36]
+	mi := &file_banger_v1_banger_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2812,7 +2897,7 @@ func (x *GetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMResponse.ProtoReflect.Descriptor instead.
 func (*GetVMResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{36}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *GetVMResponse) GetVm() *VM {
@@ -2830,7 +2915,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[37]
+	mi := &file_banger_v1_banger_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2842,7 +2927,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[37]
+	mi := &file_banger_v1_banger_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2855,7 +2940,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{37}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{38}
 }
 
 type ListVMsResponse struct {
@@ -2867,7 +2952,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[38]
+	mi := &file_banger_v1_banger_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2879,7 +2964,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[38]
+	mi := &file_banger_v1_banger_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2892,7 +2977,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{38}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -2911,7 +2996,7 @@ type ResolveVMsRequest struct {
 
 func (x *ResolveVMsRequest) Reset() {
 	*x = ResolveVMsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[39]
+	mi := &file_banger_v1_banger_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2923,7 +3008,7 @@ func (x *ResolveVMsRequest) String() string {
 func (*ResolveVMsRequest) ProtoMessage() {}
 
 func (x *ResolveVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[39]
+	mi := &file_banger_v1_banger_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2936,7 +3021,7 @@ func (x *ResolveVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveVMsRequest.ProtoReflect.Descriptor instead.
 func (*ResolveVMsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{39}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ResolveVMsRequest) GetRefs() []string {
@@ -2955,7 +3040,7 @@ type ResolveVMsResponse struct {
 
 func (x *ResolveVMsResponse) Reset() {
 	*x = ResolveVMsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[40]
+	mi := &file_banger_v1_banger_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2967,7 +3052,7 @@ func (x *ResolveVMsResponse) String() string {
 func (*ResolveVMsResponse) ProtoMessage() {}
 
 func (x *ResolveVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[40]
+	mi := &file_banger_v1_banger_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2980,7 +3065,7 @@ func (x *ResolveVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveVMsResponse.ProtoReflect.Descriptor instead.
 func (*ResolveVMsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{40}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ResolveVMsResponse) GetResults() []*ResolvedVM {
@@ -3001,7 +3086,7 @@ type ResolvedVM struct {
 
 func (x *ResolvedVM) Reset() {
 	*x = ResolvedVM{}
-	mi := &file_banger_v1_banger_proto_msgTypes[41]
+	mi := &file_banger_v1_banger_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3013,7 +3098,7 @@ func (x *ResolvedVM) String() string {
 func (*ResolvedVM) ProtoMessage() {}
 
 func (x *ResolvedVM) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[41]
+	mi := &file_banger_v1_banger_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3026,7 +3111,7 @@ func (x *ResolvedVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolvedVM.ProtoReflect.Descriptor instead.
 func (*ResolvedVM) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{41}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ResolvedVM) GetRef() string {
@@ -3058,7 +3143,7 @@ type GetDefaultsRequest struct {
 
 func (x *GetDefaultsRequest) Reset() {
 	*x = GetDefaultsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[42]
+	mi := &file_banger_v1_banger_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3070,7 +3155,7 @@ func (x *GetDefaultsRequest) String() string {
 func (*GetDefaultsRequest) ProtoMessage() {}
 
 func (x *GetDefaultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[42]
+	mi := &file_banger_v1_banger_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3083,7 +3168,7 @@ func (x *GetDefaultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDefaultsRequest.ProtoReflect.Descriptor instead.
 func (*GetDefaultsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{42}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{43}
 }
 
 type GetDefaultsResponse struct {
@@ -3103,7 +3188,7 @@ type GetDefaultsResponse struct {
 
 func (x *GetDefaultsResponse) Reset() {
 	*x = GetDefaultsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[43]
+	mi := &file_banger_v1_banger_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3115,7 +3200,7 @@ func (x *GetDefaultsResponse) String() string {
 func (*GetDefaultsResponse) ProtoMessage() {}
 
 func (x *GetDefaultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[43]
+	mi := &file_banger_v1_banger_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3128,7 +3213,7 @@ func (x *GetDefaultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDefaultsResponse.ProtoReflect.Descriptor instead.
 func (*GetDefaultsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{43}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *GetDefaultsResponse) GetImage() string {
@@ -3196,7 +3281,7 @@ type GetSSHTargetRequest struct {
 
 func (x *GetSSHTargetRequest) Reset() {
 	*x = GetSSHTargetRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[44]
+	mi := &file_banger_v1_banger_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3208,7 +3293,7 @@ func (x *GetSSHTargetRequest) String() string {
 func (*GetSSHTargetRequest) ProtoMessage() {}
 
 func (x *GetSSHTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[44]
+	mi := &file_banger_v1_banger_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3221,7 +3306,7 @@ func (x *GetSSHTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSSHTargetRequest.ProtoReflect.Descriptor instead.
 func (*GetSSHTargetRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{44}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *GetSSHTargetRequest) GetId() string {
@@ -3244,7 +3329,7 @@ type GetSSHTargetResponse struct {
 
 func (x *GetSSHTargetResponse) Reset() {
 	*x = GetSSHTargetResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[45]
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3256,7 +3341,7 @@ func (x *GetSSHTargetResponse) String() string {
 func (*GetSSHTargetResponse) ProtoMessage() {}
 
 func (x *GetSSHTargetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[45]
+	mi := &file_banger_v1_banger_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3269,7 +3354,7 @@ func (x *GetSSHTargetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSSHTargetResponse.ProtoReflect.Descriptor instead.
 func (*GetSSHTargetResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{45}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *GetSSHTargetResponse) GetUser() string {
@@ -3320,7 +3405,7 @@ type ReadLogRequest struct {
 
 func (x *ReadLogRequest) Reset() {
 	*x = ReadLogRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3332,7 +3417,7 @@ func (x *ReadLogRequest) String() string {
 func (*ReadLogRequest) ProtoMessage() {}
 
 func (x *ReadLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[46]
+	mi := &file_banger_v1_banger_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3345,7 +3430,7 @@ func (x *ReadLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadLogRequest.ProtoReflect.Descriptor instead.
 func (*ReadLogRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{46}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ReadLogRequest) GetId() string {
@@ -3392,7 +3477,7 @@ type ReadLogResponse struct {
 
 func (x *ReadLogResponse) Reset() {
 	*x = ReadLogResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3404,7 +3489,7 @@ func (x *ReadLogResponse) String() string {
 func (*ReadLogResponse) ProtoMessage() {}
 
 func (x *ReadLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[47]
+	mi := &file_banger_v1_banger_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3417,7 +3502,7 @@ func (x *ReadLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadLogResponse.ProtoReflect.Descriptor instead.
 func (*ReadLogResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{47}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ReadLogResponse) GetData() []byte {
@@ -3435,7 +3520,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[48]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3447,7 +3532,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[48]
+	mi := &file_banger_v1_banger_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3460,7 +3545,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{48}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
 }
 
 type ListImagesResponse struct {
@@ -3472,7 +3557,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[49]
+	mi := &file_banger_v1_banger_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3484,7 +3569,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[49]
+	mi := &file_banger_v1_banger_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3497,7 +3582,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{49}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -3516,7 +3601,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[50]
+	mi := &file_banger_v1_banger_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3528,7 +3613,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[50]
+	mi := &file_banger_v1_banger_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3541,7 +3626,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{50}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -3560,7 +3645,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[51]
+	mi := &file_banger_v1_banger_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3572,7 +3657,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[51]
+	mi := &file_banger_v1_banger_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3585,7 +3670,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{51}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -3603,7 +3688,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[52]
+	mi := &file_banger_v1_banger_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3615,7 +3700,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[52]
+	mi := &file_banger_v1_banger_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3628,7 +3713,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{52}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{53}
 }
 
 type ListOperationsResponse struct {
@@ -3640,7 +3725,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[53]
+	mi := &file_banger_v1_banger_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3652,7 +3737,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[53]
+	mi := &file_banger_v1_banger_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3665,7 +3750,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{53}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -3684,7 +3769,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[54]
+	mi := &file_banger_v1_banger_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3696,7 +3781,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[54]
+	mi := &file_banger_v1_banger_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3709,7 +3794,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{54}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -3728,7 +3813,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[55]
+	mi := &file_banger_v1_banger_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3740,7 +3825,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[55]
+	mi := &file_banger_v1_banger_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3753,7 +3838,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{55}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -3772,7 +3857,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[56]
+	mi := &file_banger_v1_banger_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3784,7 +3869,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[56]
+	mi := &file_banger_v1_banger_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3797,7 +3882,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{56}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -3816,7 +3901,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[57]
+	mi := &file_banger_v1_banger_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3828,7 +3913,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[57]
+	mi := &file_banger_v1_banger_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3841,7 +3926,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{57}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -3859,7 +3944,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[58]
+	mi := &file_banger_v1_banger_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3871,7 +3956,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[58]
+	mi := &file_banger_v1_banger_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3884,7 +3969,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{58}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{59}
 }
 
 type GetStatusResponse struct {
@@ -3916,7 +4001,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[59]
+	mi := &file_banger_v1_banger_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3928,7 +4013,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[59]
+	mi := &file_banger_v1_banger_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3941,7 +4026,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{59}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *GetStatusResponse) GetPid() int32 {
@@ -4099,7 +4184,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[60]
+	mi := &file_banger_v1_banger_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4111,7 +4196,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[60]
+	mi := &file_banger_v1_banger_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4124,7 +4209,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{60}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{61}
 }
 
 type ShutdownResponse struct {
@@ -4135,7 +4220,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[61]
+	mi := &file_banger_v1_banger_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4147,7 +4232,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[61]
+	mi := &file_banger_v1_banger_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4160,7 +4245,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{61}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{62}
 }
 
 type RunDoctorRequest struct {
@@ -4172,7 +4257,7 @@ type RunDoctorRequest struct {
 
 func (x *RunDoctorRequest) Reset() {
 	*x = RunDoctorRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[62]
+	mi := &file_banger_v1_banger_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4184,7 +4269,7 @@ func (x *RunDoctorRequest) String() string {
 func (*RunDoctorRequest) ProtoMessage() {}
 
 func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[62]
+	mi := &file_banger_v1_banger_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4197,7 +4282,7 @@ func (x *RunDoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorRequest.ProtoReflect.Descriptor instead.
 func (*RunDoctorRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{62}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RunDoctorRequest) GetFix() bool {
@@ -4216,7 +4301,7 @@ type RunDoctorResponse struct {
 
 func (x *RunDoctorResponse) Reset() {
 	*x = RunDoctorResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[63]
+	mi := &file_banger_v1_banger_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4228,7 +4313,7 @@ func (x *RunDoctorResponse) String() string {
 func (*RunDoctorResponse) ProtoMessage() {}
 
 func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[63]
+	mi := &file_banger_v1_banger_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4241,7 +4326,7 @@ func (x *RunDoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunDoctorResponse.ProtoReflect.Descriptor instead.
 func (*RunDoctorResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{63}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *RunDoctorResponse) GetFindings() []*Finding {
@@ -4266,7 +4351,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_banger_v1_banger_proto_msgTypes[64]
+	mi := &file_banger_v1_banger_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4278,7 +4363,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[64]
+	mi := &file_banger_v1_banger_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4291,7 +4376,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{64}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Finding) GetCode() string {
@@ -4351,7 +4436,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[65]
+	mi := &file_banger_v1_banger_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4363,7 +4448,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[65]
+	mi := &file_banger_v1_banger_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4376,7 +4461,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{65}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{66}
 }
 
 type WatchResponse struct {
@@ -4395,7 +4480,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[66]
+	mi := &file_banger_v1_banger_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4407,7 +4492,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[66]
+	mi := &file_banger_v1_banger_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4420,7 +4505,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{66}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *WatchResponse) GetEvent() isWatchResponse_Event {
@@ -4520,7 +4605,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_banger_v1_banger_proto_msgTypes[67]
+	mi := &file_banger_v1_banger_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4532,7 +4617,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[67]
+	mi := &file_banger_v1_banger_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4545,7 +4630,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{67}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *Snapshot) GetVms() []*VM {
@@ -4581,7 +4666,7 @@ type SSHConfig struct {
 
 func (x *SSHConfig) Reset() {
 	*x = SSHConfig{}
-	mi := &file_banger_v1_banger_proto_msgTypes[68]
+	mi := &file_banger_v1_banger_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4593,7 +4678,7 @@ func (x *SSHConfig) String() string {
 func (*SSHConfig) ProtoMessage() {}
 
 func (x *SSHConfig) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[68]
+	mi := &file_banger_v1_banger_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4606,7 +4691,7 @@ func (x *SSHConfig) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SSHConfig.ProtoReflect.Descriptor instead.
 func (*SSHConfig) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{68}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *SSHConfig) GetPath() string {
@@ -4646,7 +4731,7 @@ type GetSSHConfigRequest struct {
 
 func (x *GetSSHConfigRequest) Reset() {
 	*x = GetSSHConfigRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[69]
+	mi := &file_banger_v1_banger_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4658,7 +4743,7 @@ func (x *GetSSHConfigRequest) String() string {
 func (*GetSSHConfigRequest) ProtoMessage() {}
 
 func (x *GetSSHConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[69]
+	mi := &file_banger_v1_banger_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4671,7 +4756,7 @@ func (x *GetSSHConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSSHConfigRequest.ProtoReflect.Descriptor instead.
 func (*GetSSHConfigRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{69}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *GetSSHConfigRequest) GetProgram() string {
@@ -4690,7 +4775,7 @@ type GetSSHConfigResponse struct {
 
 func (x *GetSSHConfigResponse) Reset() {
 	*x = GetSSHConfigResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[70]
+	mi := &file_banger_v1_banger_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4702,7 +4787,7 @@ func (x *GetSSHConfigResponse) String() string {
 func (*GetSSHConfigResponse) ProtoMessage() {}
 
 func (x *GetSSHConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[70]
+	mi := &file_banger_v1_banger_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4715,7 +4800,7 @@ func (x *GetSSHConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSSHConfigResponse.ProtoReflect.Descriptor instead.
 func (*GetSSHConfigResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{70}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *GetSSHConfigResponse) GetConfig() *SSHConfig {
@@ -4735,7 +4820,7 @@ type InstallSSHConfigRequest struct {
 
 func (x *InstallSSHConfigRequest) Reset() {
 	*x = InstallSSHConfigRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[71]
+	mi := &file_banger_v1_banger_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4747,7 +4832,7 @@ func (x *InstallSSHConfigRequest) String() string {
 func (*InstallSSHConfigRequest) ProtoMessage() {}
 
 func (x *InstallSSHConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[71]
+	mi := &file_banger_v1_banger_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4760,7 +4845,7 @@ func (x *InstallSSHConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSSHConfigRequest.ProtoReflect.Descriptor instead.
 func (*InstallSSHConfigRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{71}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *InstallSSHConfigRequest) GetProgram() string {
@@ -4786,7 +4871,7 @@ type InstallSSHConfigResponse struct {
 
 func (x *InstallSSHConfigResponse) Reset() {
 	*x = InstallSSHConfigResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[72]
+	mi := &file_banger_v1_banger_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4798,7 +4883,7 @@ func (x *InstallSSHConfigResponse) String() string {
 func (*InstallSSHConfigResponse) ProtoMessage() {}
 
 func (x *InstallSSHConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[72]
+	mi := &file_banger_v1_banger_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4811,7 +4896,7 @@ func (x *InstallSSHConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSSHConfigResponse.ProtoReflect.Descriptor instead.
 func (*InstallSSHConfigResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{72}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *InstallSSHConfigResponse) GetConfig() *SSHConfig {
@@ -4829,7 +4914,7 @@ type RemoveSSHConfigRequest struct {
 
 func (x *RemoveSSHConfigRequest) Reset() {
 	*x = RemoveSSHConfigRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[73]
+	mi := &file_banger_v1_banger_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4841,7 +4926,7 @@ func (x *RemoveSSHConfigRequest) String() string {
 func (*RemoveSSHConfigRequest) ProtoMessage() {}
 
 func (x *RemoveSSHConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[73]
+	mi := &file_banger_v1_banger_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4854,7 +4939,7 @@ func (x *RemoveSSHConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveSSHConfigRequest.ProtoReflect.Descriptor instead.
 func (*RemoveSSHConfigRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{73}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{74}
 }
 
 type RemoveSSHConfigResponse struct {
@@ -4865,7 +4950,7 @@ type RemoveSSHConfigResponse struct {
 
 func (x *RemoveSSHConfigResponse) Reset() {
 	*x = RemoveSSHConfigResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[74]
+	mi := &file_banger_v1_banger_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4877,7 +4962,7 @@ func (x *RemoveSSHConfigResponse) String() string {
 func (*RemoveSSHConfigResponse) ProtoMessage() {}
 
 func (x *RemoveSSHConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[74]
+	mi := &file_banger_v1_banger_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4890,7 +4975,7 @@ func (x *RemoveSSHConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveSSHConfigResponse.ProtoReflect.Descriptor instead.
 func (*RemoveSSHConfigResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{74}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{75}
 }
 
 type GetImageRequest struct {
@@ -4902,7 +4987,7 @@ type GetImageRequest struct {
 
 func (x *GetImageRequest) Reset() {
 	*x = GetImageRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[75]
+	mi := &file_banger_v1_banger_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4914,7 +4999,7 @@ func (x *GetImageRequest) String() string {
 func (*GetImageRequest) ProtoMessage() {}
 
 func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[75]
+	mi := &file_banger_v1_banger_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4927,7 +5012,7 @@ func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageRequest.ProtoReflect.Descriptor instead.
 func (*GetImageRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{75}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *GetImageRequest) GetRef() string {
@@ -4946,7 +5031,7 @@ type GetImageResponse struct {
 
 func (x *GetImageResponse) Reset() {
 	*x = GetImageResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[76]
+	mi := &file_banger_v1_banger_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4958,7 +5043,7 @@ func (x *GetImageResponse) String() string {
 func (*GetImageResponse) ProtoMessage() {}
 
 func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[76]
+	mi := &file_banger_v1_banger_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4971,7 +5056,7 @@ func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageResponse.ProtoReflect.Descriptor instead.
 func (*GetImageResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{76}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *GetImageResponse) GetImage() *Image {
@@ -4997,7 +5082,7 @@ type RegisterImageRequest struct {
 
 func (x *RegisterImageRequest) Reset() {
 	*x = RegisterImageRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[77]
+	mi := &file_banger_v1_banger_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5009,7 +5094,7 @@ func (x *RegisterImageRequest) String() string {
 func (*RegisterImageRequest) ProtoMessage() {}
 
 func (x *RegisterImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[77]
+	mi := &file_banger_v1_banger_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5022,7 +5107,7 @@ func (x *RegisterImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterImageRequest.ProtoReflect.Descriptor instead.
 func (*RegisterImageRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{77}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *RegisterImageRequest) GetName() string {
@@ -5083,7 +5168,7 @@ type RegisterImageResponse struct {
 
 func (x *RegisterImageResponse) Reset() {
 	*x = RegisterImageResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[78]
+	mi := &file_banger_v1_banger_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5095,7 +5180,7 @@ func (x *RegisterImageResponse) String() string {
 func (*RegisterImageResponse) ProtoMessage() {}
 
 func (x *RegisterImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[78]
+	mi := &file_banger_v1_banger_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5108,7 +5193,7 @@ func (x *RegisterImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterImageResponse.ProtoReflect.Descriptor instead.
 func (*RegisterImageResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{78}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *RegisterImageResponse) GetOperation() *Operation {
@@ -5127,7 +5212,7 @@ type DeleteImageRequest struct {
 
 func (x *DeleteImageRequest) Reset() {
 	*x = DeleteImageRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[79]
+	mi := &file_banger_v1_banger_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5139,7 +5224,7 @@ func (x *DeleteImageRequest) String() string {
 func (*DeleteImageRequest) ProtoMessage() {}
 
 func (x *DeleteImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[79]
+	mi := &file_banger_v1_banger_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5152,7 +5237,7 @@ func (x *DeleteImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteImageRequest.ProtoReflect.Descriptor instead.
 func (*DeleteImageRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{79}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *DeleteImageRequest) GetRef() string {
@@ -5171,7 +5256,7 @@ type DeleteImageResponse struct {
 
 func (x *DeleteImageResponse) Reset() {
 	*x = DeleteImageResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[80]
+	mi := &file_banger_v1_banger_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5183,7 +5268,7 @@ func (x *DeleteImageResponse) String() string {
 func (*DeleteImageResponse) ProtoMessage() {}
 
 func (x *DeleteImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[80]
+	mi := &file_banger_v1_banger_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5196,7 +5281,7 @@ func (x *DeleteImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteImageResponse.ProtoReflect.Descriptor instead.
 func (*DeleteImageResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{80}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *DeleteImageResponse) GetImage() *Image {
@@ -5215,7 +5300,7 @@ type PromoteImageRequest struct {
 
 func (x *PromoteImageRequest) Reset() {
 	*x = PromoteImageRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[81]
+	mi := &file_banger_v1_banger_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5227,7 +5312,7 @@ func (x *PromoteImageRequest) String() string {
 func (*PromoteImageRequest) ProtoMessage() {}
 
 func (x *PromoteImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[81]
+	mi := &file_banger_v1_banger_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5240,7 +5325,7 @@ func (x *PromoteImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteImageRequest.ProtoReflect.Descriptor instead.
 func (*PromoteImageRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{81}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *PromoteImageRequest) GetRef() string {
@@ -5260,7 +5345,7 @@ type PromoteImageResponse struct {
 
 func (x *PromoteImageResponse) Reset() {
 	*x = PromoteImageResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[82]
+	mi := &file_banger_v1_banger_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5272,7 +5357,7 @@ func (x *PromoteImageResponse) String() string {
 func (*PromoteImageResponse) ProtoMessage() {}
 
 func (x *PromoteImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[82]
+	mi := &file_banger_v1_banger_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5285,7 +5370,7 @@ func (x *PromoteImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteImageResponse.ProtoReflect.Descriptor instead.
 func (*PromoteImageResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{82}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *PromoteImageResponse) GetImage() *Image {
@@ -5312,7 +5397,7 @@ type ExportImageRequest struct {
 
 func (x *ExportImageRequest) Reset() {
 	*x = ExportImageRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[83]
+	mi := &file_banger_v1_banger_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5324,7 +5409,7 @@ func (x *ExportImageRequest) String() string {
 func (*ExportImageRequest) ProtoMessage() {}
 
 func (x *ExportImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[83]
+	mi := &file_banger_v1_banger_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5337,7 +5422,7 @@ func (x *ExportImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportImageRequest.ProtoReflect.Descriptor instead.
 func (*ExportImageRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{83}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ExportImageRequest) GetRef() string {
@@ -5363,7 +5448,7 @@ type ExportImageResponse struct {
 
 func (x *ExportImageResponse) Reset() {
 	*x = ExportImageResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[84]
+	mi := &file_banger_v1_banger_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5375,7 +5460,7 @@ func (x *ExportImageResponse) String() string {
 func (*ExportImageResponse) ProtoMessage() {}
 
 func (x *ExportImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[84]
+	mi := &file_banger_v1_banger_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5388,7 +5473,7 @@ func (x *ExportImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportImageResponse.ProtoReflect.Descriptor instead.
 func (*ExportImageResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{84}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ExportImageResponse) GetOperation() *Operation {
@@ -5408,7 +5493,7 @@ type ImportImageRequest struct {
 
 func (x *ImportImageRequest) Reset() {
 	*x = ImportImageRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[85]
+	mi := &file_banger_v1_banger_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5420,7 +5505,7 @@ func (x *ImportImageRequest) String() string {
 func (*ImportImageRequest) ProtoMessage() {}
 
 func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[85]
+	mi := &file_banger_v1_banger_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5433,7 +5518,7 @@ func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportImageRequest.ProtoReflect.Descriptor instead.
 func (*ImportImageRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{85}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ImportImageRequest) GetPath() string {
@@ -5459,7 +5544,7 @@ type ImportImageResponse struct {
 
 func (x *ImportImageResponse) Reset() {
 	*x = ImportImageResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[86]
+	mi := &file_banger_v1_banger_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5471,7 +5556,7 @@ func (x *ImportImageResponse) String() string {
 func (*ImportImageResponse) ProtoMessage() {}
 
 func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[86]
+	mi := &file_banger_v1_banger_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5484,7 +5569,7 @@ func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportImageResponse.ProtoReflect.Descriptor instead.
 func (*ImportImageResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{86}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ImportImageResponse) GetOperation() *Operation {
@@ -5504,7 +5589,7 @@ type PruneImagesRequest struct {
 
 func (x *PruneImagesRequest) Reset() {
 	*x = PruneImagesRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[87]
+	mi := &file_banger_v1_banger_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5516,7 +5601,7 @@ func (x *PruneImagesRequest) String() string {
 func (*PruneImagesRequest) ProtoMessage() {}
 
 func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[87]
+	mi := &file_banger_v1_banger_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5529,7 +5614,7 @@ func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneImagesRequest.ProtoReflect.Descriptor instead.
 func (*PruneImagesRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{87}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *PruneImagesRequest) GetUnused() bool {
@@ -5549,15 +5634,18 @@ func (x *PruneImagesRequest) GetDryRun() bool {
 type PruneImagesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Images        []*Image               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
-	Files         int32                  `protobuf:"varint,2,opt,name=files,proto3" json:"files,omitempty"` // of content that nothing refers to any more
-	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"` // of the host's disk, that they took
+	Files         int32                  `protobuf:"varint,2,opt,name=files,proto3" json:"files,omitempty"`                             // of content that nothing refers to any more
+	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`                             // of the host's disk, that they took
+	Layers        int32                  `protobuf:"varint,4,opt,name=layers,proto3" json:"layers,omitempty"`                           // of pulled images, in the cache
+	LayerBytes    int64                  `protobuf:"varint,5,opt,name=layer_bytes,json=layerBytes,proto3" json:"layer_bytes,omitempty"` // of the host's disk, that they took
+	LayersBusy    bool                   `protobuf:"varint,6,opt,name=layers_busy,json=layersBusy,proto3" json:"layers_busy,omitempty"` // an image is being pulled: no layer was removed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PruneImagesResponse) Reset() {
 	*x = PruneImagesResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[88]
+	mi := &file_banger_v1_banger_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5569,7 +5657,7 @@ func (x *PruneImagesResponse) String() string {
 func (*PruneImagesResponse) ProtoMessage() {}
 
 func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[88]
+	mi := &file_banger_v1_banger_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5582,7 +5670,7 @@ func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneImagesResponse.ProtoReflect.Descriptor instead.
 func (*PruneImagesResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{88}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *PruneImagesResponse) GetImages() []*Image {
@@ -5606,6 +5694,27 @@ func (x *PruneImagesResponse) GetBytes() int64 {
 	return 0
 }
 
+func (x *PruneImagesResponse) GetLayers() int32 {
+	if x != nil {
+		return x.Layers
+	}
+	return 0
+}
+
+func (x *PruneImagesResponse) GetLayerBytes() int64 {
+	if x != nil {
+		return x.LayerBytes
+	}
+	return 0
+}
+
+func (x *PruneImagesResponse) GetLayersBusy() bool {
+	if x != nil {
+		return x.LayersBusy
+	}
+	return false
+}
+
 type BuildImageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                                           // a managed image of the name is replaced
@@ -5621,7 +5730,7 @@ type BuildImageRequest struct {
 
 func (x *BuildImageRequest) Reset() {
 	*x = BuildImageRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[89]
+	mi := &file_banger_v1_banger_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5633,7 +5742,7 @@ func (x *BuildImageRequest) String() string {
 func (*BuildImageRequest) ProtoMessage() {}
 
 func (x *BuildImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[89]
+	mi := &file_banger_v1_banger_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5646,7 +5755,7 @@ func (x *BuildImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildImageRequest.ProtoReflect.Descriptor instead.
 func (*BuildImageRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{89}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *BuildImageRequest) GetName() string {
@@ -5710,7 +5819,7 @@ type BuildStep struct {
 
 func (x *BuildStep) Reset() {
 	*x = BuildStep{}
-	mi := &file_banger_v1_banger_proto_msgTypes[90]
+	mi := &file_banger_v1_banger_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5722,7 +5831,7 @@ func (x *BuildStep) String() string {
 func (*BuildStep) ProtoMessage() {}
 
 func (x *BuildStep) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[90]
+	mi := &file_banger_v1_banger_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5735,7 +5844,7 @@ func (x *BuildStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildStep.ProtoReflect.Descriptor instead.
 func (*BuildStep) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{90}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *BuildStep) GetName() string {
@@ -5769,7 +5878,7 @@ type BuildImageResponse struct {
 
 func (x *BuildImageResponse) Reset() {
 	*x = BuildImageResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	mi := &file_banger_v1_banger_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5781,7 +5890,7 @@ func (x *BuildImageResponse) String() string {
 func (*BuildImageResponse) ProtoMessage() {}
 
 func (x *BuildImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[91]
+	mi := &file_banger_v1_banger_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5794,7 +5903,7 @@ func (x *BuildImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildImageResponse.ProtoReflect.Descriptor instead.
 func (*BuildImageResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{91}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *BuildImageResponse) GetOperation() *Operation {
@@ -5820,7 +5929,7 @@ type ReadBuildLogRequest struct {
 
 func (x *ReadBuildLogRequest) Reset() {
 	*x = ReadBuildLogRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[92]
+	mi := &file_banger_v1_banger_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5832,7 +5941,7 @@ func (x *ReadBuildLogRequest) String() string {
 func (*ReadBuildLogRequest) ProtoMessage() {}
 
 func (x *ReadBuildLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[92]
+	mi := &file_banger_v1_banger_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5845,7 +5954,7 @@ func (x *ReadBuildLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadBuildLogRequest.ProtoReflect.Descriptor instead.
 func (*ReadBuildLogRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{92}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ReadBuildLogRequest) GetOperationId() string {
@@ -5864,7 +5973,7 @@ type ReadBuildLogResponse struct {
 
 func (x *ReadBuildLogResponse) Reset() {
 	*x = ReadBuildLogResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[93]
+	mi := &file_banger_v1_banger_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5876,7 +5985,7 @@ func (x *ReadBuildLogResponse) String() string {
 func (*ReadBuildLogResponse) ProtoMessage() {}
 
 func (x *ReadBuildLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[93]
+	mi := &file_banger_v1_banger_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5889,7 +5998,7 @@ func (x *ReadBuildLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadBuildLogResponse.ProtoReflect.Descriptor instead.
 func (*ReadBuildLogResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{93}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ReadBuildLogResponse) GetData() []byte {
@@ -5910,7 +6019,7 @@ type WatchUsageRequest struct {
 
 func (x *WatchUsageRequest) Reset() {
 	*x = WatchUsageRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[94]
+	mi := &file_banger_v1_banger_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5922,7 +6031,7 @@ func (x *WatchUsageRequest) String() string {
 func (*WatchUsageRequest) ProtoMessage() {}
 
 func (x *WatchUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[94]
+	mi := &file_banger_v1_banger_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5935,7 +6044,7 @@ func (x *WatchUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchUsageRequest.ProtoReflect.Descriptor instead.
 func (*WatchUsageRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{94}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *WatchUsageRequest) GetRefs() []string {
@@ -5969,7 +6078,7 @@ type WatchUsageResponse struct {
 
 func (x *WatchUsageResponse) Reset() {
 	*x = WatchUsageResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[95]
+	mi := &file_banger_v1_banger_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5981,7 +6090,7 @@ func (x *WatchUsageResponse) String() string {
 func (*WatchUsageResponse) ProtoMessage() {}
 
 func (x *WatchUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[95]
+	mi := &file_banger_v1_banger_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5994,7 +6103,7 @@ func (x *WatchUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchUsageResponse.ProtoReflect.Descriptor instead.
 func (*WatchUsageResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{95}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *WatchUsageResponse) GetStats() *VMStats {
@@ -6020,7 +6129,7 @@ type ImageList struct {
 
 func (x *ImageList) Reset() {
 	*x = ImageList{}
-	mi := &file_banger_v1_banger_proto_msgTypes[96]
+	mi := &file_banger_v1_banger_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6032,7 +6141,7 @@ func (x *ImageList) String() string {
 func (*ImageList) ProtoMessage() {}
 
 func (x *ImageList) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[96]
+	mi := &file_banger_v1_banger_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6045,7 +6154,7 @@ func (x *ImageList) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageList.ProtoReflect.Descriptor instead.
 func (*ImageList) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{96}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *ImageList) GetImages() []*Image {
@@ -6067,7 +6176,7 @@ type PullImageRequest struct {
 
 func (x *PullImageRequest) Reset() {
 	*x = PullImageRequest{}
-	mi := &file_banger_v1_banger_proto_msgTypes[97]
+	mi := &file_banger_v1_banger_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6079,7 +6188,7 @@ func (x *PullImageRequest) String() string {
 func (*PullImageRequest) ProtoMessage() {}
 
 func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[97]
+	mi := &file_banger_v1_banger_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6092,7 +6201,7 @@ func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageRequest.ProtoReflect.Descriptor instead.
 func (*PullImageRequest) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{97}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *PullImageRequest) GetReference() string {
@@ -6118,7 +6227,7 @@ type PullImageResponse struct {
 
 func (x *PullImageResponse) Reset() {
 	*x = PullImageResponse{}
-	mi := &file_banger_v1_banger_proto_msgTypes[98]
+	mi := &file_banger_v1_banger_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6130,7 +6239,7 @@ func (x *PullImageResponse) String() string {
 func (*PullImageResponse) ProtoMessage() {}
 
 func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_banger_v1_banger_proto_msgTypes[98]
+	mi := &file_banger_v1_banger_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6143,7 +6252,7 @@ func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageResponse.ProtoReflect.Descriptor instead.
 func (*PullImageResponse) Descriptor() ([]byte, []int) {
-	return file_banger_v1_banger_proto_rawDescGZIP(), []int{98}
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *PullImageResponse) GetOperation() *Operation {
@@ -6151,6 +6260,118 @@ func (x *PullImageResponse) GetOperation() *Operation {
 		return x.Operation
 	}
 	return nil
+}
+
+type WatchGuestRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	SilentMs      int64                  `protobuf:"varint,2,opt,name=silent_ms,json=silentMs,proto3" json:"silent_ms,omitempty"` // without an answer for so long it counts as silent; 0: 30000. 100 is the least
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchGuestRequest) Reset() {
+	*x = WatchGuestRequest{}
+	mi := &file_banger_v1_banger_proto_msgTypes[100]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchGuestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchGuestRequest) ProtoMessage() {}
+
+func (x *WatchGuestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[100]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchGuestRequest.ProtoReflect.Descriptor instead.
+func (*WatchGuestRequest) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{100}
+}
+
+func (x *WatchGuestRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *WatchGuestRequest) GetSilentMs() int64 {
+	if x != nil {
+		return x.SilentMs
+	}
+	return 0
+}
+
+type WatchGuestResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	State         string                 `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"` // answers, silent, paused
+	Since         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"` // silent: when it answered last, or the watch began
+	Note          string                 `protobuf:"bytes,3,opt,name=note,proto3" json:"note,omitempty"`   // paused: why
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchGuestResponse) Reset() {
+	*x = WatchGuestResponse{}
+	mi := &file_banger_v1_banger_proto_msgTypes[101]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchGuestResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchGuestResponse) ProtoMessage() {}
+
+func (x *WatchGuestResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_banger_v1_banger_proto_msgTypes[101]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchGuestResponse.ProtoReflect.Descriptor instead.
+func (*WatchGuestResponse) Descriptor() ([]byte, []int) {
+	return file_banger_v1_banger_proto_rawDescGZIP(), []int{101}
+}
+
+func (x *WatchGuestResponse) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *WatchGuestResponse) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *WatchGuestResponse) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
 }
 
 var File_banger_v1_banger_proto protoreflect.FileDescriptor
@@ -6228,7 +6449,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"0\n" +
 	"\x05Stage\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x13\n" +
-	"\x05at_ms\x18\x02 \x01(\x01R\x04atMs\"\xc5\x04\n" +
+	"\x05at_ms\x18\x02 \x01(\x01R\x04atMs\"\xf5\x04\n" +
 	"\x05Image\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -6254,7 +6475,18 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\n" +
 	"filesystem\x18  \x01(\tR\n" +
 	"filesystem\x12&\n" +
-	"\x0fwork_seed_bytes\x18! \x01(\x03R\rworkSeedBytes\"\xbb\x03\n" +
+	"\x0fwork_seed_bytes\x18! \x01(\x03R\rworkSeedBytes\x12.\n" +
+	"\x06config\x18\" \x01(\v2\x16.banger.v1.ImageConfigR\x06config\"\x80\x02\n" +
+	"\vImageConfig\x12\x17\n" +
+	"\ano_init\x18\x01 \x01(\bR\x06noInit\x12\x18\n" +
+	"\acommand\x18\x02 \x03(\tR\acommand\x12I\n" +
+	"\venvironment\x18\x03 \x03(\v2'.banger.v1.ImageConfig.EnvironmentEntryR\venvironment\x12\x12\n" +
+	"\x04user\x18\x04 \x01(\tR\x04user\x12\x1f\n" +
+	"\vworking_dir\x18\x05 \x01(\tR\n" +
+	"workingDir\x1a>\n" +
+	"\x10EnvironmentEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbb\x03\n" +
 	"\tOperation\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x13\n" +
@@ -6608,11 +6840,16 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"E\n" +
 	"\x12PruneImagesRequest\x12\x16\n" +
 	"\x06unused\x18\x01 \x01(\bR\x06unused\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"k\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"\xc5\x01\n" +
 	"\x13PruneImagesResponse\x12(\n" +
 	"\x06images\x18\x01 \x03(\v2\x10.banger.v1.ImageR\x06images\x12\x14\n" +
 	"\x05files\x18\x02 \x01(\x05R\x05files\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\xe2\x01\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\x12\x16\n" +
+	"\x06layers\x18\x04 \x01(\x05R\x06layers\x12\x1f\n" +
+	"\vlayer_bytes\x18\x05 \x01(\x03R\n" +
+	"layerBytes\x12\x1f\n" +
+	"\vlayers_busy\x18\x06 \x01(\bR\n" +
+	"layersBusy\"\xe2\x01\n" +
 	"\x11BuildImageRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\tR\x04from\x12\x16\n" +
@@ -6646,7 +6883,14 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\treference\x18\x01 \x01(\tR\treference\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"G\n" +
 	"\x11PullImageResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation2\x9b\t\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.banger.v1.OperationR\toperation\"@\n" +
+	"\x11WatchGuestRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
+	"\tsilent_ms\x18\x02 \x01(\x03R\bsilentMs\"p\n" +
+	"\x12WatchGuestResponse\x12\x14\n" +
+	"\x05state\x18\x01 \x01(\tR\x05state\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x12\n" +
+	"\x04note\x18\x03 \x01(\tR\x04note2\xe8\t\n" +
 	"\tVMService\x12C\n" +
 	"\bCreateVM\x12\x1a.banger.v1.CreateVMRequest\x1a\x1b.banger.v1.CreateVMResponse\x12@\n" +
 	"\aStartVM\x12\x19.banger.v1.StartVMRequest\x1a\x1a.banger.v1.StartVMResponse\x12=\n" +
@@ -6666,7 +6910,9 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\fGetSSHTarget\x12\x1e.banger.v1.GetSSHTargetRequest\x1a\x1f.banger.v1.GetSSHTargetResponse\x12B\n" +
 	"\aReadLog\x12\x19.banger.v1.ReadLogRequest\x1a\x1a.banger.v1.ReadLogResponse0\x01\x12K\n" +
 	"\n" +
-	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x012\xe1\x06\n" +
+	"WatchUsage\x12\x1c.banger.v1.WatchUsageRequest\x1a\x1d.banger.v1.WatchUsageResponse0\x01\x12K\n" +
+	"\n" +
+	"WatchGuest\x12\x1c.banger.v1.WatchGuestRequest\x1a\x1d.banger.v1.WatchGuestResponse0\x012\xe1\x06\n" +
 	"\fImageService\x12I\n" +
 	"\n" +
 	"ListImages\x12\x1c.banger.v1.ListImagesRequest\x1a\x1d.banger.v1.ListImagesResponse\x12C\n" +
@@ -6707,7 +6953,7 @@ func file_banger_v1_banger_proto_rawDescGZIP() []byte {
 	return file_banger_v1_banger_proto_rawDescData
 }
 
-var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 103)
+var file_banger_v1_banger_proto_msgTypes = make([]protoimpl.MessageInfo, 107)
 var file_banger_v1_banger_proto_goTypes = []any{
 	(*Fault)(nil),                    // 0: banger.v1.Fault
 	(*VM)(nil),                       // 1: banger.v1.VM
@@ -6715,265 +6961,274 @@ var file_banger_v1_banger_proto_goTypes = []any{
 	(*Failure)(nil),                  // 3: banger.v1.Failure
 	(*Stage)(nil),                    // 4: banger.v1.Stage
 	(*Image)(nil),                    // 5: banger.v1.Image
-	(*Operation)(nil),                // 6: banger.v1.Operation
-	(*OperationStage)(nil),           // 7: banger.v1.OperationStage
-	(*CreateVMRequest)(nil),          // 8: banger.v1.CreateVMRequest
-	(*CreateVMResponse)(nil),         // 9: banger.v1.CreateVMResponse
-	(*StartVMRequest)(nil),           // 10: banger.v1.StartVMRequest
-	(*StartVMResponse)(nil),          // 11: banger.v1.StartVMResponse
-	(*StopVMRequest)(nil),            // 12: banger.v1.StopVMRequest
-	(*StopVMResponse)(nil),           // 13: banger.v1.StopVMResponse
-	(*RestartVMRequest)(nil),         // 14: banger.v1.RestartVMRequest
-	(*RestartVMResponse)(nil),        // 15: banger.v1.RestartVMResponse
-	(*DeleteVMRequest)(nil),          // 16: banger.v1.DeleteVMRequest
-	(*DeleteVMResponse)(nil),         // 17: banger.v1.DeleteVMResponse
-	(*SetVMRequest)(nil),             // 18: banger.v1.SetVMRequest
-	(*SetVMResponse)(nil),            // 19: banger.v1.SetVMResponse
-	(*GetStatsRequest)(nil),          // 20: banger.v1.GetStatsRequest
-	(*GetStatsResponse)(nil),         // 21: banger.v1.GetStatsResponse
-	(*VMStats)(nil),                  // 22: banger.v1.VMStats
-	(*HostStats)(nil),                // 23: banger.v1.HostStats
-	(*GuestStats)(nil),               // 24: banger.v1.GuestStats
-	(*GuestDisk)(nil),                // 25: banger.v1.GuestDisk
-	(*GuestInterface)(nil),           // 26: banger.v1.GuestInterface
-	(*GetPortsRequest)(nil),          // 27: banger.v1.GetPortsRequest
-	(*GetPortsResponse)(nil),         // 28: banger.v1.GetPortsResponse
-	(*VMPorts)(nil),                  // 29: banger.v1.VMPorts
-	(*Port)(nil),                     // 30: banger.v1.Port
-	(*TrimVMRequest)(nil),            // 31: banger.v1.TrimVMRequest
-	(*TrimVMResponse)(nil),           // 32: banger.v1.TrimVMResponse
-	(*KillVMRequest)(nil),            // 33: banger.v1.KillVMRequest
-	(*KillVMResponse)(nil),           // 34: banger.v1.KillVMResponse
-	(*GetVMRequest)(nil),             // 35: banger.v1.GetVMRequest
-	(*GetVMResponse)(nil),            // 36: banger.v1.GetVMResponse
-	(*ListVMsRequest)(nil),           // 37: banger.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),          // 38: banger.v1.ListVMsResponse
-	(*ResolveVMsRequest)(nil),        // 39: banger.v1.ResolveVMsRequest
-	(*ResolveVMsResponse)(nil),       // 40: banger.v1.ResolveVMsResponse
-	(*ResolvedVM)(nil),               // 41: banger.v1.ResolvedVM
-	(*GetDefaultsRequest)(nil),       // 42: banger.v1.GetDefaultsRequest
-	(*GetDefaultsResponse)(nil),      // 43: banger.v1.GetDefaultsResponse
-	(*GetSSHTargetRequest)(nil),      // 44: banger.v1.GetSSHTargetRequest
-	(*GetSSHTargetResponse)(nil),     // 45: banger.v1.GetSSHTargetResponse
-	(*ReadLogRequest)(nil),           // 46: banger.v1.ReadLogRequest
-	(*ReadLogResponse)(nil),          // 47: banger.v1.ReadLogResponse
-	(*ListImagesRequest)(nil),        // 48: banger.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),       // 49: banger.v1.ListImagesResponse
-	(*GetOperationRequest)(nil),      // 50: banger.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),     // 51: banger.v1.GetOperationResponse
-	(*ListOperationsRequest)(nil),    // 52: banger.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),   // 53: banger.v1.ListOperationsResponse
-	(*WatchOperationRequest)(nil),    // 54: banger.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),   // 55: banger.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),   // 56: banger.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil),  // 57: banger.v1.CancelOperationResponse
-	(*GetStatusRequest)(nil),         // 58: banger.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),        // 59: banger.v1.GetStatusResponse
-	(*ShutdownRequest)(nil),          // 60: banger.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 61: banger.v1.ShutdownResponse
-	(*RunDoctorRequest)(nil),         // 62: banger.v1.RunDoctorRequest
-	(*RunDoctorResponse)(nil),        // 63: banger.v1.RunDoctorResponse
-	(*Finding)(nil),                  // 64: banger.v1.Finding
-	(*WatchRequest)(nil),             // 65: banger.v1.WatchRequest
-	(*WatchResponse)(nil),            // 66: banger.v1.WatchResponse
-	(*Snapshot)(nil),                 // 67: banger.v1.Snapshot
-	(*SSHConfig)(nil),                // 68: banger.v1.SSHConfig
-	(*GetSSHConfigRequest)(nil),      // 69: banger.v1.GetSSHConfigRequest
-	(*GetSSHConfigResponse)(nil),     // 70: banger.v1.GetSSHConfigResponse
-	(*InstallSSHConfigRequest)(nil),  // 71: banger.v1.InstallSSHConfigRequest
-	(*InstallSSHConfigResponse)(nil), // 72: banger.v1.InstallSSHConfigResponse
-	(*RemoveSSHConfigRequest)(nil),   // 73: banger.v1.RemoveSSHConfigRequest
-	(*RemoveSSHConfigResponse)(nil),  // 74: banger.v1.RemoveSSHConfigResponse
-	(*GetImageRequest)(nil),          // 75: banger.v1.GetImageRequest
-	(*GetImageResponse)(nil),         // 76: banger.v1.GetImageResponse
-	(*RegisterImageRequest)(nil),     // 77: banger.v1.RegisterImageRequest
-	(*RegisterImageResponse)(nil),    // 78: banger.v1.RegisterImageResponse
-	(*DeleteImageRequest)(nil),       // 79: banger.v1.DeleteImageRequest
-	(*DeleteImageResponse)(nil),      // 80: banger.v1.DeleteImageResponse
-	(*PromoteImageRequest)(nil),      // 81: banger.v1.PromoteImageRequest
-	(*PromoteImageResponse)(nil),     // 82: banger.v1.PromoteImageResponse
-	(*ExportImageRequest)(nil),       // 83: banger.v1.ExportImageRequest
-	(*ExportImageResponse)(nil),      // 84: banger.v1.ExportImageResponse
-	(*ImportImageRequest)(nil),       // 85: banger.v1.ImportImageRequest
-	(*ImportImageResponse)(nil),      // 86: banger.v1.ImportImageResponse
-	(*PruneImagesRequest)(nil),       // 87: banger.v1.PruneImagesRequest
-	(*PruneImagesResponse)(nil),      // 88: banger.v1.PruneImagesResponse
-	(*BuildImageRequest)(nil),        // 89: banger.v1.BuildImageRequest
-	(*BuildStep)(nil),                // 90: banger.v1.BuildStep
-	(*BuildImageResponse)(nil),       // 91: banger.v1.BuildImageResponse
-	(*ReadBuildLogRequest)(nil),      // 92: banger.v1.ReadBuildLogRequest
-	(*ReadBuildLogResponse)(nil),     // 93: banger.v1.ReadBuildLogResponse
-	(*WatchUsageRequest)(nil),        // 94: banger.v1.WatchUsageRequest
-	(*WatchUsageResponse)(nil),       // 95: banger.v1.WatchUsageResponse
-	(*ImageList)(nil),                // 96: banger.v1.ImageList
-	(*PullImageRequest)(nil),         // 97: banger.v1.PullImageRequest
-	(*PullImageResponse)(nil),        // 98: banger.v1.PullImageResponse
-	nil,                              // 99: banger.v1.VM.LabelsEntry
-	nil,                              // 100: banger.v1.CreateVMRequest.LabelsEntry
-	nil,                              // 101: banger.v1.SetVMRequest.LabelsEntry
-	nil,                              // 102: banger.v1.GetStatusResponse.VmsByStateEntry
-	(*timestamppb.Timestamp)(nil),    // 103: google.protobuf.Timestamp
+	(*ImageConfig)(nil),              // 6: banger.v1.ImageConfig
+	(*Operation)(nil),                // 7: banger.v1.Operation
+	(*OperationStage)(nil),           // 8: banger.v1.OperationStage
+	(*CreateVMRequest)(nil),          // 9: banger.v1.CreateVMRequest
+	(*CreateVMResponse)(nil),         // 10: banger.v1.CreateVMResponse
+	(*StartVMRequest)(nil),           // 11: banger.v1.StartVMRequest
+	(*StartVMResponse)(nil),          // 12: banger.v1.StartVMResponse
+	(*StopVMRequest)(nil),            // 13: banger.v1.StopVMRequest
+	(*StopVMResponse)(nil),           // 14: banger.v1.StopVMResponse
+	(*RestartVMRequest)(nil),         // 15: banger.v1.RestartVMRequest
+	(*RestartVMResponse)(nil),        // 16: banger.v1.RestartVMResponse
+	(*DeleteVMRequest)(nil),          // 17: banger.v1.DeleteVMRequest
+	(*DeleteVMResponse)(nil),         // 18: banger.v1.DeleteVMResponse
+	(*SetVMRequest)(nil),             // 19: banger.v1.SetVMRequest
+	(*SetVMResponse)(nil),            // 20: banger.v1.SetVMResponse
+	(*GetStatsRequest)(nil),          // 21: banger.v1.GetStatsRequest
+	(*GetStatsResponse)(nil),         // 22: banger.v1.GetStatsResponse
+	(*VMStats)(nil),                  // 23: banger.v1.VMStats
+	(*HostStats)(nil),                // 24: banger.v1.HostStats
+	(*GuestStats)(nil),               // 25: banger.v1.GuestStats
+	(*GuestDisk)(nil),                // 26: banger.v1.GuestDisk
+	(*GuestInterface)(nil),           // 27: banger.v1.GuestInterface
+	(*GetPortsRequest)(nil),          // 28: banger.v1.GetPortsRequest
+	(*GetPortsResponse)(nil),         // 29: banger.v1.GetPortsResponse
+	(*VMPorts)(nil),                  // 30: banger.v1.VMPorts
+	(*Port)(nil),                     // 31: banger.v1.Port
+	(*TrimVMRequest)(nil),            // 32: banger.v1.TrimVMRequest
+	(*TrimVMResponse)(nil),           // 33: banger.v1.TrimVMResponse
+	(*KillVMRequest)(nil),            // 34: banger.v1.KillVMRequest
+	(*KillVMResponse)(nil),           // 35: banger.v1.KillVMResponse
+	(*GetVMRequest)(nil),             // 36: banger.v1.GetVMRequest
+	(*GetVMResponse)(nil),            // 37: banger.v1.GetVMResponse
+	(*ListVMsRequest)(nil),           // 38: banger.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),          // 39: banger.v1.ListVMsResponse
+	(*ResolveVMsRequest)(nil),        // 40: banger.v1.ResolveVMsRequest
+	(*ResolveVMsResponse)(nil),       // 41: banger.v1.ResolveVMsResponse
+	(*ResolvedVM)(nil),               // 42: banger.v1.ResolvedVM
+	(*GetDefaultsRequest)(nil),       // 43: banger.v1.GetDefaultsRequest
+	(*GetDefaultsResponse)(nil),      // 44: banger.v1.GetDefaultsResponse
+	(*GetSSHTargetRequest)(nil),      // 45: banger.v1.GetSSHTargetRequest
+	(*GetSSHTargetResponse)(nil),     // 46: banger.v1.GetSSHTargetResponse
+	(*ReadLogRequest)(nil),           // 47: banger.v1.ReadLogRequest
+	(*ReadLogResponse)(nil),          // 48: banger.v1.ReadLogResponse
+	(*ListImagesRequest)(nil),        // 49: banger.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),       // 50: banger.v1.ListImagesResponse
+	(*GetOperationRequest)(nil),      // 51: banger.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),     // 52: banger.v1.GetOperationResponse
+	(*ListOperationsRequest)(nil),    // 53: banger.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),   // 54: banger.v1.ListOperationsResponse
+	(*WatchOperationRequest)(nil),    // 55: banger.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),   // 56: banger.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),   // 57: banger.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil),  // 58: banger.v1.CancelOperationResponse
+	(*GetStatusRequest)(nil),         // 59: banger.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),        // 60: banger.v1.GetStatusResponse
+	(*ShutdownRequest)(nil),          // 61: banger.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 62: banger.v1.ShutdownResponse
+	(*RunDoctorRequest)(nil),         // 63: banger.v1.RunDoctorRequest
+	(*RunDoctorResponse)(nil),        // 64: banger.v1.RunDoctorResponse
+	(*Finding)(nil),                  // 65: banger.v1.Finding
+	(*WatchRequest)(nil),             // 66: banger.v1.WatchRequest
+	(*WatchResponse)(nil),            // 67: banger.v1.WatchResponse
+	(*Snapshot)(nil),                 // 68: banger.v1.Snapshot
+	(*SSHConfig)(nil),                // 69: banger.v1.SSHConfig
+	(*GetSSHConfigRequest)(nil),      // 70: banger.v1.GetSSHConfigRequest
+	(*GetSSHConfigResponse)(nil),     // 71: banger.v1.GetSSHConfigResponse
+	(*InstallSSHConfigRequest)(nil),  // 72: banger.v1.InstallSSHConfigRequest
+	(*InstallSSHConfigResponse)(nil), // 73: banger.v1.InstallSSHConfigResponse
+	(*RemoveSSHConfigRequest)(nil),   // 74: banger.v1.RemoveSSHConfigRequest
+	(*RemoveSSHConfigResponse)(nil),  // 75: banger.v1.RemoveSSHConfigResponse
+	(*GetImageRequest)(nil),          // 76: banger.v1.GetImageRequest
+	(*GetImageResponse)(nil),         // 77: banger.v1.GetImageResponse
+	(*RegisterImageRequest)(nil),     // 78: banger.v1.RegisterImageRequest
+	(*RegisterImageResponse)(nil),    // 79: banger.v1.RegisterImageResponse
+	(*DeleteImageRequest)(nil),       // 80: banger.v1.DeleteImageRequest
+	(*DeleteImageResponse)(nil),      // 81: banger.v1.DeleteImageResponse
+	(*PromoteImageRequest)(nil),      // 82: banger.v1.PromoteImageRequest
+	(*PromoteImageResponse)(nil),     // 83: banger.v1.PromoteImageResponse
+	(*ExportImageRequest)(nil),       // 84: banger.v1.ExportImageRequest
+	(*ExportImageResponse)(nil),      // 85: banger.v1.ExportImageResponse
+	(*ImportImageRequest)(nil),       // 86: banger.v1.ImportImageRequest
+	(*ImportImageResponse)(nil),      // 87: banger.v1.ImportImageResponse
+	(*PruneImagesRequest)(nil),       // 88: banger.v1.PruneImagesRequest
+	(*PruneImagesResponse)(nil),      // 89: banger.v1.PruneImagesResponse
+	(*BuildImageRequest)(nil),        // 90: banger.v1.BuildImageRequest
+	(*BuildStep)(nil),                // 91: banger.v1.BuildStep
+	(*BuildImageResponse)(nil),       // 92: banger.v1.BuildImageResponse
+	(*ReadBuildLogRequest)(nil),      // 93: banger.v1.ReadBuildLogRequest
+	(*ReadBuildLogResponse)(nil),     // 94: banger.v1.ReadBuildLogResponse
+	(*WatchUsageRequest)(nil),        // 95: banger.v1.WatchUsageRequest
+	(*WatchUsageResponse)(nil),       // 96: banger.v1.WatchUsageResponse
+	(*ImageList)(nil),                // 97: banger.v1.ImageList
+	(*PullImageRequest)(nil),         // 98: banger.v1.PullImageRequest
+	(*PullImageResponse)(nil),        // 99: banger.v1.PullImageResponse
+	(*WatchGuestRequest)(nil),        // 100: banger.v1.WatchGuestRequest
+	(*WatchGuestResponse)(nil),       // 101: banger.v1.WatchGuestResponse
+	nil,                              // 102: banger.v1.VM.LabelsEntry
+	nil,                              // 103: banger.v1.ImageConfig.EnvironmentEntry
+	nil,                              // 104: banger.v1.CreateVMRequest.LabelsEntry
+	nil,                              // 105: banger.v1.SetVMRequest.LabelsEntry
+	nil,                              // 106: banger.v1.GetStatusResponse.VmsByStateEntry
+	(*timestamppb.Timestamp)(nil),    // 107: google.protobuf.Timestamp
 }
 var file_banger_v1_banger_proto_depIdxs = []int32{
-	99,  // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
-	103, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	103, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	103, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
+	102, // 0: banger.v1.VM.labels:type_name -> banger.v1.VM.LabelsEntry
+	107, // 1: banger.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	107, // 2: banger.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	107, // 3: banger.v1.VM.stopped_at:type_name -> google.protobuf.Timestamp
 	3,   // 4: banger.v1.VM.failure:type_name -> banger.v1.Failure
 	4,   // 5: banger.v1.VM.boot:type_name -> banger.v1.Stage
 	2,   // 6: banger.v1.VM.confinement:type_name -> banger.v1.Confinement
 	0,   // 7: banger.v1.Failure.fault:type_name -> banger.v1.Fault
-	103, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
-	103, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	7,   // 10: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
-	103, // 11: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
-	103, // 12: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
-	0,   // 13: banger.v1.Operation.fault:type_name -> banger.v1.Fault
-	1,   // 14: banger.v1.Operation.vm:type_name -> banger.v1.VM
-	5,   // 15: banger.v1.Operation.made:type_name -> banger.v1.Image
-	103, // 16: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
-	103, // 17: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
-	100, // 18: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
-	6,   // 19: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
-	6,   // 20: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
-	6,   // 21: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
-	6,   // 22: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
-	6,   // 23: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
-	101, // 24: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
-	6,   // 25: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
-	22,  // 26: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
-	1,   // 27: banger.v1.VMStats.vm:type_name -> banger.v1.VM
-	103, // 28: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
-	23,  // 29: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
-	24,  // 30: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
-	0,   // 31: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
-	0,   // 32: banger.v1.VMStats.fault:type_name -> banger.v1.Fault
-	25,  // 33: banger.v1.GuestStats.disks:type_name -> banger.v1.GuestDisk
-	26,  // 34: banger.v1.GuestStats.interfaces:type_name -> banger.v1.GuestInterface
-	29,  // 35: banger.v1.GetPortsResponse.results:type_name -> banger.v1.VMPorts
-	1,   // 36: banger.v1.VMPorts.vm:type_name -> banger.v1.VM
-	30,  // 37: banger.v1.VMPorts.ports:type_name -> banger.v1.Port
-	0,   // 38: banger.v1.VMPorts.fault:type_name -> banger.v1.Fault
-	6,   // 39: banger.v1.TrimVMResponse.operation:type_name -> banger.v1.Operation
-	1,   // 40: banger.v1.KillVMResponse.vm:type_name -> banger.v1.VM
-	1,   // 41: banger.v1.GetVMResponse.vm:type_name -> banger.v1.VM
-	1,   // 42: banger.v1.ListVMsResponse.vms:type_name -> banger.v1.VM
-	41,  // 43: banger.v1.ResolveVMsResponse.results:type_name -> banger.v1.ResolvedVM
-	1,   // 44: banger.v1.ResolvedVM.vm:type_name -> banger.v1.VM
-	0,   // 45: banger.v1.ResolvedVM.fault:type_name -> banger.v1.Fault
-	5,   // 46: banger.v1.ListImagesResponse.images:type_name -> banger.v1.Image
-	6,   // 47: banger.v1.GetOperationResponse.operation:type_name -> banger.v1.Operation
-	6,   // 48: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
-	6,   // 49: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
-	6,   // 50: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
-	103, // 51: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	102, // 52: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
-	64,  // 53: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
-	67,  // 54: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
-	1,   // 55: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
-	6,   // 56: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
-	96,  // 57: banger.v1.WatchResponse.images:type_name -> banger.v1.ImageList
-	1,   // 58: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
-	6,   // 59: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
-	5,   // 60: banger.v1.Snapshot.images:type_name -> banger.v1.Image
-	68,  // 61: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	68,  // 62: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
-	5,   // 63: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
-	6,   // 64: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
-	5,   // 65: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
-	5,   // 66: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
-	6,   // 67: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
-	6,   // 68: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
-	5,   // 69: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
-	90,  // 70: banger.v1.BuildImageRequest.steps:type_name -> banger.v1.BuildStep
-	6,   // 71: banger.v1.BuildImageResponse.operation:type_name -> banger.v1.Operation
-	22,  // 72: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
-	29,  // 73: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
-	5,   // 74: banger.v1.ImageList.images:type_name -> banger.v1.Image
-	6,   // 75: banger.v1.PullImageResponse.operation:type_name -> banger.v1.Operation
-	8,   // 76: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
-	10,  // 77: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
-	12,  // 78: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
-	14,  // 79: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
-	16,  // 80: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
-	18,  // 81: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
-	33,  // 82: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
-	35,  // 83: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
-	37,  // 84: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
-	39,  // 85: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
-	42,  // 86: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
-	20,  // 87: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
-	27,  // 88: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
-	31,  // 89: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
-	44,  // 90: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
-	46,  // 91: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
-	94,  // 92: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
-	48,  // 93: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
-	75,  // 94: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
-	77,  // 95: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
-	79,  // 96: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
-	81,  // 97: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
-	83,  // 98: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
-	85,  // 99: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
-	89,  // 100: banger.v1.ImageService.BuildImage:input_type -> banger.v1.BuildImageRequest
-	92,  // 101: banger.v1.ImageService.ReadBuildLog:input_type -> banger.v1.ReadBuildLogRequest
-	87,  // 102: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
-	97,  // 103: banger.v1.ImageService.PullImage:input_type -> banger.v1.PullImageRequest
-	50,  // 104: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
-	52,  // 105: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
-	54,  // 106: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
-	56,  // 107: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
-	58,  // 108: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
-	60,  // 109: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
-	62,  // 110: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
-	65,  // 111: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
-	69,  // 112: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
-	71,  // 113: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
-	73,  // 114: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
-	9,   // 115: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
-	11,  // 116: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
-	13,  // 117: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
-	15,  // 118: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
-	17,  // 119: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
-	19,  // 120: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
-	34,  // 121: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
-	36,  // 122: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
-	38,  // 123: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
-	40,  // 124: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
-	43,  // 125: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
-	21,  // 126: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
-	28,  // 127: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
-	32,  // 128: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
-	45,  // 129: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
-	47,  // 130: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
-	95,  // 131: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
-	49,  // 132: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
-	76,  // 133: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
-	78,  // 134: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
-	80,  // 135: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
-	82,  // 136: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
-	84,  // 137: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
-	86,  // 138: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
-	91,  // 139: banger.v1.ImageService.BuildImage:output_type -> banger.v1.BuildImageResponse
-	93,  // 140: banger.v1.ImageService.ReadBuildLog:output_type -> banger.v1.ReadBuildLogResponse
-	88,  // 141: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
-	98,  // 142: banger.v1.ImageService.PullImage:output_type -> banger.v1.PullImageResponse
-	51,  // 143: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
-	53,  // 144: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
-	55,  // 145: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
-	57,  // 146: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
-	59,  // 147: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
-	61,  // 148: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
-	63,  // 149: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
-	66,  // 150: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
-	70,  // 151: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
-	72,  // 152: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
-	74,  // 153: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
-	115, // [115:154] is the sub-list for method output_type
-	76,  // [76:115] is the sub-list for method input_type
-	76,  // [76:76] is the sub-list for extension type_name
-	76,  // [76:76] is the sub-list for extension extendee
-	0,   // [0:76] is the sub-list for field type_name
+	107, // 8: banger.v1.Failure.at:type_name -> google.protobuf.Timestamp
+	107, // 9: banger.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	6,   // 10: banger.v1.Image.config:type_name -> banger.v1.ImageConfig
+	103, // 11: banger.v1.ImageConfig.environment:type_name -> banger.v1.ImageConfig.EnvironmentEntry
+	8,   // 12: banger.v1.Operation.stages:type_name -> banger.v1.OperationStage
+	107, // 13: banger.v1.Operation.created_at:type_name -> google.protobuf.Timestamp
+	107, // 14: banger.v1.Operation.finished_at:type_name -> google.protobuf.Timestamp
+	0,   // 15: banger.v1.Operation.fault:type_name -> banger.v1.Fault
+	1,   // 16: banger.v1.Operation.vm:type_name -> banger.v1.VM
+	5,   // 17: banger.v1.Operation.made:type_name -> banger.v1.Image
+	107, // 18: banger.v1.OperationStage.started_at:type_name -> google.protobuf.Timestamp
+	107, // 19: banger.v1.OperationStage.finished_at:type_name -> google.protobuf.Timestamp
+	104, // 20: banger.v1.CreateVMRequest.labels:type_name -> banger.v1.CreateVMRequest.LabelsEntry
+	7,   // 21: banger.v1.CreateVMResponse.operation:type_name -> banger.v1.Operation
+	7,   // 22: banger.v1.StartVMResponse.operation:type_name -> banger.v1.Operation
+	7,   // 23: banger.v1.StopVMResponse.operation:type_name -> banger.v1.Operation
+	7,   // 24: banger.v1.RestartVMResponse.operation:type_name -> banger.v1.Operation
+	7,   // 25: banger.v1.DeleteVMResponse.operation:type_name -> banger.v1.Operation
+	105, // 26: banger.v1.SetVMRequest.labels:type_name -> banger.v1.SetVMRequest.LabelsEntry
+	7,   // 27: banger.v1.SetVMResponse.operation:type_name -> banger.v1.Operation
+	23,  // 28: banger.v1.GetStatsResponse.results:type_name -> banger.v1.VMStats
+	1,   // 29: banger.v1.VMStats.vm:type_name -> banger.v1.VM
+	107, // 30: banger.v1.VMStats.at:type_name -> google.protobuf.Timestamp
+	24,  // 31: banger.v1.VMStats.host:type_name -> banger.v1.HostStats
+	25,  // 32: banger.v1.VMStats.guest:type_name -> banger.v1.GuestStats
+	0,   // 33: banger.v1.VMStats.guest_fault:type_name -> banger.v1.Fault
+	0,   // 34: banger.v1.VMStats.fault:type_name -> banger.v1.Fault
+	26,  // 35: banger.v1.GuestStats.disks:type_name -> banger.v1.GuestDisk
+	27,  // 36: banger.v1.GuestStats.interfaces:type_name -> banger.v1.GuestInterface
+	30,  // 37: banger.v1.GetPortsResponse.results:type_name -> banger.v1.VMPorts
+	1,   // 38: banger.v1.VMPorts.vm:type_name -> banger.v1.VM
+	31,  // 39: banger.v1.VMPorts.ports:type_name -> banger.v1.Port
+	0,   // 40: banger.v1.VMPorts.fault:type_name -> banger.v1.Fault
+	7,   // 41: banger.v1.TrimVMResponse.operation:type_name -> banger.v1.Operation
+	1,   // 42: banger.v1.KillVMResponse.vm:type_name -> banger.v1.VM
+	1,   // 43: banger.v1.GetVMResponse.vm:type_name -> banger.v1.VM
+	1,   // 44: banger.v1.ListVMsResponse.vms:type_name -> banger.v1.VM
+	42,  // 45: banger.v1.ResolveVMsResponse.results:type_name -> banger.v1.ResolvedVM
+	1,   // 46: banger.v1.ResolvedVM.vm:type_name -> banger.v1.VM
+	0,   // 47: banger.v1.ResolvedVM.fault:type_name -> banger.v1.Fault
+	5,   // 48: banger.v1.ListImagesResponse.images:type_name -> banger.v1.Image
+	7,   // 49: banger.v1.GetOperationResponse.operation:type_name -> banger.v1.Operation
+	7,   // 50: banger.v1.ListOperationsResponse.operations:type_name -> banger.v1.Operation
+	7,   // 51: banger.v1.WatchOperationResponse.operation:type_name -> banger.v1.Operation
+	7,   // 52: banger.v1.CancelOperationResponse.operation:type_name -> banger.v1.Operation
+	107, // 53: banger.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	106, // 54: banger.v1.GetStatusResponse.vms_by_state:type_name -> banger.v1.GetStatusResponse.VmsByStateEntry
+	65,  // 55: banger.v1.RunDoctorResponse.findings:type_name -> banger.v1.Finding
+	68,  // 56: banger.v1.WatchResponse.snapshot:type_name -> banger.v1.Snapshot
+	1,   // 57: banger.v1.WatchResponse.vm:type_name -> banger.v1.VM
+	7,   // 58: banger.v1.WatchResponse.operation:type_name -> banger.v1.Operation
+	97,  // 59: banger.v1.WatchResponse.images:type_name -> banger.v1.ImageList
+	1,   // 60: banger.v1.Snapshot.vms:type_name -> banger.v1.VM
+	7,   // 61: banger.v1.Snapshot.operations:type_name -> banger.v1.Operation
+	5,   // 62: banger.v1.Snapshot.images:type_name -> banger.v1.Image
+	69,  // 63: banger.v1.GetSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	69,  // 64: banger.v1.InstallSSHConfigResponse.config:type_name -> banger.v1.SSHConfig
+	5,   // 65: banger.v1.GetImageResponse.image:type_name -> banger.v1.Image
+	7,   // 66: banger.v1.RegisterImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 67: banger.v1.DeleteImageResponse.image:type_name -> banger.v1.Image
+	5,   // 68: banger.v1.PromoteImageResponse.image:type_name -> banger.v1.Image
+	7,   // 69: banger.v1.ExportImageResponse.operation:type_name -> banger.v1.Operation
+	7,   // 70: banger.v1.ImportImageResponse.operation:type_name -> banger.v1.Operation
+	5,   // 71: banger.v1.PruneImagesResponse.images:type_name -> banger.v1.Image
+	91,  // 72: banger.v1.BuildImageRequest.steps:type_name -> banger.v1.BuildStep
+	7,   // 73: banger.v1.BuildImageResponse.operation:type_name -> banger.v1.Operation
+	23,  // 74: banger.v1.WatchUsageResponse.stats:type_name -> banger.v1.VMStats
+	30,  // 75: banger.v1.WatchUsageResponse.ports:type_name -> banger.v1.VMPorts
+	5,   // 76: banger.v1.ImageList.images:type_name -> banger.v1.Image
+	7,   // 77: banger.v1.PullImageResponse.operation:type_name -> banger.v1.Operation
+	107, // 78: banger.v1.WatchGuestResponse.since:type_name -> google.protobuf.Timestamp
+	9,   // 79: banger.v1.VMService.CreateVM:input_type -> banger.v1.CreateVMRequest
+	11,  // 80: banger.v1.VMService.StartVM:input_type -> banger.v1.StartVMRequest
+	13,  // 81: banger.v1.VMService.StopVM:input_type -> banger.v1.StopVMRequest
+	15,  // 82: banger.v1.VMService.RestartVM:input_type -> banger.v1.RestartVMRequest
+	17,  // 83: banger.v1.VMService.DeleteVM:input_type -> banger.v1.DeleteVMRequest
+	19,  // 84: banger.v1.VMService.SetVM:input_type -> banger.v1.SetVMRequest
+	34,  // 85: banger.v1.VMService.KillVM:input_type -> banger.v1.KillVMRequest
+	36,  // 86: banger.v1.VMService.GetVM:input_type -> banger.v1.GetVMRequest
+	38,  // 87: banger.v1.VMService.ListVMs:input_type -> banger.v1.ListVMsRequest
+	40,  // 88: banger.v1.VMService.ResolveVMs:input_type -> banger.v1.ResolveVMsRequest
+	43,  // 89: banger.v1.VMService.GetDefaults:input_type -> banger.v1.GetDefaultsRequest
+	21,  // 90: banger.v1.VMService.GetStats:input_type -> banger.v1.GetStatsRequest
+	28,  // 91: banger.v1.VMService.GetPorts:input_type -> banger.v1.GetPortsRequest
+	32,  // 92: banger.v1.VMService.TrimVM:input_type -> banger.v1.TrimVMRequest
+	45,  // 93: banger.v1.VMService.GetSSHTarget:input_type -> banger.v1.GetSSHTargetRequest
+	47,  // 94: banger.v1.VMService.ReadLog:input_type -> banger.v1.ReadLogRequest
+	95,  // 95: banger.v1.VMService.WatchUsage:input_type -> banger.v1.WatchUsageRequest
+	100, // 96: banger.v1.VMService.WatchGuest:input_type -> banger.v1.WatchGuestRequest
+	49,  // 97: banger.v1.ImageService.ListImages:input_type -> banger.v1.ListImagesRequest
+	76,  // 98: banger.v1.ImageService.GetImage:input_type -> banger.v1.GetImageRequest
+	78,  // 99: banger.v1.ImageService.RegisterImage:input_type -> banger.v1.RegisterImageRequest
+	80,  // 100: banger.v1.ImageService.DeleteImage:input_type -> banger.v1.DeleteImageRequest
+	82,  // 101: banger.v1.ImageService.PromoteImage:input_type -> banger.v1.PromoteImageRequest
+	84,  // 102: banger.v1.ImageService.ExportImage:input_type -> banger.v1.ExportImageRequest
+	86,  // 103: banger.v1.ImageService.ImportImage:input_type -> banger.v1.ImportImageRequest
+	90,  // 104: banger.v1.ImageService.BuildImage:input_type -> banger.v1.BuildImageRequest
+	93,  // 105: banger.v1.ImageService.ReadBuildLog:input_type -> banger.v1.ReadBuildLogRequest
+	88,  // 106: banger.v1.ImageService.PruneImages:input_type -> banger.v1.PruneImagesRequest
+	98,  // 107: banger.v1.ImageService.PullImage:input_type -> banger.v1.PullImageRequest
+	51,  // 108: banger.v1.OperationService.GetOperation:input_type -> banger.v1.GetOperationRequest
+	53,  // 109: banger.v1.OperationService.ListOperations:input_type -> banger.v1.ListOperationsRequest
+	55,  // 110: banger.v1.OperationService.WatchOperation:input_type -> banger.v1.WatchOperationRequest
+	57,  // 111: banger.v1.OperationService.CancelOperation:input_type -> banger.v1.CancelOperationRequest
+	59,  // 112: banger.v1.DaemonService.GetStatus:input_type -> banger.v1.GetStatusRequest
+	61,  // 113: banger.v1.DaemonService.Shutdown:input_type -> banger.v1.ShutdownRequest
+	63,  // 114: banger.v1.DaemonService.RunDoctor:input_type -> banger.v1.RunDoctorRequest
+	66,  // 115: banger.v1.DaemonService.Watch:input_type -> banger.v1.WatchRequest
+	70,  // 116: banger.v1.DaemonService.GetSSHConfig:input_type -> banger.v1.GetSSHConfigRequest
+	72,  // 117: banger.v1.DaemonService.InstallSSHConfig:input_type -> banger.v1.InstallSSHConfigRequest
+	74,  // 118: banger.v1.DaemonService.RemoveSSHConfig:input_type -> banger.v1.RemoveSSHConfigRequest
+	10,  // 119: banger.v1.VMService.CreateVM:output_type -> banger.v1.CreateVMResponse
+	12,  // 120: banger.v1.VMService.StartVM:output_type -> banger.v1.StartVMResponse
+	14,  // 121: banger.v1.VMService.StopVM:output_type -> banger.v1.StopVMResponse
+	16,  // 122: banger.v1.VMService.RestartVM:output_type -> banger.v1.RestartVMResponse
+	18,  // 123: banger.v1.VMService.DeleteVM:output_type -> banger.v1.DeleteVMResponse
+	20,  // 124: banger.v1.VMService.SetVM:output_type -> banger.v1.SetVMResponse
+	35,  // 125: banger.v1.VMService.KillVM:output_type -> banger.v1.KillVMResponse
+	37,  // 126: banger.v1.VMService.GetVM:output_type -> banger.v1.GetVMResponse
+	39,  // 127: banger.v1.VMService.ListVMs:output_type -> banger.v1.ListVMsResponse
+	41,  // 128: banger.v1.VMService.ResolveVMs:output_type -> banger.v1.ResolveVMsResponse
+	44,  // 129: banger.v1.VMService.GetDefaults:output_type -> banger.v1.GetDefaultsResponse
+	22,  // 130: banger.v1.VMService.GetStats:output_type -> banger.v1.GetStatsResponse
+	29,  // 131: banger.v1.VMService.GetPorts:output_type -> banger.v1.GetPortsResponse
+	33,  // 132: banger.v1.VMService.TrimVM:output_type -> banger.v1.TrimVMResponse
+	46,  // 133: banger.v1.VMService.GetSSHTarget:output_type -> banger.v1.GetSSHTargetResponse
+	48,  // 134: banger.v1.VMService.ReadLog:output_type -> banger.v1.ReadLogResponse
+	96,  // 135: banger.v1.VMService.WatchUsage:output_type -> banger.v1.WatchUsageResponse
+	101, // 136: banger.v1.VMService.WatchGuest:output_type -> banger.v1.WatchGuestResponse
+	50,  // 137: banger.v1.ImageService.ListImages:output_type -> banger.v1.ListImagesResponse
+	77,  // 138: banger.v1.ImageService.GetImage:output_type -> banger.v1.GetImageResponse
+	79,  // 139: banger.v1.ImageService.RegisterImage:output_type -> banger.v1.RegisterImageResponse
+	81,  // 140: banger.v1.ImageService.DeleteImage:output_type -> banger.v1.DeleteImageResponse
+	83,  // 141: banger.v1.ImageService.PromoteImage:output_type -> banger.v1.PromoteImageResponse
+	85,  // 142: banger.v1.ImageService.ExportImage:output_type -> banger.v1.ExportImageResponse
+	87,  // 143: banger.v1.ImageService.ImportImage:output_type -> banger.v1.ImportImageResponse
+	92,  // 144: banger.v1.ImageService.BuildImage:output_type -> banger.v1.BuildImageResponse
+	94,  // 145: banger.v1.ImageService.ReadBuildLog:output_type -> banger.v1.ReadBuildLogResponse
+	89,  // 146: banger.v1.ImageService.PruneImages:output_type -> banger.v1.PruneImagesResponse
+	99,  // 147: banger.v1.ImageService.PullImage:output_type -> banger.v1.PullImageResponse
+	52,  // 148: banger.v1.OperationService.GetOperation:output_type -> banger.v1.GetOperationResponse
+	54,  // 149: banger.v1.OperationService.ListOperations:output_type -> banger.v1.ListOperationsResponse
+	56,  // 150: banger.v1.OperationService.WatchOperation:output_type -> banger.v1.WatchOperationResponse
+	58,  // 151: banger.v1.OperationService.CancelOperation:output_type -> banger.v1.CancelOperationResponse
+	60,  // 152: banger.v1.DaemonService.GetStatus:output_type -> banger.v1.GetStatusResponse
+	62,  // 153: banger.v1.DaemonService.Shutdown:output_type -> banger.v1.ShutdownResponse
+	64,  // 154: banger.v1.DaemonService.RunDoctor:output_type -> banger.v1.RunDoctorResponse
+	67,  // 155: banger.v1.DaemonService.Watch:output_type -> banger.v1.WatchResponse
+	71,  // 156: banger.v1.DaemonService.GetSSHConfig:output_type -> banger.v1.GetSSHConfigResponse
+	73,  // 157: banger.v1.DaemonService.InstallSSHConfig:output_type -> banger.v1.InstallSSHConfigResponse
+	75,  // 158: banger.v1.DaemonService.RemoveSSHConfig:output_type -> banger.v1.RemoveSSHConfigResponse
+	119, // [119:159] is the sub-list for method output_type
+	79,  // [79:119] is the sub-list for method input_type
+	79,  // [79:79] is the sub-list for extension type_name
+	79,  // [79:79] is the sub-list for extension extendee
+	0,   // [0:79] is the sub-list for field type_name
 }
 
 func init() { file_banger_v1_banger_proto_init() }
@@ -6981,10 +7236,10 @@ func file_banger_v1_banger_proto_init() {
 	if File_banger_v1_banger_proto != nil {
 		return
 	}
-	file_banger_v1_banger_proto_msgTypes[8].OneofWrappers = []any{}
-	file_banger_v1_banger_proto_msgTypes[18].OneofWrappers = []any{}
-	file_banger_v1_banger_proto_msgTypes[46].OneofWrappers = []any{}
-	file_banger_v1_banger_proto_msgTypes[66].OneofWrappers = []any{
+	file_banger_v1_banger_proto_msgTypes[9].OneofWrappers = []any{}
+	file_banger_v1_banger_proto_msgTypes[19].OneofWrappers = []any{}
+	file_banger_v1_banger_proto_msgTypes[47].OneofWrappers = []any{}
+	file_banger_v1_banger_proto_msgTypes[67].OneofWrappers = []any{
 		(*WatchResponse_Snapshot)(nil),
 		(*WatchResponse_Vm)(nil),
 		(*WatchResponse_VmDeleted)(nil),
@@ -6997,7 +7252,7 @@ func file_banger_v1_banger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_banger_v1_banger_proto_rawDesc), len(file_banger_v1_banger_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   103,
+			NumMessages:   107,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -47,6 +48,7 @@ type Session struct {
 	link   vmm.Link
 	secret string
 	mux    *yamux.Session // nil without Mux
+	room   chan struct{}  // for streams of mux: taken by each until both of its ends are closed
 	http   *http.Transport
 	client agentv1connect.AgentServiceClient
 
@@ -89,7 +91,7 @@ func Open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
 }
 
 func open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
-	s := &Session{link: link, secret: secret, done: make(chan struct{})}
+	s := &Session{link: link, secret: secret, room: make(chan struct{}, wire.MaxStreams), done: make(chan struct{})}
 	conn, err := s.shake(ctx)
 	if err != nil {
 		return nil, err
@@ -153,37 +155,68 @@ func (s *Session) stream(ctx context.Context, h wire.Header) (net.Conn, error) {
 		return nil, net.ErrClosed
 	default:
 	}
-	var conn net.Conn
 	if s.mux != nil {
-		stream, err := s.mux.OpenStream()
-		if err != nil {
+		return s.muxStream(ctx, h)
+	}
+	for {
+		conn, err := s.shake(ctx)
+		if err == nil {
+			if _, err = io.WriteString(conn, h.String()); err != nil {
+				return nil, errors.Join(err, conn.Close())
+			}
+			return conn, nil
+		}
+		if errors.Is(err, wire.ErrSecret) {
 			return nil, err
 		}
-		conn = &muxConn{Stream: stream, session: s}
-	} else {
-		var err error
-		for {
-			conn, err = s.shake(ctx)
-			if err == nil {
-				break
-			}
-			if errors.Is(err, wire.ErrSecret) {
-				return nil, err
-			}
-			// The agent is being restarted by its supervisor, or has all its streams in use.
-			select {
-			case <-ctx.Done():
-				return nil, errors.Join(ctx.Err(), err)
-			case <-s.done:
-				return nil, net.ErrClosed
-			case <-time.After(tryPause):
-			}
+		// The agent is being restarted by its supervisor, or has all its streams in use.
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(ctx.Err(), err)
+		case <-s.done:
+			return nil, net.ErrClosed
+		case <-time.After(tryPause):
 		}
 	}
-	if _, err := io.WriteString(conn, h.String()); err != nil {
-		return nil, errors.Join(err, conn.Close())
+}
+
+// muxStream opens a stream of a port, and sends its header. What yamux does meanwhile waits for the guest to read, and
+// knows no ctx: it is left to end behind the caller's back, with the guest's reading or the session.
+func (s *Session) muxStream(ctx context.Context, h wire.Header) (net.Conn, error) {
+	select {
+	case s.room <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-s.Done():
+		return nil, net.ErrClosed
 	}
-	return conn, nil
+	opened, failed := make(chan net.Conn), make(chan error, 1)
+	go func() {
+		stream, err := s.mux.OpenStream()
+		if err != nil {
+			<-s.room
+			failed <- err
+			return
+		}
+		conn := &muxConn{Stream: stream, session: s}
+		if _, err := io.WriteString(conn, h.String()); err != nil {
+			failed <- errors.Join(err, conn.Close())
+			return
+		}
+		select {
+		case opened <- conn:
+		case <-ctx.Done():
+			_ = conn.Close()
+		}
+	}()
+	select {
+	case conn := <-opened:
+		return conn, nil
+	case err := <-failed:
+		return nil, err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // Client is the agent's API over the session's streams.
@@ -295,16 +328,33 @@ type muxConn struct {
 	*yamux.Stream
 	session *Session
 	once    sync.Once
+	closed  atomic.Bool
+	reading sync.Mutex // held by who reads
+}
+
+// Read implements net.Conn. It ends with Close.
+func (c *muxConn) Read(b []byte) (int, error) {
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	if c.closed.Load() {
+		return 0, net.ErrClosed
+	}
+	n, err := c.Stream.Read(b)
+	if err != nil && c.closed.Load() {
+		err = net.ErrClosed
+	}
+	return n, err
 }
 
 // CloseWrite says that no more comes; reading goes on.
 func (c *muxConn) CloseWrite() error { return c.Stream.Close() }
 
-// Close gives the stream up: the guest closes its end too, and what it still sent is discarded.
+// Close gives the stream up: the guest closes its end too, and what it still sent is discarded. It does not wait for
+// the guest, nor for its port to take what was sent before.
 func (c *muxConn) Close() error {
 	c.once.Do(func() {
-		_ = c.Stream.Close() // fails only with the session, which ends the stream as well
-		_ = c.SetReadDeadline(time.Time{})
+		c.closed.Store(true)
+		_ = c.SetDeadline(time.Unix(1, 0)) // ends a read, and a write that waits for the guest to read
 		go c.abandon()
 	})
 	return nil
@@ -313,6 +363,11 @@ func (c *muxConn) Close() error {
 // abandon runs until the guest's end is closed, at the latest until the session ends. A stream that
 // the guest has closed already needs no cut: reading it to its end finds that out at once.
 func (c *muxConn) abandon() {
+	defer func() { <-c.session.room }()
+	_ = c.Stream.Close() // fails only with the session, which ends the stream as well
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	_ = c.SetReadDeadline(time.Time{})
 	if cut, err := c.session.mux.OpenStream(); err == nil {
 		_, _ = io.WriteString(cut, wire.Header{Kind: wire.KindCut, Stream: c.StreamID()}.String())
 		_ = cut.Close()

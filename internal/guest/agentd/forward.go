@@ -27,6 +27,13 @@ const (
 // forward connects a stream with a port of the guest's loopback and copies until both directions
 // have ended, or ctx ends.
 func (s *Server) forward(ctx context.Context, stream net.Conn, h wire.Header) {
+	select {
+	case s.tcp <- struct{}{}:
+		defer func() { <-s.tcp }()
+	default:
+		_ = wire.WriteAnswer(stream, fmt.Errorf("the guest forwards %d connections, which is as many as it may", wire.MaxForwards)) // a host that is gone needs none
+		return
+	}
 	tcp, err := s.dial(ctx, stream, h)
 	if err == nil {
 		defer tcp.Close()

@@ -3,7 +3,7 @@
 //
 // The server touches the machine it runs on only through a Guest, so that the in-memory VMM runs
 // the very same server inside a test. What a real guest does is in Run (live.go). It never writes
-// to a disk of its own accord, and keeps no ticker running: an idle guest stays idle.
+// to a disk of its own accord, and keeps no ticker running but where the kernel tells of no listeners: an idle guest stays idle.
 package agentd
 
 import (
@@ -38,6 +38,9 @@ type Guest struct {
 	Stats func(ctx context.Context) (*agentv1.StatsResponse, error)
 	// Ports lists who listens.
 	Ports func(ctx context.Context) (*agentv1.PortsResponse, error)
+	// FollowPorts calls send with the TCP ports that others may connect to, at once and whenever they change, until ctx ends
+	// or send fails. One call at a time.
+	FollowPorts func(ctx context.Context, send func([]uint16) error) error
 	// Trim discards what its filesystems do not use.
 	Trim func(ctx context.Context) (*agentv1.TrimResponse, error)
 	// Now and SetNow are its clock. SetNow steps it.
@@ -65,6 +68,9 @@ func (g *Guest) features() []string {
 	}
 	if g.Files != nil {
 		names = append(names, string(wire.KindCopy))
+	}
+	if g.FollowPorts != nil {
+		names = append(names, string(wire.KindPorts))
 	}
 	return names
 }
@@ -98,7 +104,9 @@ type Server struct {
 	guest   *Guest
 	methods map[string]method
 	slots   chan struct{} // one per stream being served
+	tcp     chan struct{} // one per connection being forwarded
 	use     use
+	ports   follower
 
 	calls    context.Context // ends with Close
 	endCalls context.CancelFunc
@@ -106,7 +114,7 @@ type Server struct {
 
 // NewServer makes a server, to be ended by Close.
 func NewServer(secret string, g *Guest) *Server {
-	s := &Server{secret: secret, guest: g, methods: methods(service{g}), slots: make(chan struct{}, wire.MaxStreams)}
+	s := &Server{secret: secret, guest: g, methods: methods(service{g}), slots: make(chan struct{}, wire.MaxStreams), tcp: make(chan struct{}, wire.MaxForwards)}
 	s.calls, s.endCalls = context.WithCancel(context.Background())
 	return s
 }
@@ -195,6 +203,11 @@ func (s *Server) stream(ctx context.Context, conn net.Conn, cuts *cutter) {
 		s.exec(ctx, conn)
 	case wire.KindCopy:
 		s.copy(ctx, conn)
+	case wire.KindPorts:
+		// It is open for as long as a daemon runs: the guest is idle all the same.
+		s.use.leave(s.guest.Idle)
+		s.followPorts(ctx, conn)
+		s.use.enter()
 	case wire.KindCut:
 		if cuts != nil {
 			cuts.cut(header.Stream)

@@ -2,6 +2,8 @@ package agentd_test
 
 import (
 	"context"
+	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -11,6 +13,7 @@ import (
 
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
+	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
@@ -82,6 +85,38 @@ func TestAHundredCallsAtOnce(t *testing.T) {
 			})
 		}
 		all.Wait()
+	})
+}
+
+// TestForwardsLeaveRoom: as many connections as a guest forwards keep nobody from asking it, and one more is told why it is refused.
+func TestForwardsLeaveRoom(t *testing.T) {
+	port := loopback(t, func(c *net.TCPConn) { _, _ = c.Read(make([]byte, 1)) })
+	links(t, &agentd.Guest{Stages: &agentd.Stages{}, DialTCP: agentd.DialLoopback}, func(t *testing.T, link vmm.Link) {
+		s := open(t, link)
+		ctx := within(t)
+		var conns []net.Conn
+		for i := range wire.MaxForwards {
+			c, err := s.DialTCP(ctx, port, false)
+			if err != nil {
+				t.Fatalf("connection %d: %v", i, err)
+			}
+			defer c.Close()
+			conns = append(conns, c)
+		}
+		if _, err := s.DialForward(ctx, port); err == nil || !strings.Contains(err.Error(), "as many as it may") {
+			t.Errorf("one more: %v", err)
+		}
+		if _, err := s.Client().Health(ctx, &agentv1.HealthRequest{}); err != nil {
+			t.Errorf("it cannot be asked: %v", err)
+		}
+		_ = conns[0].Close()
+		for ctx.Err() == nil { // its end is seen when the guest sees it
+			if c, err := s.DialForward(ctx, port); err == nil {
+				_ = c.Close()
+				return
+			}
+		}
+		t.Error("nothing is forwarded after one ended")
 	})
 }
 

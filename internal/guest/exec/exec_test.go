@@ -2,8 +2,10 @@ package exec
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
+	"net"
 	"strings"
 	"testing"
 	"time"
@@ -116,4 +118,43 @@ type counter int
 func (c *counter) Write(b []byte) (int, error) {
 	*c += counter(len(b))
 	return len(b), nil
+}
+
+// When its caller leaves, Run returns at once, although nobody takes the output.
+func TestRunIsLeft(t *testing.T) {
+	host, guest := net.Pipe()
+	defer guest.Close()
+	go func() { // a guest that sends much, and never ends
+		w, r := frame.NewWriter(guest), frame.NewReader(guest)
+		if _, _, err := r.Next(); err != nil {
+			return
+		}
+		go func() { _, _ = io.Copy(io.Discard, guest) }()
+		for range 8 {
+			if w.Write(KindOutput, make([]byte, chunk)) != nil {
+				return
+			}
+		}
+	}()
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	full, stuck := io.Pipe() // whose reader reads nothing
+	defer full.Close()
+	began := make(chan struct{})
+	done := make(chan error, 1)
+	go func() {
+		_, err := Run(ctx, host, Request{Args: []string{"yes"}}, Streams{Stdout: stuck, Stderr: io.Discard, Begun: func() { close(began) }})
+		done <- err
+	}()
+	<-began
+	time.Sleep(20 * time.Millisecond)
+	leave()
+	select {
+	case err := <-done:
+		if !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it waits for its output to be taken")
+	}
 }

@@ -16,6 +16,7 @@ type Streams struct {
 	Stdout, Stderr io.Writer
 	Signals        <-chan int  // numbers to send; may be nil
 	Sizes          <-chan Size // of the terminal; may be nil
+	Begun          func()      // called once the request is sent; may be nil
 }
 
 // ErrLost is the cause of what ended without a status.
@@ -24,7 +25,7 @@ var ErrLost = errors.New("the stream ended before the command did")
 // Run runs a command over a stream that the agent has said "ok" to, and closes it. It returns when the
 // command has ended and its output is written, or with an error when the stream broke, the guest did
 // not keep to the form, or ctx ended: the guest then hangs the command up. A Stdin that blocks is left
-// behind blocked.
+// behind blocked, and so is an output that blocks when ctx ends.
 func Run(ctx context.Context, conn io.ReadWriteCloser, r Request, s Streams) (Status, error) {
 	defer conn.Close()
 	request, err := r.Encode()
@@ -36,6 +37,9 @@ func Run(ctx context.Context, conn io.ReadWriteCloser, r Request, s Streams) (St
 	w := frame.NewWriter(conn)
 	if err := w.Write(KindRequest, request); err != nil {
 		return Status{}, errors.Join(ctx.Err(), ErrLost, err)
+	}
+	if s.Begun != nil {
+		s.Begun()
 	}
 
 	ended := make(chan struct{})
@@ -56,11 +60,20 @@ func Run(ctx context.Context, conn io.ReadWriteCloser, r Request, s Streams) (St
 	input.Close()
 	out.End()
 	errs.End()
-	if err != nil && ctx.Err() == nil {
+	if err != nil {
 		_ = conn.Close() // before the output is written, which may block: the command is to be hung up
 	}
-	written := errors.Join(out.Wait(), errs.Wait())
 	control.Wait()
+	output := make(chan error, 1)
+	go func() { output <- errors.Join(out.Wait(), errs.Wait()) }()
+	var written error
+	select {
+	case written = <-output:
+	case <-ctx.Done():
+		out.Abort()
+		errs.Abort()
+		return status, errors.Join(ctx.Err(), err)
+	}
 	switch {
 	case err != nil:
 		return status, errors.Join(ctx.Err(), err)

@@ -25,14 +25,14 @@ type Conn interface {
 type patient struct{ Conn }
 
 func (p patient) Read(b []byte) (int, error) {
-	if err := p.SetReadDeadline(time.Now().Add(silence)); err != nil {
+	if err := p.SetReadDeadline(time.Now().Add(Silence)); err != nil {
 		return 0, err
 	}
 	return p.Conn.Read(b)
 }
 
 func (p patient) Write(b []byte) (int, error) {
-	if err := p.SetWriteDeadline(time.Now().Add(silence)); err != nil {
+	if err := p.SetWriteDeadline(time.Now().Add(Silence)); err != nil {
 		return 0, err
 	}
 	return p.Conn.Write(b)
@@ -113,7 +113,7 @@ func Put(ctx context.Context, conn Conn, source, target string, o Options) (Resu
 	var a answer
 	if sent != nil {
 		_ = conn.SetReadDeadline(time.Now().Add(time.Second)) // the reason may be on its way; if not, sent is it
-	} else if err := conn.SetReadDeadline(time.Now().Add(silence)); err != nil {
+	} else if err := conn.SetReadDeadline(time.Now().Add(Silence)); err != nil {
 		sent = err
 	}
 	a = <-answered

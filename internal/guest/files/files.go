@@ -61,9 +61,9 @@ const (
 	maxWarnings = 20
 	// maxLeft is how much a sender may leave out before it counts as one that only keeps a receiver busy.
 	maxLeft = 1 << 20
-	// silence is how long a side waits for the other to take or send anything: an emulated guest on a
+	// Silence is how long a side waits for the other to take or send anything: an emulated guest on a
 	// busy host takes seconds for what costs a disk a moment.
-	silence = 2 * time.Minute
+	Silence = 2 * time.Minute
 )
 
 // Request is what a host asks of a guest.

@@ -422,3 +422,33 @@ func FuzzReceive(f *testing.F) {
 		}
 	})
 }
+
+// Files of /proc and /sys say no size, or a wrong one; what a reader gets of them is copied.
+func TestSizeless(t *testing.T) {
+	root := t.TempDir()
+	for _, name := range []string{"/proc/version", "/proc/self/limits", "/sys/devices/system/cpu/online"} {
+		want, err := os.ReadFile(name)
+		must(t, err)
+		r, err := Put(t.Context(), pair(t, root), name, "copy", Options{})
+		got, readErr := os.ReadFile(root + "/copy")
+		must(t, err, readErr)
+		if !bytes.Equal(got, want) || len(want) == 0 || r.Left != 0 || r.Bytes != int64(len(want)) {
+			t.Errorf("%s: %+v, %q, want %q", name, r, got, want)
+		}
+		must(t, os.Remove(root+"/copy"))
+	}
+	// What is too much is said, and no empty file stands for it.
+	host := t.TempDir()
+	must(t, os.Symlink("/proc/kallsyms", root+"/symbols"))
+	_, put := Put(t.Context(), pair(t, root), "/proc/kallsyms", "copy", Options{})
+	_, get := Get(t.Context(), pair(t, root), "symbols", host+"/copy", Options{})
+	for where, err := range map[string]error{root: put, host: get} {
+		var f *Error
+		if !errors.As(err, &f) || f.Guest != (where == host) || f.Lost || !strings.Contains(err.Error(), "it is more than 1048576 bytes") {
+			t.Errorf("%v", err)
+		}
+		if _, err := os.Stat(where + "/copy"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("there is a copy: %v", err)
+		}
+	}
+}

@@ -34,6 +34,7 @@ type sender struct {
 type source struct {
 	f    *os.File
 	info fs.FileInfo
+	made []byte // of sizeless; nil: it has the size that it says
 	name string
 }
 
@@ -48,6 +49,12 @@ func openSource(path string) (*source, error) {
 	if err == nil && !info.IsDir() && !info.Mode().IsRegular() {
 		err = fmt.Errorf("%s: is neither a file nor a directory", path)
 	}
+	var made []byte
+	if err == nil && info.Mode().IsRegular() {
+		if made, err = sizeless(f, info); err != nil {
+			err = fmt.Errorf("%s: %w", path, err)
+		}
+	}
 	if err != nil {
 		_ = f.Close()
 		return nil, err
@@ -56,7 +63,7 @@ func openSource(path string) (*source, error) {
 	if name == "/" || name == "." || name == ".." {
 		name = "root" // the receiver has a name of its own for it
 	}
-	return &source{f: f, info: info, name: name}, nil
+	return &source{f: f, info: info, made: made, name: name}, nil
 }
 
 // send sends a source and the end.
@@ -70,7 +77,7 @@ func send(w io.Writer, s *source, p *Progress) error {
 			_ = root.Close()
 		}
 	} else {
-		err = out.file(s.f, s.info, s.name, s.name)
+		err = out.file(s.f, s.info, s.made, s.name, s.name)
 	}
 	if err != nil {
 		return err
@@ -163,13 +170,17 @@ func (s *sender) child(root *os.Root, name, where string, depth int) error {
 		if info, err = f.Stat(); err != nil || !info.Mode().IsRegular() {
 			return s.warning("%s: was replaced while it was copied", where)
 		}
-		return s.file(f, info, name, where)
+		made, err := sizeless(f, info)
+		if err != nil {
+			return s.warning("%s: %v", where, err)
+		}
+		return s.file(f, info, made, name, where)
 	}
 	return s.warning("%s: is neither a file, a directory nor a symbolic link", where)
 }
 
-// file sends an open file: of what is declared neither more nor less, whatever happens to it meanwhile.
-func (s *sender) file(f *os.File, info fs.FileInfo, name, where string) error {
+// file sends an open file, and if it is sizeless with what was read of it: of what is declared neither more nor less, whatever happens to it meanwhile.
+func (s *sender) file(f *os.File, info fs.FileInfo, made []byte, name, where string) error {
 	e := entryOf(info, file, name)
 	number, first := s.other(info)
 	if number != "" {
@@ -178,14 +189,17 @@ func (s *sender) file(f *os.File, info fs.FileInfo, name, where string) error {
 	}
 	e.link = first
 	fd := int(f.Fd())
+	st, ok := info.Sys().(*syscall.Stat_t)
+	sparse := ok && st.Blocks*512 < e.size
+	if made != nil {
+		return s.made(fd, e, made, where)
+	}
 	if err := s.attributes(fd, where); err != nil {
 		return err
 	}
 	if err := s.entry(e); err != nil {
 		return err
 	}
-	st, ok := info.Sys().(*syscall.Stat_t)
-	sparse := ok && st.Blocks*512 < e.size
 	for at := int64(0); at < e.size; {
 		end := e.size
 		if sparse {
@@ -221,6 +235,65 @@ func (s *sender) file(f *os.File, info fs.FileInfo, name, where string) error {
 			}
 			return errors.Join(s.hole(e.size-at), s.warning("%s: %v", where, err))
 		}
+	}
+	return nil
+}
+
+// The kernel makes what is in a file of /proc or /sys when it is read: the one says that it has no size, the other that it has a page
+// (proc(5), sysfs(5)).
+const (
+	maxPage     = 64 << 10 // of any architecture
+	maxSizeless = 1 << 20  // is read of one; it is held in memory
+)
+
+// sizeless reads such a file to its end. Of one that says the truth it returns nothing.
+func sizeless(f *os.File, info fs.FileInfo) ([]byte, error) {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if size := info.Size(); size > maxPage || size > 0 && (!ok || st.Blocks > 0) {
+		return nil, nil
+	}
+	content, err := readAll(int(f.Fd()))
+	if int64(len(content)) == info.Size() {
+		content = nil
+	}
+	return content, err
+}
+
+func readAll(fd int) ([]byte, error) {
+	content := []byte{}
+	part := make([]byte, 4<<10)
+	for {
+		n, err := unix.Pread(fd, part, int64(len(content)))
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return nil, err
+		case n == 0:
+			return content, nil
+		case len(content)+n > maxSizeless:
+			return nil, fmt.Errorf("does not say how much is in it, and it is more than %d bytes", maxSizeless)
+		default:
+			content = append(content, part[:n]...)
+		}
+	}
+}
+
+// made sends a file with the content that was read of it.
+func (s *sender) made(fd int, e entry, content []byte, where string) error {
+	if err := s.attributes(fd, where); err != nil {
+		return err
+	}
+	e.size = int64(len(content))
+	if err := s.entry(e); err != nil {
+		return err
+	}
+	for len(content) > 0 {
+		part := content[:min(len(content), batch/2)]
+		if err := s.frame(kindData, part); err != nil {
+			return err
+		}
+		s.progress.moved(len(part))
+		content = content[len(part):]
 	}
 	return nil
 }

@@ -42,20 +42,11 @@ type socket struct {
 // (its module cannot be loaded) by /proc/net, which says the same more slowly.
 func Listeners(ctx context.Context, proc string) ([]*agentv1.Listener, error) {
 	var found []socket
-	for _, kind := range []struct {
-		protocol string
-		number   uint8
-		state    uint8 // TCP_LISTEN; a UDP socket without a peer is in TCP_CLOSE (net/tcp_states.h)
-	}{{"tcp", unix.IPPROTO_TCP, 10}, {"udp", unix.IPPROTO_UDP, 7}} {
+	for _, protocol := range []string{"tcp", "udp"} {
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-			list, err := diag(ctx, family, kind.number, kind.state)
+			list, err := listening(ctx, proc, protocol, family)
 			if err != nil {
-				if list, err = procNet(proc, kind.protocol, family, kind.state); err != nil {
-					return nil, err
-				}
-			}
-			for i := range list {
-				list[i].protocol = kind.protocol
+				return nil, err
 			}
 			found = append(found, list...)
 		}
@@ -74,6 +65,24 @@ func Listeners(ctx context.Context, proc string) ([]*agentv1.Listener, error) {
 		}
 	}
 	return out, nil
+}
+
+// listening lists the sockets of one protocol and family.
+func listening(ctx context.Context, proc, protocol string, family uint8) ([]socket, error) {
+	number, state := uint8(unix.IPPROTO_TCP), uint8(10) // TCP_LISTEN; a UDP socket without a peer is in TCP_CLOSE (net/tcp_states.h)
+	if protocol == "udp" {
+		number, state = unix.IPPROTO_UDP, 7
+	}
+	list, err := diag(ctx, family, number, state)
+	if err != nil {
+		if list, err = procNet(proc, protocol, family, state); err != nil {
+			return nil, err
+		}
+	}
+	for i := range list {
+		list[i].protocol = protocol
+	}
+	return list, nil
 }
 
 // Layout of the messages (linux/inet_diag.h); numbers are the machine's, but for ports and addresses.

@@ -17,6 +17,7 @@ import (
 //	forward <port>        the same without waiting; frame.Duplex's frames follow the answer
 //	exec                  a command: answered likewise, then the frames of package exec
 //	cp                    files: answered likewise, then the frames of package files
+//	ports                 what the guest listens on: answered likewise, then the lists of ReadPorts
 //	cut <stream>          gives up the yamux stream of that number. A stream's Close says only "no
 //	                      more from me", and yamux offers no reset
 const (
@@ -34,6 +35,7 @@ const (
 	KindForward Kind = "forward"
 	KindExec    Kind = "exec"
 	KindCopy    Kind = "cp"
+	KindPorts   Kind = "ports"
 	KindCut     Kind = "cut"
 )
 
@@ -67,7 +69,7 @@ func ParseHeader(line string) (Header, error) {
 	bad := fmt.Errorf("%q is not the header of a stream", line)
 	fields := strings.Split(line, " ")
 	switch Kind(fields[0]) {
-	case KindHTTP, KindExec, KindCopy:
+	case KindHTTP, KindExec, KindCopy, KindPorts:
 		if len(fields) == 1 {
 			return Header{Kind: Kind(fields[0])}, nil
 		}

@@ -24,6 +24,9 @@ const MaxMessage = 1 << 20
 // MaxStreams bounds the streams that one guest serves at a time.
 const MaxStreams = 256
 
+// MaxForwards bounds those of them that are forwarded connections: a browser's must not keep a guest from being asked to power off.
+const MaxForwards = MaxStreams - 32
+
 // writeTime bounds one write to a port. Nothing is wrong with a guest that takes a while (it may
 // be emulated on a busy host); one that takes this long reads no more, and its session ends.
 const writeTime = time.Minute

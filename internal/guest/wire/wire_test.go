@@ -15,7 +15,7 @@ import (
 const testSecret = "0123456789abcdef"
 
 func TestHeaderRoundTrip(t *testing.T) {
-	for _, h := range []Header{{Kind: KindHTTP}, {Kind: KindTCP, Port: 22}, {Kind: KindTCP, Port: 65535, Wait: true}, {Kind: KindExec}, {Kind: KindCopy}, {Kind: KindCut, Stream: 1<<32 - 1}} {
+	for _, h := range []Header{{Kind: KindHTTP}, {Kind: KindTCP, Port: 22}, {Kind: KindTCP, Port: 65535, Wait: true}, {Kind: KindExec}, {Kind: KindCopy}, {Kind: KindPorts}, {Kind: KindCut, Stream: 1<<32 - 1}} {
 		r := bytes.NewBufferString(h.String() + "rest")
 		got, err := ReadHeader(r)
 		if err != nil || got != h || r.String() != "rest" {

@@ -112,6 +112,7 @@ type Request struct {
 	Isolated  bool           `json:"isolated,omitempty"`  // AddTAP
 	Hosts     []netip.Addr   `json:"hosts,omitempty"`     // Policy
 	Guests    []Guest        `json:"guests,omitempty"`    // Policy
+	HostPorts []uint16       `json:"hostports,omitempty"` // Policy
 	At        netip.Addr     `json:"at"`                  // ListenDNS: an address of the bridge
 	Server    netip.AddrPort `json:"server"`              // KeepNames: who answers for .vm
 	Jail      *Jail          `json:"jail,omitempty"`      // the verbs of jails

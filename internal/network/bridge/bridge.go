@@ -53,6 +53,8 @@ type Options struct {
 	Plan   network.Plan
 	Bridge string // name of the bridge
 	Pool   int    // TAPs to have ready
+	// HostPorts are of TCP: guests reach them on the host, at its addresses on the bridge.
+	HostPorts []uint16
 	// Free returns the slots that the next n VMs will have. It is called from another goroutine.
 	Free func(n int) []int
 	Log  *slog.Logger
@@ -250,7 +252,8 @@ func (n *Network) setUp(ctx context.Context) error {
 func (n *Network) policy() network.Policy {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	p := network.Policy{Installation: n.o.Plan.Installation, Bridge: n.o.Bridge, TAPPrefix: n.o.Plan.TAPPrefix(), Hosts: []netip.Addr{n.o.Plan.Host4().Addr()}}
+	p := network.Policy{Installation: n.o.Plan.Installation, Bridge: n.o.Bridge, TAPPrefix: n.o.Plan.TAPPrefix(), Hosts: []netip.Addr{n.o.Plan.Host4().Addr()},
+		HostPorts: n.o.HostPorts}
 	if n.o.Plan.IPv6.IsValid() {
 		p.Hosts = append(p.Hosts, n.o.Plan.Host6().Addr())
 	}
@@ -477,11 +480,11 @@ func (n *Network) Check(ctx context.Context) []doctor.Finding {
 	out := []doctor.Finding{{Code: "network", Severity: doctor.Pass, Title: title, Detail: detail}}
 	obstacles, err := n.host.Obstacles()
 	if err != nil {
-		return append(out, doctor.FromError("firewall", "Firewall of the host", err))
+		return append(out, doctor.FromError(doctor.Firewall, "Firewall of the host", err))
 	}
 	for _, o := range obstacles {
-		out = append(out, doctor.Finding{Code: "firewall", Severity: doctor.Warn, Title: "Firewall of the host",
-			Detail: "chain " + o.Chain + " of table " + o.Table + " drops what VMs with NAT send", Fix: o.Fix})
+		out = append(out, doctor.Finding{Code: doctor.Firewall, Severity: doctor.Warn, Title: "Firewall of the host",
+			Detail: "chain " + o.Chain + " of table " + o.Table + " drops what VMs with NAT send or ask", Fix: o.Fix})
 	}
 	return out
 }

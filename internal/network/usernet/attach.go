@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"sync"
 
 	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
@@ -23,7 +24,7 @@ const Socket = "net.sock"
 type Options struct {
 	Dir    string       // for programs' files; made when it is needed
 	Plan   network.Plan // addresses; on a network of its own each guest could have the same, but people compare them
-	Ports  []uint16     // published of each VM
+	Ports  []uint16     // published of each VM; nil: those that its guest listens on, of which Publish is told
 	RunDir func(vm.ID) string
 	// Confine puts the program of a VM into a control group of its own; nil: the daemon's.
 	Confine func(v vm.VM) process.Cgroup
@@ -40,11 +41,14 @@ type Attacher struct {
 	o      Options
 	host   *Host
 	keeper keeper
+
+	mu    sync.Mutex
+	ports map[vm.ID][]uint16 // that Publish was told of last
 }
 
 // NewAttacher returns the user network of an installation.
 func NewAttacher(o Options) *Attacher {
-	a := &Attacher{o: o, host: NewHost(o.Dir, o.Plan.Installation)}
+	a := &Attacher{o: o, host: NewHost(o.Dir, o.Plan.Installation), ports: map[vm.ID][]uint16{}}
 	a.keeper = keeper{host: a.host, start: a.start, log: o.Log, kept: map[vm.ID]*kept{}}
 	return a
 }
@@ -72,6 +76,7 @@ func (a *Attacher) Attach(ctx context.Context, v vm.VM) (vm.Interface, error) {
 	i.Kind, i.TAP, i.Tunnel = vm.UserNetwork, "", a.o.Tunnel
 	v.Interface = &i
 	a.keeper.forget(v.ID)
+	a.forgetPorts(v.ID)
 	if err := a.start(ctx, v); err != nil {
 		return i, err
 	}
@@ -93,6 +98,11 @@ func (a *Attacher) start(ctx context.Context, v vm.VM) error {
 		c.KeyHash = hex.EncodeToString(hash[:])
 	}
 	s := Settings{NAT: v.Spec.NAT, Ports: a.o.Ports}
+	if a.Publishes() {
+		a.mu.Lock()
+		s.Ports = a.ports[v.ID]
+		a.mu.Unlock()
+	}
 	var cgroup process.Cgroup
 	if a.o.Confine != nil {
 		cgroup = a.o.Confine(v)
@@ -112,9 +122,29 @@ func (a *Attacher) Apply(ctx context.Context, v vm.VM) error {
 	return err
 }
 
+// Publishes says whether ports are published as guests listen on them, of which Publish has to be told then.
+func (a *Attacher) Publishes() bool { return a.o.Ports == nil }
+
+// Publish publishes what the guest of a VM listens on now, and nothing else. A program that does not run is started with them if it is
+// started again: fault.Unavailable. It may be called while other calls for the VM are under way.
+func (a *Attacher) Publish(ctx context.Context, v vm.VM, ports []uint16) error {
+	a.mu.Lock()
+	a.ports[v.ID] = ports
+	a.mu.Unlock()
+	_, err := a.host.Publish(ctx, string(v.ID), ports)
+	return err
+}
+
+func (a *Attacher) forgetPorts(id vm.ID) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.ports, id)
+}
+
 // Detach takes the VM's network away. Fine if there is none.
 func (a *Attacher) Detach(ctx context.Context, v vm.VM) error {
 	a.keeper.forget(v.ID)
+	a.forgetPorts(v.ID)
 	return a.host.Stop(ctx, string(v.ID))
 }
 

@@ -12,7 +12,8 @@ import (
 // A program takes one request a connection on its control socket, and answers with its Status as it is then. Both are
 // one JSON value.
 type request struct {
-	Set *Settings `json:"set,omitempty"` // nil: only the status is wanted
+	Set     *Settings `json:"set,omitempty"`
+	Publish []uint16  `json:"publish"` // nil: those that are
 }
 
 const (
@@ -48,6 +49,9 @@ func (n *Network) control(conn net.Conn) error {
 	if r.Set != nil {
 		n.Set(*r.Set)
 		n.log.Info("settings", "nat", r.Set.NAT, "ports", len(r.Set.Ports))
+	}
+	if r.Publish != nil { // by what the guest does: not to be logged
+		n.Publish(r.Publish)
 	}
 	return json.NewEncoder(conn).Encode(n.Status())
 }

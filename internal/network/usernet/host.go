@@ -117,6 +117,11 @@ func (h *Host) Set(ctx context.Context, id string, s Settings) (Status, error) {
 	return h.call(ctx, id, request{Set: &s})
 }
 
+// Publish makes ports those that are published. fault.Unavailable if the program does not answer.
+func (h *Host) Publish(ctx context.Context, id string, ports []uint16) (Status, error) {
+	return h.call(ctx, id, request{Publish: append([]uint16{}, ports...)})
+}
+
 // Status asks a program. fault.Unavailable if it does not answer.
 func (h *Host) Status(ctx context.Context, id string) (Status, error) {
 	return h.call(ctx, id, request{})

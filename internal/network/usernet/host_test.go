@@ -63,6 +63,15 @@ func TestProgram(t *testing.T) {
 	if err != nil || !s.NAT || !slices.Equal(s.Ports, []uint16{3000}) {
 		t.Fatalf("%+v, %v", s, err)
 	}
+	other := freePort(t, c.Publish)
+	for _, ports := range [][]uint16{{}, {other}, {3000}} { // and nothing else is touched
+		if s, err = h.Publish(ctx, "a", ports); err != nil || !s.NAT || !slices.Equal(s.Ports, ports) {
+			t.Fatalf("%v: %+v, %v", ports, s, err)
+		}
+	}
+	if s, err = h.Set(ctx, "a", Settings{NAT: true}); err != nil || !slices.Equal(s.Ports, []uint16{3000}) {
+		t.Fatalf("%+v, %v", s, err)
+	}
 	conn, err := net.Dial("tcp", netip.AddrPortFrom(c.Publish, 3000).String())
 	if err != nil {
 		t.Fatal(err)

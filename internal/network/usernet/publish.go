@@ -27,6 +27,7 @@ type publisher struct {
 	mu     sync.Mutex
 	open   map[uint16]net.Listener
 	failed map[uint16]string
+	told   map[uint16]bool // of which it was logged that they failed: once, since guests may have them fail again and again
 }
 
 // set makes the ports that are published those that are wanted. What stays is not touched; what failed is tried again.
@@ -48,6 +49,10 @@ func (p *publisher) set(ports []uint16) {
 		l, err := c.Listen(p.network.ctx, "tcp4", netip.AddrPortFrom(p.network.cfg.Publish, port).String())
 		if err != nil {
 			p.failed[port] = err.Error()
+			if !p.told[port] {
+				p.told[port] = true
+				p.network.log.Warn("a port is not published", "port", port, "err", err)
+			}
 			continue
 		}
 		p.open[port] = l

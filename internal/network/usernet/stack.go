@@ -74,7 +74,7 @@ func New(cfg Config, outside Outside, log *slog.Logger) (*Network, error) {
 	}
 	n := &Network{cfg: cfg, outside: outside, log: log, tcp: newFlows(maxTCP), udp: newFlows(maxUDP), echoes: make(chan struct{}, maxEchoes)}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
-	n.publisher = publisher{network: n, inbound: make(chan struct{}, maxInbound), open: map[uint16]net.Listener{}}
+	n.publisher = publisher{network: n, inbound: make(chan struct{}, maxInbound), open: map[uint16]net.Listener{}, told: map[uint16]bool{}}
 	if err := n.makeStack(); err != nil {
 		return nil, errors.Join(err, n.Close())
 	}
@@ -167,14 +167,18 @@ func (n *Network) Serve(ctx context.Context, conn net.Conn) error {
 
 // Set puts settings in force. Connections that they do not allow any more are ended; others go on.
 func (n *Network) Set(s Settings) {
-	s = s.clean()
 	n.nat.Store(s.NAT)
 	if !s.NAT {
 		n.tcp.closeAll()
 		n.udp.closeAll()
 	}
-	n.publisher.set(s.Ports)
+	if s.Ports != nil {
+		n.Publish(s.Ports)
+	}
 }
+
+// Publish makes ports those that are published. Connections to others go on.
+func (n *Network) Publish(ports []uint16) { n.publisher.set(clean(ports)) }
 
 // Status says what is in force.
 func (n *Network) Status() Status {

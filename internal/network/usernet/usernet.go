@@ -37,10 +37,10 @@ type Config struct {
 	KeyHash string `json:"key_hash,omitempty"`
 }
 
-// Settings can be changed while the guest runs, as a whole.
+// Settings can be changed while the guest runs.
 type Settings struct {
-	NAT   bool     `json:"nat"`             // the guest may go out
-	Ports []uint16 `json:"ports,omitempty"` // of TCP, to be published
+	NAT   bool     `json:"nat"`   // the guest may go out
+	Ports []uint16 `json:"ports"` // of TCP, to be published; nil: those that are
 }
 
 // Status is what a program says of itself.
@@ -105,10 +105,9 @@ func isHash(s string) bool {
 	return err == nil && len(b) == sha256.Size
 }
 
-// clean sorts ports, takes out what is there twice, and port 0.
-func (s Settings) clean() Settings {
-	s.Ports = slices.Clone(s.Ports)
-	slices.Sort(s.Ports)
-	s.Ports = slices.DeleteFunc(slices.Compact(s.Ports), func(p uint16) bool { return p == 0 })
-	return s
+// clean sorts ports, and takes out what is there twice, and port 0.
+func clean(ports []uint16) []uint16 {
+	ports = slices.Clone(ports)
+	slices.Sort(ports)
+	return slices.DeleteFunc(slices.Compact(ports), func(p uint16) bool { return p == 0 })
 }

@@ -322,8 +322,12 @@ func TestPublish(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	_ = l.Close()
-	r.Set(Settings{Ports: []uint16{3000}})
-	if s := r.Status(); !slices.Equal(s.Ports, []uint16{3000}) || len(s.Failed) != 0 {
+	r.Set(Settings{NAT: true}) // which says nothing of ports
+	if s := r.Status(); len(s.Ports) != 0 || !s.NAT {
+		t.Errorf("%+v", s)
+	}
+	r.Publish([]uint16{3000})
+	if s := r.Status(); !s.NAT || !slices.Equal(s.Ports, []uint16{3000}) || len(s.Failed) != 0 {
 		t.Errorf("%+v", s)
 	}
 }

@@ -432,12 +432,38 @@ func (m *machine) dial(ctx context.Context) (net.Conn, error) {
 				return
 			}
 		}
-		m.driver.agent(m.ctx, &Guest{m: m}, guest)
+		m.driver.agent(m.ctx, &Guest{m: m}, &freezing{UnixConn: guest, m: m})
 	}()
 	return host, nil
 }
 
-func socketpair() (a, b net.Conn, err error) {
+// freezing is the guest's end of a connection.
+type freezing struct {
+	*net.UnixConn
+	m *machine
+}
+
+// Read implements net.Conn.
+func (c *freezing) Read(b []byte) (int, error) {
+	n, err := c.UnixConn.Read(b)
+	c.thaw()
+	return n, err
+}
+
+// Write implements net.Conn.
+func (c *freezing) Write(b []byte) (int, error) {
+	c.thaw()
+	return c.UnixConn.Write(b)
+}
+
+// thaw waits until the guest does not stand still, or is gone.
+func (c *freezing) thaw() {
+	if _, frozen := c.m.driver.world.fault(c.m.spec, "freeze"); frozen {
+		_ = c.m.driver.untilHealed(c.m.ctx, c.m.spec, "freeze") // a guest that is gone has lost its connections
+	}
+}
+
+func socketpair() (host net.Conn, guest *net.UnixConn, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, err
@@ -445,14 +471,14 @@ func socketpair() (a, b net.Conn, err error) {
 	fa, fb := os.NewFile(uintptr(fds[0]), "host"), os.NewFile(uintptr(fds[1]), "guest")
 	defer fa.Close() // FileConn duplicates
 	defer fb.Close()
-	if a, err = net.FileConn(fa); err != nil {
+	if host, err = net.FileConn(fa); err != nil {
 		return nil, nil, err
 	}
-	if b, err = net.FileConn(fb); err != nil {
-		_ = a.Close()
-		return nil, nil, err
+	other, err := net.FileConn(fb)
+	if err != nil {
+		return nil, nil, errors.Join(err, host.Close())
 	}
-	return a, b, nil
+	return host, other.(*net.UnixConn), nil // FileConn of a unix socket gives no other
 }
 
 // Guest is what an Agent plays: one boot of one machine.

@@ -27,6 +27,8 @@
 //	die [reason]       the machine ends as soon as it has started, for one of the port's reasons;
 //	                   without one it has crashed
 //	mute               connections to the guest succeed, and nobody answers until the line is gone
+//	freeze             the guest stands still: of what is connected to it, now or before, nothing is
+//	                   read or answered until the line is gone
 //	deaf               the guest ignores that it is asked to power off or to reset
 //	pause              the guest is paused (io-error) as soon as it has started; a Resume while
 //	                   the line is there leaves it paused

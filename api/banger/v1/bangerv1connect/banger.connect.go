@@ -80,6 +80,8 @@ const (
 	VMServiceReadLogProcedure = "/banger.v1.VMService/ReadLog"
 	// VMServiceWatchUsageProcedure is the fully-qualified name of the VMService's WatchUsage RPC.
 	VMServiceWatchUsageProcedure = "/banger.v1.VMService/WatchUsage"
+	// VMServiceWatchGuestProcedure is the fully-qualified name of the VMService's WatchGuest RPC.
+	VMServiceWatchGuestProcedure = "/banger.v1.VMService/WatchGuest"
 	// ImageServiceListImagesProcedure is the fully-qualified name of the ImageService's ListImages RPC.
 	ImageServiceListImagesProcedure = "/banger.v1.ImageService/ListImages"
 	// ImageServiceGetImageProcedure is the fully-qualified name of the ImageService's GetImage RPC.
@@ -177,6 +179,9 @@ type VMServiceClient interface {
 	// at each of those that run: its stats and, with ports, what listens in it. Listeners are asked
 	// whether they speak HTTP when they appear, not at each look.
 	WatchUsage(context.Context, *v1.WatchUsageRequest) (*connect.ServerStreamForClient[v1.WatchUsageResponse], error)
+	// WatchGuest asks a guest again and again whether it is well while the caller listens, as one does who has a session with
+	// it. It sends how it is first, then each change, and ends when the VM does not run any more.
+	WatchGuest(context.Context, *v1.WatchGuestRequest) (*connect.ServerStreamForClient[v1.WatchGuestResponse], error)
 }
 
 // NewVMServiceClient constructs a client for the banger.v1.VMService service. By default, it uses
@@ -292,6 +297,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("WatchUsage")),
 			connect.WithClientOptions(opts...),
 		),
+		watchGuest: connect.NewClient[v1.WatchGuestRequest, v1.WatchGuestResponse](
+			httpClient,
+			baseURL+VMServiceWatchGuestProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("WatchGuest")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -314,6 +325,7 @@ type vMServiceClient struct {
 	getSSHTarget *connect.Client[v1.GetSSHTargetRequest, v1.GetSSHTargetResponse]
 	readLog      *connect.Client[v1.ReadLogRequest, v1.ReadLogResponse]
 	watchUsage   *connect.Client[v1.WatchUsageRequest, v1.WatchUsageResponse]
+	watchGuest   *connect.Client[v1.WatchGuestRequest, v1.WatchGuestResponse]
 }
 
 // CreateVM calls banger.v1.VMService.CreateVM.
@@ -461,6 +473,11 @@ func (c *vMServiceClient) WatchUsage(ctx context.Context, req *v1.WatchUsageRequ
 	return c.watchUsage.CallServerStream(ctx, connect.NewRequest(req))
 }
 
+// WatchGuest calls banger.v1.VMService.WatchGuest.
+func (c *vMServiceClient) WatchGuest(ctx context.Context, req *v1.WatchGuestRequest) (*connect.ServerStreamForClient[v1.WatchGuestResponse], error) {
+	return c.watchGuest.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // VMServiceHandler is an implementation of the banger.v1.VMService service.
 type VMServiceHandler interface {
 	// CreateVM admits a VM (name, slot, record) and starts it.
@@ -498,6 +515,9 @@ type VMServiceHandler interface {
 	// at each of those that run: its stats and, with ports, what listens in it. Listeners are asked
 	// whether they speak HTTP when they appear, not at each look.
 	WatchUsage(context.Context, *v1.WatchUsageRequest, *connect.ServerStream[v1.WatchUsageResponse]) error
+	// WatchGuest asks a guest again and again whether it is well while the caller listens, as one does who has a session with
+	// it. It sends how it is first, then each change, and ends when the VM does not run any more.
+	WatchGuest(context.Context, *v1.WatchGuestRequest, *connect.ServerStream[v1.WatchGuestResponse]) error
 }
 
 // NewVMServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -609,6 +629,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("WatchUsage")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceWatchGuestHandler := connect.NewServerStreamHandlerSimple(
+		VMServiceWatchGuestProcedure,
+		svc.WatchGuest,
+		connect.WithSchema(vMServiceMethods.ByName("WatchGuest")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/banger.v1.VMService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case VMServiceCreateVMProcedure:
@@ -645,6 +671,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceReadLogHandler.ServeHTTP(w, r)
 		case VMServiceWatchUsageProcedure:
 			vMServiceWatchUsageHandler.ServeHTTP(w, r)
+		case VMServiceWatchGuestProcedure:
+			vMServiceWatchGuestHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -722,6 +750,10 @@ func (UnimplementedVMServiceHandler) WatchUsage(context.Context, *v1.WatchUsageR
 	return connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.WatchUsage is not implemented"))
 }
 
+func (UnimplementedVMServiceHandler) WatchGuest(context.Context, *v1.WatchGuestRequest, *connect.ServerStream[v1.WatchGuestResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("banger.v1.VMService.WatchGuest is not implemented"))
+}
+
 // ImageServiceClient is a client for the banger.v1.ImageService service.
 type ImageServiceClient interface {
 	ListImages(context.Context, *v1.ListImagesRequest) (*v1.ListImagesResponse, error)
@@ -742,7 +774,8 @@ type ImageServiceClient interface {
 	BuildImage(context.Context, *v1.BuildImageRequest) (*v1.BuildImageResponse, error)
 	// ReadBuildLog sends the output of a build from its begin, and goes on until it ends.
 	ReadBuildLog(context.Context, *v1.ReadBuildLogRequest) (*connect.ServerStreamForClient[v1.ReadBuildLogResponse], error)
-	// PruneImages removes content that nothing refers to and, if asked to, images that no VM was made from.
+	// PruneImages removes content that nothing refers to, cached layers of pulled images and, if asked to, images that no VM was
+	// made from.
 	PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error)
 	// Makes an image of a container image: of a registry, or of files on this machine. An image of the name that
 	// was made by banger is replaced; VMs that were made from it keep what they have.
@@ -959,7 +992,8 @@ type ImageServiceHandler interface {
 	BuildImage(context.Context, *v1.BuildImageRequest) (*v1.BuildImageResponse, error)
 	// ReadBuildLog sends the output of a build from its begin, and goes on until it ends.
 	ReadBuildLog(context.Context, *v1.ReadBuildLogRequest, *connect.ServerStream[v1.ReadBuildLogResponse]) error
-	// PruneImages removes content that nothing refers to and, if asked to, images that no VM was made from.
+	// PruneImages removes content that nothing refers to, cached layers of pulled images and, if asked to, images that no VM was
+	// made from.
 	PruneImages(context.Context, *v1.PruneImagesRequest) (*v1.PruneImagesResponse, error)
 	// Makes an image of a container image: of a registry, or of files on this machine. An image of the name that
 	// was made by banger is replaced; VMs that were made from it keep what they have.

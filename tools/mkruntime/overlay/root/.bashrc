@@ -20,3 +20,6 @@ alias grep='grep --color=auto'
 if [ -f /usr/share/bash-completion/bash_completion ]; then
   . /usr/share/bash-completion/bash_completion
 fi
+if [ -r /etc/profile.d/banger-mise.sh ]; then
+  . /etc/profile.d/banger-mise.sh
+fi
