@@ -140,7 +140,8 @@ bench: build runtime ## measure what a VM costs its host (docs/benchmarks.md); B
 	@dist/bench $(ARGS)
 
 .PHONY: bench-create
-bench-create: build runtime ## time a create and the first SSH on this host, as JSON; ARGS="--runs 3 --image docker-dev"
+bench-create: ## time a create and the first SSH on this host, as JSON; ARGS="--runs 3 --image docker-dev"
+	@$(MAKE) --no-print-directory build runtime >&2
 	@exec ./banger bench create $(ARGS)
 
 .PHONY: bench-floor

@@ -41,9 +41,13 @@ type Options struct {
 	Daemon string
 	// Starting, if set, is called when a daemon is about to be started.
 	Starting func()
-	// Revision is sent as the API revision. 0: bangerv1.Revision.
+	// Revision is sent as the API revision. 0: bangerv1.Revision. AnyRevision: none.
 	Revision int
 }
+
+// AnyRevision is for the calls by which VMs are stopped: daemons of every revision take them from clients that do not
+// say theirs, since a host that goes down must be able to power its guests off whatever was installed last.
+const AnyRevision = -1
 
 // Client talks to one daemon. Safe for concurrent use.
 type Client struct {
@@ -70,7 +74,11 @@ func New(o Options) *Client {
 		DisableCompression:  true, // a unix socket is faster than gzip
 	}
 	httpClient := &http.Client{Transport: c.transport}
-	opt := connect.WithInterceptors(interceptor{revision: strconv.Itoa(o.Revision)})
+	sent := interceptor{}
+	if o.Revision != AnyRevision {
+		sent.revision = strconv.Itoa(o.Revision)
+	}
+	opt := connect.WithInterceptors(sent)
 	const url = "http://bangerd"
 	c.VMs = bangerv1connect.NewVMServiceClient(httpClient, url, opt)
 	c.Images = bangerv1connect.NewImageServiceClient(httpClient, url, opt)
@@ -82,12 +90,18 @@ func New(o Options) *Client {
 // Close releases idle connections. Calls in flight go on.
 func (c *Client) Close() { c.transport.CloseIdleConnections() }
 
-// interceptor sends the revision and turns errors into *Error.
+// interceptor sends the revision, if it has one, and turns errors into *Error.
 type interceptor struct{ revision string }
+
+func (i interceptor) say(h http.Header) {
+	if i.revision != "" {
+		h.Set(bangerv1.RevisionHeader, i.revision)
+	}
+}
 
 func (i interceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		req.Header().Set(bangerv1.RevisionHeader, i.revision)
+		i.say(req.Header())
 		for tries := 0; ; tries++ {
 			resp, err := next(ctx, req)
 			if err == nil {
@@ -110,7 +124,7 @@ func readOnly(procedure string) bool {
 func (i interceptor) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
 	return func(ctx context.Context, spec connect.Spec) connect.StreamingClientConn {
 		conn := next(ctx, spec)
-		conn.RequestHeader().Set(bangerv1.RevisionHeader, i.revision)
+		i.say(conn.RequestHeader())
 		return conn
 	}
 }

@@ -30,8 +30,8 @@ type TerminalSize = exec.Size
 // Exec runs a command in a running VM through its agent, without SSH, and returns when it has ended and
 // its output is written. If ctx ends, or this process, the command gets SIGHUP, and is killed if it does
 // not go. Where the VMM has vsock the command outlives the daemon, elsewhere the daemon's end is taken
-// as this process's. fault.Unavailable if the guest or the daemon is lost on the way,
-// fault.VersionSkew if the VM's agent is of a version that cannot do it.
+// as this process's. fault.Unavailable if the guest or the daemon is lost on the way, fault.Internal if its output cannot
+// be written here, fault.VersionSkew if the VM's agent is of a version that cannot do it.
 func (c *Client) Exec(ctx context.Context, vmID string, command Command, s CommandStreams) (CommandStatus, error) {
 	if _, err := command.Encode(); err != nil {
 		return CommandStatus{}, fault.Wrap(err, fault.Invalid, "", "the command cannot be sent").
@@ -50,6 +50,8 @@ func (c *Client) Exec(ctx context.Context, vmID string, command Command, s Comma
 	case errors.Is(err, exec.ErrLost):
 		return status, fault.Wrap(err, fault.Unavailable, "", "lost the connection to the guest before the command ended").
 			WithHint("banger vm list shows whether the VM runs; where the daemon carries the stream, its end ends the command")
+	case errors.Is(err, exec.ErrOutput):
+		return status, fault.Wrap(err, fault.Internal, "", "the command ended, but not all that it printed could be written here")
 	}
 	return status, fault.Wrap(err, fault.Unavailable, "", "the command was cut off")
 }

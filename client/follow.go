@@ -58,6 +58,12 @@ func (c *Client) Follow(ctx context.Context, f Follower) error {
 	}
 }
 
+// Lost reports whether err says that there is no daemon to talk to any more: nobody listens on its socket, or the
+// connection broke. What Follow then tells is the way back.
+func Lost(err error) bool {
+	return fault.Is(err, fault.Unavailable) && (errors.Is(err, errLost) || absent(err))
+}
+
 func (c *Client) followOnce(ctx context.Context, event func(*bangerv1.WatchResponse)) error {
 	stream, err := c.Daemon.Watch(ctx, &bangerv1.WatchRequest{})
 	if err != nil {

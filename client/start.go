@@ -22,6 +22,9 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/privatedir"
 )
 
+// elsewhere is the way out of a home that cannot be written.
+const elsewhere = "BANGER_STATE_DIR names another place: a directory on a local disk that this user may write"
+
 // startTimeout bounds the start of a daemon, the wait for an older one to end included.
 const startTimeout = 10 * time.Second
 
@@ -83,11 +86,11 @@ func (c *Client) start(ctx context.Context) error {
 
 	// The daemon checks whose it is and closes it to others.
 	if err := os.MkdirAll(c.opts.StateDir, 0o700); err != nil {
-		return fault.Wrap(err, fault.Permission, c.opts.StateDir, "the state directory cannot be made: %v", err)
+		return fault.Wrap(err, fault.Permission, c.opts.StateDir, "the state directory cannot be made: %v", err).WithHint("%s", elsewhere)
 	}
 	lock, err := os.OpenFile(filepath.Join(c.opts.StateDir, "bangerd.start.lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return fault.Wrap(err, fault.Permission, c.opts.StateDir, "cannot open the lock under which the daemon is started")
+		return fault.Wrap(err, fault.Permission, c.opts.StateDir, "cannot be written: %v", err).WithHint("%s", elsewhere)
 	}
 	held := make(chan error, 1)
 	go func() {

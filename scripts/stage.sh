@@ -6,6 +6,7 @@
 
 if [ -t 2 ] && [ "${TERM:-dumb}" != dumb ]; then stage_tty=yes; else stage_tty=''; fi
 stage_ticker=''
+stage_group='' # process group of the running stage
 
 # stage_watch <title> <log> <parent>: says until it is ended that the stage still runs. It ends by
 # itself when the script is gone, however that came about.
@@ -24,7 +25,36 @@ stage_watch() {
     done
 }
 
+# stage_run <log> <command...>: runs the command with its output in the log, or where the script's goes if that is ''. It has a
+# process group of its own and is waited for in the background: bash runs no trap while a program is in the
+# foreground, and a script that is told to end must end, with all that it started. A function runs in a subshell.
+stage_run() {
+    local log=$1 status=0
+    shift
+    set -m
+    {
+        [ -z "$log" ] || exec >"$log" 2>&1
+        "$@" || exit $?
+    } </dev/null &
+    stage_group=$!
+    set +m
+    wait "$stage_group" || status=$?
+    stage_group=''
+    return "$status"
+}
+
+# stage_end ends what runs of a stage, by force if it does not by itself within two seconds.
 stage_end() {
+    local tries
+    if [ -n "$stage_group" ]; then
+        kill -TERM -- "-$stage_group" 2>/dev/null || true
+        for tries in {1..20}; do
+            kill -0 -- "-$stage_group" 2>/dev/null || break
+            [ "$tries" -lt 20 ] || kill -KILL -- "-$stage_group" 2>/dev/null || true
+            sleep 0.1
+        done
+        stage_group=''
+    fi
     [ -n "$stage_ticker" ] || return 0
     kill "$stage_ticker" 2>/dev/null || true
     wait "$stage_ticker" 2>/dev/null || true
@@ -32,8 +62,8 @@ stage_end() {
     [ -z "$stage_tty" ] || printf '\r\033[K' >&2
 }
 
-# stage <title> <log> <command...>: runs the command in the foreground, so that Ctrl-C reaches it, with
-# its output in the log, which is shown if it fails. Its exit status is the stage's.
+# stage <title> <log> <command...>: runs the command with its output in the log, which is shown if it fails. Its exit
+# status is the stage's. The script has `trap stage_end EXIT`, and ends on INT and TERM.
 stage() {
     local title=$1 log=$2 began=$SECONDS status=0
     shift 2
@@ -41,7 +71,7 @@ stage() {
     : >"$log"
     stage_watch "$title" "$log" $$ &
     stage_ticker=$!
-    "$@" >"$log" 2>&1 </dev/null || status=$?
+    stage_run "$log" "$@" || status=$?
     stage_end
     if [ "$status" -ne 0 ]; then
         cat "$log" >&2

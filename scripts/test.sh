@@ -77,8 +77,11 @@ trap 'exit 143' TERM HUP
 failed=''       # names of stages that failed
 report=()       # a line a stage
 not_run=()      # what was skipped, with the reason
-tests=0 skipped=0 failures=0
 began_all=$SECONDS
+# Stages run in processes of their own: what they count, and say of what was not run, is in files.
+: >"$run/log/counts"
+: >"$run/log/not_run"
+counted() { echo "$*" >>"$run/log/counts"; } # <tests> <skipped> <failures>
 
 # check <name> <command...>: a stage. Its output is shown as it comes if the command is a `live`
 # one; else only if it fails, with a sign of life meanwhile.
@@ -88,7 +91,7 @@ check() {
     if [ "$1" = live ]; then
         shift
         printf '\n== %s\n' "$name"
-        "$@" </dev/null || status=$?
+        stage_run '' "$@" || status=$?
     else
         stage "$name" "$run/log/stage" "$@" || status=$?
     fi
@@ -105,7 +108,8 @@ check() {
 needed() { check "$@" || finish; }
 
 finish() {
-    local left
+    local left tests skipped failures
+    read -r tests skipped failures < <(awk '{ t += $1; s += $2; f += $3 } END { print t + 0, s + 0, f + 0 }' "$run/log/counts")
     printf '\n== summary (%s)\n' "$mode"
     printf '%s\n' "${report[@]}"
     printf '%5ds        all\n' $((SECONDS - began_all))
@@ -114,6 +118,7 @@ finish() {
         sed 's/^/  /' "$run/log/skips"
     fi
     for left in ${not_run[@]+"${not_run[@]}"}; do printf 'not run: %s\n' "$left"; done
+    sed 's/^/not run: /' "$run/log/not_run"
     [ -z "$failed" ] || printf 'FAILED: %s\n' "$failed"
     printf '%d tests passed, %d failed, %d skipped; %d stages passed, %d failed\n' \
         $((tests - skipped - failures)) "$failures" "$skipped" \
@@ -149,9 +154,7 @@ gotests() {
     gotestsum --format "$format" --hide-summary=skipped --jsonfile "$run/log/json" -- "$@" 2>&1 | tee "$out" || status=$?
     counts=$(grep '^DONE ' "$out" | tail -n 1)
     number() { echo "$counts" | sed -n "s/.*[^0-9]\([0-9][0-9]*\) $1.*/\1/p"; }
-    tests=$((tests + $(number tests | grep . || echo 0)))
-    skipped=$((skipped + $(number skipped | grep . || echo 0)))
-    failures=$((failures + $(number failure | grep . || echo 0)))
+    counted "$(number tests | grep . || echo 0)" "$(number skipped | grep . || echo 0)" "$(number failure | grep . || echo 0)"
     # A skip's reason is the test's last line before its verdict.
     jq -rs '[.[] | select(.Test != null)] | group_by([.Package, .Test])[] | select(any(.[]; .Action == "skip")) |
         (.[0].Package | sub("^git.thaloco.com/thaloco/banger/"; "")) + " " + .[0].Test + ": " +
@@ -199,10 +202,10 @@ mutations() {
         else
             printf 'caught %s after %ds: %s\n' "$m" $((SECONDS - began)) "$(grep -m 1 'crash_test.go' "$log" | cut -c 1-150)"
         fi
-        tests=$((tests + 1))
+        counted 1 0 0
     done
     rm -f "$binary"
-    [ "$status" -eq 0 ] || failures=$((failures + 1))
+    [ "$status" -eq 0 ] || counted 0 0 1
     return "$status"
 }
 
@@ -245,7 +248,7 @@ if [ "$mode" = boots ]; then
     needed "runtime bundle" live make --no-print-directory runtime
     check "boots" live env BANGER_E2E_BOOTS="$boots" go test -tags e2e -count 1 -v -timeout 3h -run '^TestBootsUnderLoad$' ./test/e2e || true
     check "nothing is left behind" live left_behind || true
-    tests=$boots
+    counted "$boots" 0 0
     finish
 fi
 
@@ -300,12 +303,13 @@ done
 # emulated was seen to hang or panic by itself (docs/lab.md): the tests notice and say so, and only then is there
 # another try in a fresh lab, which the summary tells.
 lab() {
-    local before=("$tests" "$skipped" "$failures") try
+    local try
+    cp "$run/log/counts" "$run/log/counts.before"
     for try in 1 2 3; do
-        tests=${before[0]} skipped=${before[1]} failures=${before[2]}
+        cp "$run/log/counts.before" "$run/log/counts" # those of the last try count
         # shellcheck disable=SC2086
         if gotests standard-verbose -tags e2e -count 1 -timeout 150m $short ./test/lab; then
-            [ "$try" -eq 1 ] || not_run+=("the lab's host failed $((try - 1)) times before the tests passed: its output is above")
+            [ "$try" -eq 1 ] || echo "the lab's host failed $((try - 1)) times before the tests passed: its output is above" >>"$run/log/not_run"
             return 0
         fi
         grep -q "this is no verdict about banger" "$run/log/gotests" || return 1

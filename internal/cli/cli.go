@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"strings"
@@ -28,6 +29,7 @@ import (
 type app struct {
 	stdin          *os.File
 	stdout, stderr io.Writer
+	out            *os.File // what stdout writes to, for programs that get it as theirs
 	now            func() time.Time
 
 	args     []string
@@ -38,14 +40,15 @@ type app struct {
 	outTTY   bool   // stdout is a terminal
 	errTTY   bool   // stderr is a terminal: progress may redraw
 
-	place  func() (place, error)
-	client *client.Client // made by connect
+	place    func() (place, error)
+	client   *client.Client // made by connect
+	revision int            // of the API, as client.Options has it
 }
 
 // Main runs the command line and returns the process's exit code.
 func Main(args []string) int {
 	a := &app{
-		stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, now: time.Now, place: findPlace,
+		stdin: os.Stdin, stdout: &results{file: os.Stdout}, out: os.Stdout, stderr: os.Stderr, now: time.Now, place: findPlace,
 		outTTY: isatty.IsTerminal(os.Stdout.Fd()),
 		errTTY: isatty.IsTerminal(os.Stderr.Fd()) && os.Getenv("TERM") != "dumb",
 	}
@@ -70,6 +73,9 @@ func (a *app) run(args []string) int {
 	if a.client != nil {
 		a.client.Close()
 	}
+	if r, ok := a.stdout.(*results); ok && err == nil && r.err != nil {
+		err = r.err
+	}
 	if err == nil {
 		return exitOK
 	}
@@ -78,6 +84,28 @@ func (a *app) run(args []string) int {
 	}
 	a.printError(err)
 	return exitCode(err)
+}
+
+// results is stdout. It keeps the first error, since not every print looks at it: a result that was lost, to a full disk
+// or a closed descriptor, must not pass for one.
+type results struct {
+	file *os.File
+	err  error
+}
+
+func (r *results) Write(b []byte) (int, error) {
+	n, err := r.file.Write(b)
+	if err != nil {
+		var cause *fs.PathError
+		if errors.As(err, &cause) {
+			err = cause.Err // whatever its name is here
+		}
+		err = fault.New(fault.Internal, "stdout", "cannot be written: %v", err)
+		if r.err == nil {
+			r.err = err
+		}
+	}
+	return n, err
 }
 
 // execute runs the command line once.
@@ -118,7 +146,7 @@ func (a *app) connectWith(start bool) (*client.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := client.Options{Socket: p.socket, StateDir: p.stateDir}
+	o := client.Options{Socket: p.socket, StateDir: p.stateDir, Revision: a.revision}
 	if start {
 		o.Daemon = p.daemon
 	}

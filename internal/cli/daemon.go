@@ -13,6 +13,7 @@ import (
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
+	"git.thaloco.com/thaloco/banger/internal/age"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/version"
 )
@@ -113,7 +114,7 @@ func (a *app) printDaemon(view daemonView) error {
 	add("status", "running")
 	add("pid", fmt.Sprint(view.PID))
 	add("version", view.Version)
-	add("uptime", formatSpan(time.Duration(view.UptimeMS)*time.Millisecond))
+	add("uptime", age.Text(time.Duration(view.UptimeMS)*time.Millisecond))
 	add("vmm", strings.Join(strings.Fields(view.VMM+" "+view.VMMVersion+" "+view.Accel), " "))
 	add("notice", view.VMMNotice)
 	network := view.Network

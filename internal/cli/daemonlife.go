@@ -51,8 +51,10 @@ With --all VMs are shut down first, each as banger vm stop does. If one cannot b
 	return cmd
 }
 
-// stopAll shuts down the VMs that run or are about to. One that ends by itself meanwhile is fine.
+// stopAll shuts down the VMs that run or are about to. One that ends by itself meanwhile is fine. It works with a daemon
+// of any API revision: after an upgrade that nobody followed by a restart of the daemon, the host still goes down.
 func (a *app) stopAll(cmd *cobra.Command, hostShutdown bool) ([]resultView, error) {
+	a.revision = client.AnyRevision
 	c, err := a.connect() // VMs may run without a daemon
 	if err != nil {
 		return nil, err

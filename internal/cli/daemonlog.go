@@ -38,7 +38,9 @@ a line. It needs no daemon. log_level in config.toml says how much is written.`,
 			if err != nil {
 				return err
 			}
-			return a.daemonLog(cmd.Context(), p.log(), tail.value, follow)
+			ctx, cancel := a.whileRead(cmd.Context())
+			defer cancel()
+			return a.daemonLog(ctx, p.log(), tail.value, follow)
 		},
 	}
 	f := cmd.Flags()

@@ -1,14 +1,12 @@
 package cli
 
 import (
-	"errors"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
-	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 // eventView is a change, or, of type snapshot, the state that it all begins with.
@@ -60,8 +58,8 @@ func (a *app) eventsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "events", Short: "Print what happens, a JSON object a line, until Ctrl-C",
 		Long: `Print what happens to VMs and operations, a JSON object a line (NDJSON), until Ctrl-C. The first line, of type snapshot, is
-all that there is; each one after it a VM or an operation as it is now, or the id of a VM that was deleted. It ends with an
-error if the daemon ends.`,
+all that there is; each one after it a VM or an operation as it is now, or the id of a VM that was deleted. If the daemon
+ends it waits for the next one, of which the first line is a snapshot again: what is not in that is gone.`,
 		Example: `  banger events | jq -c 'select(.type == "vm") | [.vm.name, .vm.state]'
   banger events --filter type=operation --filter operation.state=failed`,
 		Args: noArgs,
@@ -69,33 +67,35 @@ error if the daemon ends.`,
 			if !a.json { // there is no table of it
 				a.output, a.json = outputJSON, true
 			}
-			c, err := a.connect()
+			c, err := a.watched(cmd.Context())
 			if err != nil {
 				return err
 			}
-			stream, err := c.Daemon.Watch(cmd.Context(), &bangerv1.WatchRequest{})
-			if err != nil {
-				return client.FromConnect(err)
-			}
-			defer stream.Close()
-			for stream.Receive() {
-				v, known := a.viewEvent(stream.Msg())
-				if !known || !only.match(v) {
-					continue
-				}
-				if err := a.printValue(v, false); err != nil {
-					return fault.Wrap(err, fault.Internal, "stdout", "cannot be written: %v", err)
-				}
-			}
-			if cmd.Context().Err() != nil {
+			defer c.Close()
+			ctx, cancel := a.whileRead(cmd.Context())
+			defer cancel()
+			daemon := absence{a: a}
+			var unwritten error
+			err = c.Follow(ctx, client.Follower{
+				Event: func(m *bangerv1.WatchResponse) {
+					daemon.ends()
+					v, known := a.viewEvent(m)
+					if !known || !only.match(v) || unwritten != nil {
+						return
+					}
+					if unwritten = a.printValue(v, false); unwritten != nil {
+						cancel()
+					}
+				},
+				Gone: daemon.begins,
+			})
+			switch {
+			case unwritten != nil:
+				return unwritten
+			case ctx.Err() != nil:
 				return nil
 			}
-			err = stream.Err()
-			if err == nil {
-				err = errors.New("it ended the stream")
-			}
-			return fault.Wrap(client.FromConnect(err), fault.Unavailable, "", "the daemon that told of changes is gone").
-				WithHint("the same command again starts it")
+			return err
 		},
 	}
 	cmd.Flags().Var(&only, "filter", "only lines with KEY=PATTERN or KEY!=PATTERN, can be repeated")

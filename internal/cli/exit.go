@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
@@ -138,8 +139,8 @@ func (a *app) printError(err error) {
 		text = v.Cause
 	}
 	text = indent(text)
-	if v.Subject != "" {
-		text = v.Subject + ": " + text
+	if v.Subject != "" { // it may be what somebody typed, or a script was given
+		text = client.Visible(v.Subject) + ": " + text
 	}
 	fmt.Fprintf(a.stderr, "%s %s\n", a.paintErr(red, "banger:"), text)
 	if v.Cause != "" && !strings.Contains(text, v.Cause) {

@@ -46,7 +46,7 @@ func keysOf(view any) []string {
 
 // elemOf is what a pointer points to, or a list holds.
 func elemOf(t reflect.Type) reflect.Type {
-	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
+	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice || t.Kind() == reflect.Array {
 		t = t.Elem()
 	}
 	return t
@@ -62,6 +62,13 @@ func jsonName(f reflect.StructField) (name string, ok bool) {
 func known(keys []string, key string) error {
 	best, distance := "", 4
 	for _, k := range keys {
+		// A key without what it lies in, or the beginning of one, is nearer than any other word.
+		switch {
+		case strings.HasSuffix(k, "."+key) && distance > 0:
+			best, distance = k, 0
+		case len(key) >= 3 && strings.HasPrefix(k, key) && distance > 1:
+			best, distance = k, 1
+		}
 		ofMap := strings.HasSuffix(k, ".")
 		if k == key && !ofMap || ofMap && len(key) > len(k) && strings.HasPrefix(key, k) {
 			return nil
@@ -88,7 +95,7 @@ func valuesAt(view reflect.Value, key string) []reflect.Value {
 			return nil
 		}
 		return valuesAt(view.Elem(), key)
-	case reflect.Slice:
+	case reflect.Slice, reflect.Array:
 		var out []reflect.Value
 		for i := range view.Len() {
 			out = append(out, valuesAt(view.Index(i), key)...)
@@ -125,6 +132,8 @@ func textOf(v reflect.Value) string {
 		return strconv.FormatBool(v.Bool())
 	case reflect.Int, reflect.Int32, reflect.Int64:
 		return strconv.FormatInt(v.Int(), 10)
+	case reflect.Uint32:
+		return strconv.FormatUint(v.Uint(), 10)
 	case reflect.Float64:
 		return strconv.FormatFloat(v.Float(), 'g', -1, 64)
 	}
@@ -163,6 +172,18 @@ func (f *filters) Set(s string) error {
 	return nil
 }
 
+// split divides the filters into those of keys that begin otherwise and those of what follows prefix in the others.
+func (f filters) split(prefix string) (others, inner filters) {
+	for _, one := range f.all {
+		if key, ok := strings.CutPrefix(one.key, prefix); ok {
+			inner.all = append(inner.all, filter{key, one.pattern, one.not})
+		} else {
+			others.all = append(others.all, one)
+		}
+	}
+	return others, inner
+}
+
 func (f *filters) match(view any) bool {
 	for _, one := range f.all {
 		values := valuesAt(reflect.ValueOf(view), one.key)
@@ -198,6 +219,14 @@ func (s *sortKey) Set(text string) error {
 	return known(s.keys, s.key)
 }
 
+// split is split of filters: one of the two orders nothing.
+func (s sortKey) split(prefix string) (other, inner sortKey) {
+	if key, ok := strings.CutPrefix(s.key, prefix); ok {
+		return sortKey{}, sortKey{key: key, reverse: s.reverse}
+	}
+	return s, sortKey{}
+}
+
 // compare orders two views. What has no value comes last, in either direction.
 func (s *sortKey) compare(x, y any) int {
 	a, b := valuesAt(reflect.ValueOf(x), s.key), valuesAt(reflect.ValueOf(y), s.key)
@@ -218,6 +247,8 @@ func compareValues(a, b reflect.Value) int {
 	switch a.Kind() {
 	case reflect.Int, reflect.Int32, reflect.Int64:
 		return cmp.Compare(a.Int(), b.Int())
+	case reflect.Uint32:
+		return cmp.Compare(a.Uint(), b.Uint())
 	case reflect.Float64:
 		return cmp.Compare(a.Float(), b.Float())
 	}

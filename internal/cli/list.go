@@ -1,19 +1,14 @@
 package cli
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
-	"time"
 
 	"github.com/spf13/cobra"
 
-	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
-	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 // list is a command that lists things: all of them take the same flags, and differ in what they fetch and in
@@ -40,36 +35,46 @@ type listOptions struct {
 	watching bool
 }
 
-// listing makes cmd a command that lists: its arguments, its flags, what it does.
-func listing[V any](a *app, cmd *cobra.Command, l list[V]) *cobra.Command {
-	var zero V
-	keys := keysOf(zero)
-	o := &listOptions{filters: filters{keys: keys}, sort: sortKey{keys: keys}}
-	cmd.Args = noArgs
-	cmd.Annotations = map[string]string{wideAnnotation: "yes"}
+// add gives a command the flags that all lists have; keys are those of one thing in it.
+func (o *listOptions) add(cmd *cobra.Command, keys []string) {
+	o.filters.keys, o.sort.keys = keys, keys
 	f := cmd.Flags()
 	f.SortFlags = false
 	f.Var(&o.filters, "filter", "only those with KEY=PATTERN or KEY!=PATTERN, a key of --output json; can be repeated")
 	f.Var(&o.sort, "sort", "order by a key of --output json; -KEY: the largest first")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print names only")
 	f.BoolVarP(&o.watching, "watch", "w", false, "go on with every change, until Ctrl-C")
+}
+
+// output makes --quiet the same as --output name.
+func (o *listOptions) output(a *app, cmd *cobra.Command) error {
+	if !o.quiet {
+		return nil
+	}
+	if a.output == outputJSON || a.output == outputYAML || a.output == outputWide {
+		return usage(cmd, "--quiet prints names: it does not go with --output %s", a.output)
+	}
+	a.output, a.json = outputName, true
+	return nil
+}
+
+// listing makes cmd a command that lists: its arguments, its flags, what it does.
+func listing[V any](a *app, cmd *cobra.Command, l list[V]) *cobra.Command {
+	var zero V
+	o := &listOptions{}
+	o.add(cmd, keysOf(zero))
+	cmd.Args = noArgs
+	cmd.Annotations = map[string]string{wideAnnotation: "yes"}
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if o.quiet {
-			if a.output == outputJSON || a.output == outputYAML || a.output == outputWide {
-				return usage(cmd, "--quiet prints names: it does not go with --output %s", a.output)
-			}
-			a.output, a.json = outputName, true
-		}
-		c, err := a.connect()
-		if err != nil {
+		if err := o.output(a, cmd); err != nil {
 			return err
 		}
-		take := func(ctx context.Context) (look, error) {
+		take := func(ctx context.Context, c *client.Client) (look, error) {
 			all, err := l.fetch(ctx, c)
 			if err != nil {
 				return look{}, err
 			}
-			shown := apply(all, o)
+			shown := apply(all, o.filters, o.sort)
 			return look{json: shown, text: func(w io.Writer) error {
 				if len(shown) == 0 {
 					return a.nothing(w, len(all), l.empty, o.watching)
@@ -78,16 +83,17 @@ func listing[V any](a *app, cmd *cobra.Command, l list[V]) *cobra.Command {
 			}}, nil
 		}
 		if o.watching {
-			return a.watchChanges(cmd.Context(), c, take)
+			return a.watchChanges(cmd.Context(), take)
 		}
-		shown, err := take(cmd.Context())
-		switch {
-		case err != nil:
+		c, err := a.connect()
+		if err != nil {
 			return err
-		case a.json:
-			return a.printJSON(shown.json)
 		}
-		return shown.text(a.stdout)
+		shown, err := take(cmd.Context(), c)
+		if err != nil {
+			return err
+		}
+		return a.print(shown)
 	}
 	return cmd
 }
@@ -105,15 +111,21 @@ func (a *app) nothing(w io.Writer, all int, empty string, watching bool) error {
 }
 
 // apply filters and sorts. The result is never nil: it is printed as an array.
-func apply[V any](all []V, o *listOptions) []V {
+func apply[V any](all []V, which filters, order sortKey) []V {
+	return applyTo(all, which, order, func(V) bool { return true })
+}
+
+// applyTo filters and sorts the answers to references. What is none of them (of) is an error of the command's, which no
+// filter hides.
+func applyTo[V any](all []V, which filters, order sortKey, of func(V) bool) []V {
 	shown := []V{}
 	for _, v := range all {
-		if o.filters.match(v) {
+		if !of(v) || which.match(v) {
 			shown = append(shown, v)
 		}
 	}
-	if o.sort.key != "" {
-		slices.SortStableFunc(shown, func(x, y V) int { return o.sort.compare(x, y) })
+	if order.key != "" {
+		slices.SortStableFunc(shown, func(x, y V) int { return order.compare(x, y) })
 	}
 	return shown
 }
@@ -152,87 +164,4 @@ func (l list[V]) rows(a *app, views []V) [][]cell {
 		}
 	}
 	return rows
-}
-
-const (
-	// changesEvery is the least time between two looks: a create changes its VM a dozen times a second.
-	changesEvery = 100 * time.Millisecond
-	// agesEvery is how often ages are drawn anew on a terminal. Nothing is fetched for it.
-	agesEvery = time.Second
-)
-
-// watchChanges prints a look whenever something changed, until Ctrl-C, which is its normal end. The daemon tells; nothing
-// is asked for in between. An end of the daemon ends it with an error: what it would print from then on is not so.
-func (a *app) watchChanges(ctx context.Context, c *client.Client, take func(context.Context) (look, error)) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	stream, err := c.Daemon.Watch(ctx, &bangerv1.WatchRequest{})
-	if err != nil {
-		return client.FromConnect(err)
-	}
-	defer stream.Close()
-	changed, ended := make(chan struct{}, 1), make(chan error, 1)
-	go func() {
-		for stream.Receive() { // the first message is the state as it is
-			select {
-			case changed <- struct{}{}:
-			default: // one look shows all changes before it
-			}
-		}
-		ended <- stream.Err()
-	}()
-	var ages <-chan time.Time
-	if a.color && !a.json {
-		ticker := time.NewTicker(agesEvery)
-		defer ticker.Stop()
-		ages = ticker.C
-	}
-	var shown look
-	var said []byte // by the last look that was printed
-	for first := true; ; {
-		select {
-		case <-ctx.Done():
-			return nil
-		case err := <-ended:
-			if ctx.Err() != nil {
-				return nil
-			}
-			if err == nil {
-				err = errors.New("it ended the stream")
-			}
-			return fault.Wrap(client.FromConnect(err), fault.Unavailable, "", "the daemon that told of changes is gone").
-				WithHint("the same command again starts it")
-		case <-ages:
-			if first {
-				continue
-			}
-			if err := a.draw(shown, false); err != nil {
-				return err
-			}
-			continue
-		case <-changed:
-		}
-		l, err := take(ctx)
-		if ctx.Err() != nil {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		shown = l
-		now, err := asJSON(l.json, false)
-		if err != nil {
-			return err
-		}
-		if first || !bytes.Equal(now, said) { // most stages of operations change nothing that is listed
-			if err := a.draw(l, first); err != nil {
-				return err
-			}
-			first, said = false, now
-		}
-		select {
-		case <-time.After(changesEvery):
-		case <-ctx.Done():
-		}
-	}
 }

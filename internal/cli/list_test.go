@@ -64,7 +64,7 @@ func TestFilterAndSort(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if got := namesOf(apply(testViews(), o)); got != tt.want {
+		if got := namesOf(apply(testViews(), o.filters, o.sort)); got != tt.want {
 			t.Errorf("filter %q sort %q: %q, want %q", tt.filter, tt.sort, got, tt.want)
 		}
 	}
@@ -82,7 +82,7 @@ func TestFilterAndSort(t *testing.T) {
 
 func TestKnownSuggests(t *testing.T) {
 	keys := keysOf(vmView{})
-	for key, want := range map[string]string{"memory": "the keys are id, name", "memory_mb": "did you mean memory_mib?", "label": "did you mean labels.NAME?"} {
+	for key, want := range map[string]string{"nonsense": "the keys are id, name", "memory": "did you mean memory_mib?", "step": "did you mean failure.step?", "memory_mb": "did you mean memory_mib?", "label": "did you mean labels.NAME?"} {
 		err := known(keys, key)
 		if v := viewError(err); v == nil || !strings.HasPrefix(v.Hint, want) {
 			t.Errorf("%s: %+v, want %q", key, v, want)

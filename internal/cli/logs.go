@@ -9,7 +9,6 @@ import (
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
-	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
 func (a *app) logsCommand() *cobra.Command {
@@ -34,7 +33,9 @@ until Ctrl-C or until the VM is deleted.`,
 				return err
 			}
 			r.Id, r.Plain, r.Tail = args[0], a.outTTY, tail.value
-			stream, err := c.VMs.ReadLog(cmd.Context(), &r)
+			ctx, cancel := a.whileRead(cmd.Context())
+			defer cancel()
+			stream, err := c.VMs.ReadLog(ctx, &r)
 			if err != nil {
 				return client.FromConnect(err)
 			}
@@ -46,12 +47,12 @@ until Ctrl-C or until the VM is deleted.`,
 					continue
 				}
 				if _, err := a.stdout.Write(stream.Msg().GetData()); err != nil {
-					return fault.Wrap(err, fault.Internal, "stdout", "cannot be written: %v", err)
+					return err
 				}
 			}
 			err = stream.Err()
 			switch {
-			case err != nil && r.GetFollow() && cmd.Context().Err() != nil:
+			case err != nil && r.GetFollow() && ctx.Err() != nil:
 				return nil // Ctrl-C is how it ends
 			case err != nil:
 				return client.FromConnect(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 
 	"github.com/spf13/cobra"
@@ -13,49 +14,72 @@ import (
 )
 
 func (a *app) portsCommand() *cobra.Command {
-	var watching bool
+	o := &listOptions{}
 	cmd := &cobra.Command{
 		Use: "ports [VM...]", Short: "Show what listens in VMs",
 		Long: `Show which ports are listened on in VMs, by which process, and whether a web server answers there. Without
-names all VMs that run are shown. What listens on the guest's loopback alone cannot be reached by the network.`,
+names all VMs that run are shown. What listens on the guest's loopback alone cannot be reached by the network.
+
+Keys that begin with "ports." choose and order the ports of each VM, all others the VMs.`,
 		Example: `  banger vm ports calm-otter
   banger vm ports --watch
+  banger vm ports --filter ports.scheme=http* --sort ports.port
   banger vm ports calm-otter -o json | jq '.[0].ports[] | select(.scheme != null)'`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.connect()
-			if err != nil {
+			if err := o.output(a, cmd); err != nil {
 				return err
 			}
-			var failed error
-			take := func(ctx context.Context) (look, error) {
+			take := func(ctx context.Context, c *client.Client) (look, error) {
 				resp, err := c.VMs.GetPorts(ctx, &bangerv1.GetPortsRequest{Refs: args})
 				if err != nil {
 					return look{}, err
 				}
-				views, errs := viewPorts(resp.GetResults())
-				failed = reportedAll(errs)
-				return look{json: views, over: allGone(args, errs), text: func(w io.Writer) error { return a.printPorts(w, views, len(args) == 0, watching && a.color) }}, nil
+				all := viewPorts(resp.GetResults())
+				shown := applyPorts(all, o)
+				l := look{json: shown, text: func(w io.Writer) error { return a.printPorts(w, shown, len(all), o.watching) }}
+				for _, v := range shown {
+					if v.err != nil {
+						l.errs = append(l.errs, v.err)
+					}
+				}
+				if a.output == outputName {
+					l.json = slices.DeleteFunc(slices.Clone(shown), func(v portsView) bool { return v.err != nil })
+				}
+				l.over = allGone(args, l.errs)
+				return l, nil
 			}
-			if watching {
+			if o.watching {
 				return a.watch(cmd.Context(), take)
 			}
-			l, err := take(cmd.Context())
+			c, err := a.connect()
 			if err != nil {
 				return err
 			}
-			if a.json {
-				err = a.printJSON(l.json)
-			} else {
-				err = l.text(a.stdout)
-			}
+			l, err := take(cmd.Context(), c)
 			if err != nil {
 				return err
 			}
-			return failed
+			return a.print(l)
 		},
 	}
-	cmd.Flags().BoolVarP(&watching, "watch", "w", false, "go on until Ctrl-C")
+	o.add(cmd, keysOf(portsView{}))
 	return cmd
+}
+
+// applyPorts filters and sorts VMs by their keys, and the ports of each by those of ports. A VM without a port that is
+// asked for is not shown; one whose ports are not known is.
+func applyPorts(all []portsView, o *listOptions) []portsView {
+	const inner = "ports."
+	which, whichPorts := o.filters.split(inner)
+	order, orderPorts := o.sort.split(inner)
+	shown := []portsView{}
+	for _, v := range applyTo(all, which, order, func(v portsView) bool { return v.ID != "" }) {
+		v.Ports = apply(v.Ports, whichPorts, orderPorts)
+		if len(v.Ports) > 0 || len(whichPorts.all) == 0 || v.err != nil {
+			shown = append(shown, v)
+		}
+	}
+	return shown
 }
 
 type portsView struct {
@@ -82,15 +106,11 @@ type portView struct {
 	Title     string `json:"title,omitempty"`
 }
 
-func viewPorts(results []*bangerv1.VMPorts) (views []portsView, errs []error) {
-	views = []portsView{}
+func viewPorts(results []*bangerv1.VMPorts) (views []portsView) {
 	for _, r := range once(results) {
 		v := portsView{Ref: r.GetRef(), ID: r.GetVm().GetId(), Name: r.GetVm().GetName(), Host: r.GetHost(), Ports: []portView{},
 			err: client.FromFault(r.GetFault())}
-		if v.err != nil {
-			v.Error = viewError(v.err)
-			errs = append(errs, v.err)
-		}
+		v.Error = viewError(v.err)
 		for _, p := range r.GetPorts() {
 			pv := portView{Protocol: p.GetProtocol(), Port: p.GetPort(), Address: p.GetAddress(), Reachable: !p.GetLoopback(),
 				PID: p.GetPid(), Process: p.GetProcess(), Command: p.GetCommand(), Scheme: p.GetScheme(), Status: p.GetStatus(), Title: p.GetTitle()}
@@ -104,11 +124,14 @@ func viewPorts(results []*bangerv1.VMPorts) (views []portsView, errs []error) {
 		}
 		views = append(views, v)
 	}
-	return views, errs
+	return views
 }
 
 // printPorts is the table of a look. Errors follow it: on stderr, or below it where it is drawn over.
-func (a *app) printPorts(w io.Writer, views []portsView, all, over bool) error {
+func (a *app) printPorts(w io.Writer, views []portsView, all int, watching bool) error {
+	if len(views) == 0 {
+		return a.nothing(w, all, "No VM runs. Start one: banger vm start NAME", watching)
+	}
 	var rows [][]cell
 	var silent, nowhere []string
 	for _, v := range views {
@@ -139,12 +162,9 @@ func (a *app) printPorts(w io.Writer, views []portsView, all, over bool) error {
 			return err
 		}
 	}
-	say := a.stderr
+	say, over := a.stderr, watching && a.color
 	if over {
 		say = w
-	}
-	if len(views) == 0 && all {
-		fmt.Fprintln(say, "No VM runs. Start one: banger vm start NAME")
 	}
 	for _, name := range silent {
 		fmt.Fprintf(say, "%s: nothing listens\n", name)

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/charmbracelet/x/ansi"
+
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
@@ -97,7 +99,11 @@ func (p *progress) beat() {
 	elapsed := now.Sub(p.since)
 	if p.a.errTTY {
 		frames := []rune(spinnerFrames)
-		fmt.Fprintf(p.a.stderr, "\r\x1b[K%s %s: %s %s", string(frames[p.frame%len(frames)]), p.title, p.label(), p.a.paintErr(dim, formatTook(elapsed)))
+		line := fmt.Sprintf("%s %s: %s %s", string(frames[p.frame%len(frames)]), p.title, p.label(), p.a.paintErr(dim, formatTook(elapsed)))
+		if width := int(sizeOf(p.a.stderr).Col); width > 0 { // one that goes on in the next line cannot be taken back
+			line = ansi.Truncate(line, width-1, "…")
+		}
+		fmt.Fprint(p.a.stderr, "\r\x1b[K"+line)
 		p.frame++
 		p.drawn = true
 		return

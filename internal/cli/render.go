@@ -8,6 +8,8 @@ import (
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"git.thaloco.com/thaloco/banger/internal/age"
 )
 
 // Colours, as SGR parameters (ECMA-48). Only the terminal's own sixteen are used.
@@ -111,19 +113,7 @@ func formatAge(now time.Time, at *timestamppb.Timestamp) string {
 	if at == nil {
 		return "-"
 	}
-	return formatSpan(max(0, now.Sub(at.AsTime()))) + " ago"
-}
-
-func formatSpan(d time.Duration) string {
-	switch {
-	case d < time.Minute:
-		return fmt.Sprintf("%ds", int(d.Seconds()))
-	case d < time.Hour:
-		return fmt.Sprintf("%dm", int(d.Minutes()))
-	case d < 48*time.Hour:
-		return fmt.Sprintf("%dh", int(d.Hours()))
-	}
-	return fmt.Sprintf("%dd", int(d.Hours()/24))
+	return age.Text(now.Sub(at.AsTime())) + " ago"
 }
 
 // formatTook is how long something took: "4 ms", "1.3 s", "2m05s".

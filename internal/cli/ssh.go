@@ -203,7 +203,7 @@ func (a *app) runSSH(program string, v *bangerv1.VM, target *bangerv1.GetSSHTarg
 		"--", v.GetName(),
 	}
 	cmd := exec.Command(program, append(args, command...)...)
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = a.stdin, a.stdout, a.stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = a.stdin, a.out, a.stderr
 	// ssh runs the ProxyCommand with $SHELL, which may be anything.
 	cmd.Env = append(os.Environ(), "SHELL=/bin/sh")
 

@@ -12,6 +12,7 @@ import (
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
+	"git.thaloco.com/thaloco/banger/internal/age"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
@@ -19,7 +20,7 @@ import (
 const sampleTime = 500 * time.Millisecond
 
 func (a *app) statsCommand() *cobra.Command {
-	var watching bool
+	o := &listOptions{}
 	cmd := &cobra.Command{
 		Use: "stats [VM...]", Short: "Show what VMs use",
 		Long: `Show what VMs cost the host, and what their guests use. Without names all that run are shown.
@@ -29,17 +30,21 @@ hold of their size, and what that takes of the host. Rates are measured over hal
 two seconds.`,
 		Example: `  banger vm stats
   banger vm stats calm-otter --watch
+  banger vm stats --filter name=web-* --sort=-host.memory_bytes
   banger vm stats -o json | jq '.[] | {name, memory: .host.memory_bytes}'`,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := o.output(a, cmd); err != nil {
+				return err
+			}
+			m := &meter{a: a, refs: args, options: o, last: map[string]*bangerv1.VMStats{}, trends: map[string]*trend{}}
+			if o.watching {
+				return a.watch(cmd.Context(), m.take)
+			}
 			c, err := a.connect()
 			if err != nil {
 				return err
 			}
-			m := &meter{a: a, client: c, refs: args, watching: watching, last: map[string]*bangerv1.VMStats{}, trends: map[string]*trend{}}
-			if watching {
-				return a.watch(cmd.Context(), m.take)
-			}
-			if _, err := m.take(cmd.Context()); err != nil {
+			if _, err := m.take(cmd.Context(), c); err != nil {
 				return err
 			}
 			select {
@@ -47,33 +52,24 @@ two seconds.`,
 			case <-cmd.Context().Done():
 				return errInterrupted
 			}
-			l, err := m.take(cmd.Context())
+			l, err := m.take(cmd.Context(), c)
 			if err != nil {
 				return err
 			}
-			if a.json {
-				if err := a.printJSON(l.json); err != nil {
-					return err
-				}
-			} else if err := l.text(a.stdout); err != nil {
-				return err
-			}
-			return m.failed
+			return a.print(l)
 		},
 	}
-	cmd.Flags().BoolVarP(&watching, "watch", "w", false, "go on until Ctrl-C")
+	o.add(cmd, keysOf(statsView{}))
 	return cmd
 }
 
 // meter makes rates of counters: of each look and the one before.
 type meter struct {
-	a        *app
-	client   *client.Client
-	refs     []string
-	watching bool
-	last     map[string]*bangerv1.VMStats // by VM id
-	trends   map[string]*trend
-	failed   error // of the last look: reported, if something in it was an error
+	a       *app
+	refs    []string
+	options *listOptions
+	last    map[string]*bangerv1.VMStats // by VM id
+	trends  map[string]*trend
 }
 
 // trend is what a sparkline is drawn of.
@@ -128,26 +124,29 @@ type guestInterfaceView struct {
 }
 
 // take looks once.
-func (m *meter) take(ctx context.Context) (look, error) {
-	resp, err := m.client.VMs.GetStats(ctx, &bangerv1.GetStatsRequest{Refs: m.refs})
+func (m *meter) take(ctx context.Context, c *client.Client) (look, error) {
+	resp, err := c.VMs.GetStats(ctx, &bangerv1.GetStatsRequest{Refs: m.refs})
 	if err != nil {
 		return look{}, err
 	}
-	views := []statsView{}
-	var failed []error
+	all := []statsView{}
 	for key, r := range once(resp.GetResults()) {
 		v := m.view(r)
-		if r.GetFault() != nil {
-			failed = append(failed, client.FromFault(r.GetFault()))
-		}
 		if r.GetVm() != nil {
 			m.last[key] = r
 			m.remember(key, v)
 		}
-		views = append(views, v)
+		all = append(all, v)
 	}
-	m.failed = reportedAll(failed)
-	return look{json: views, over: allGone(m.refs, failed), text: func(w io.Writer) error { return m.print(w, views) }}, nil
+	shown := applyTo(all, m.options.filters, m.options.sort, func(v statsView) bool { return v.ID != "" })
+	l := look{json: shown, text: func(w io.Writer) error { return m.print(w, shown, len(all)) }}
+	for _, v := range shown {
+		if v.ID == "" {
+			l.errs = append(l.errs, v.err)
+		}
+	}
+	l.over = allGone(m.refs, l.errs)
+	return l, nil
 }
 
 // allGone is the end of a watch of VMs that were named, once there is none of them.
@@ -271,10 +270,10 @@ func (m *meter) remember(id string, v statsView) {
 }
 
 // print is the table of a look. Errors follow it on stderr.
-func (m *meter) print(w io.Writer, views []statsView) error {
+func (m *meter) print(w io.Writer, views []statsView, all int) error {
 	a := m.a
 	header := []string{"NAME", "HOST CPU", "HOST MEM", "GUEST CPU", "LOAD", "MEMORY", "DISK", "SYSTEM", "NET IN", "NET OUT", "UPTIME"}
-	graphs := m.watching && a.color
+	graphs := m.options.watching && a.color
 	if graphs {
 		header = append(header, "CPU", "MEM", "NET")
 	}
@@ -307,7 +306,7 @@ func (m *meter) print(w io.Writer, views []statsView) error {
 			}
 			in, out := v.network()
 			row[8], row[9] = perSecond(in), perSecond(out)
-			row[10] = formatSpan(time.Duration(g.UptimeMS) * time.Millisecond)
+			row[10] = age.Text(time.Duration(g.UptimeMS) * time.Millisecond)
 		}
 		var cells []cell
 		for _, text := range row {
@@ -325,9 +324,8 @@ func (m *meter) print(w io.Writer, views []statsView) error {
 		}
 		rows = append(rows, cells)
 	}
-	if len(rows) == 0 && len(m.refs) == 0 {
-		fmt.Fprintln(a.stderr, "No VM runs. Start one: banger vm start NAME")
-		return nil
+	if len(views) == 0 {
+		return a.nothing(w, all, "No VM runs. Start one: banger vm start NAME", m.options.watching)
 	}
 	if len(rows) > 0 {
 		if err := table(w, a.color, header, rows); err != nil {

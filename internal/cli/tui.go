@@ -8,7 +8,6 @@ import (
 	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
 
-	"git.thaloco.com/thaloco/banger/client"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/tui"
 )
@@ -27,9 +26,12 @@ happens. Keys act on the VM under the cursor or on those that are marked; ? show
 }
 
 func (a *app) tui(ctx context.Context) error {
-	out, ok := a.stdout.(*os.File)
-	if !ok || !isatty.IsTerminal(out.Fd()) || !isatty.IsTerminal(a.stdin.Fd()) || os.Getenv("TERM") == "dumb" {
-		return fault.New(fault.Invalid, "", "banger tui needs a terminal").WithHint("banger vm list, or banger vm list -o json for programs")
+	if !a.outTTY || !isatty.IsTerminal(a.stdin.Fd()) || os.Getenv("TERM") == "dumb" {
+		what := "a terminal"
+		if os.Getenv("TERM") == "dumb" {
+			what += " that can be drawn on: TERM is dumb"
+		}
+		return fault.New(fault.Invalid, "", "banger tui needs %s", what).WithHint("banger vm list, or banger vm list -o json for programs")
 	}
 	if a.json {
 		return fault.New(fault.Invalid, "", "banger tui prints no JSON").WithHint("banger vm list -o json")
@@ -38,16 +40,15 @@ func (a *app) tui(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	p, err := a.place()
+	follow, err := a.onlooker()
 	if err != nil {
 		return err
 	}
-	follow := client.New(client.Options{Socket: p.socket, StateDir: p.stateDir})
 	defer follow.Close()
 	// Ctrl-C is a key here; before an SSH session has the terminal it is ssh's. The screen ends by its own keys, or by
 	// SIGTERM, which bubbletea takes.
 	return tui.Run(context.WithoutCancel(ctx), tui.Options{
-		Client: c, Follow: follow, In: a.stdin, Out: out, Color: a.color,
+		Client: c, Follow: follow, In: a.stdin, Out: a.out, Color: a.color,
 		SSH: func(id string) *exec.Cmd { return exec.Command("/proc/self/exe", "vm", "ssh", id) },
 	})
 }

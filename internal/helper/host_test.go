@@ -5,12 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -22,40 +19,8 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/hostnet"
 	"git.thaloco.com/thaloco/banger/internal/network"
 	"git.thaloco.com/thaloco/banger/internal/network/bridge"
+	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 )
-
-// The tests here need root, and use none of this host's network: each runs again in a process of its own, in
-// a network namespace of its own. What they ask of a helper they ask as an ordinary user.
-const insideEnv = "BANGER_HELPER_TEST"
-
-func inside(t *testing.T) bool {
-	t.Helper()
-	if os.Getenv(insideEnv) == t.Name() {
-		lo, err := netlink.LinkByName("lo")
-		if err == nil {
-			err = netlink.LinkSetUp(lo)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		return true
-	}
-	if os.Geteuid() != 0 {
-		t.Skip("takes root, to make a network namespace")
-	}
-	cmd := exec.Command(os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout=2m")
-	cmd.Env = append(os.Environ(), insideEnv+"="+t.Name())
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
-	out, err := cmd.CombinedOutput()
-	if errors.Is(err, syscall.EPERM) {
-		t.Skip("may not make a network namespace: ", err)
-	}
-	t.Logf("%s", out)
-	if err != nil {
-		t.Error(err)
-	}
-	return false
-}
 
 // as runs f with the rights of a user: the kernel notes who connects by the thread that does.
 func as[T any](uid int, f func() (T, error)) (T, error) {
@@ -189,7 +154,7 @@ func devices(t *testing.T) string {
 
 // TestConformance: what bridge.Host says holds in process and over the socket.
 func TestConformance(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	p := sample(installation)
@@ -306,7 +271,7 @@ func TestConformance(t *testing.T) {
 
 // TestUsersAreKeptApart: two users and root on one host.
 func TestUsersAreKeptApart(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	ctx, dir := t.Context(), t.TempDir()

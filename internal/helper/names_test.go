@@ -15,6 +15,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/helper/wire"
+	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 )
 
 // descriptors are how many this process has open.
@@ -29,7 +30,7 @@ func descriptors(t *testing.T) int {
 
 // TestNames: an ordinary user's daemon answers guests at port 53, and has the resolver told for as long as it wants.
 func TestNames(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	const uid = 1000

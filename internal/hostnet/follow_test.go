@@ -12,11 +12,12 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/network"
+	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 )
 
 // TestAnotherInstallation has the name and the range that every installation begins with: what is proposed works.
 func TestAnotherInstallation(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	first := open(t, sample())
@@ -48,7 +49,7 @@ func TestAnotherInstallation(t *testing.T) {
 
 // TestMTUFollowsTheUplink as long as no VM has an interface: those that run keep what they were told.
 func TestMTUFollowsTheUplink(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	_, uplink := veth(t, "uplink", "192.0.2.1/24") // of 1400
@@ -97,7 +98,7 @@ func mustCIDR(t *testing.T, s string) *net.IPNet {
 // TestNoRightToForward is a host whose settings cannot be written, as most containers are: it is said before anything is made, and a VM
 // that is given NAT there changes nothing of what others may.
 func TestNoRightToForward(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	h := open(t, sample())

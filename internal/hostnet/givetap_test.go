@@ -7,11 +7,13 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 )
 
 // TestGiveTAP gives a TAP to another user, as for a jail, and has it be its owner's again; meanwhile somebody may have it open.
 func TestGiveTAP(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	h := open(t, sample())

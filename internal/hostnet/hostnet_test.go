@@ -3,7 +3,6 @@ package hostnet
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -24,47 +23,9 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/network"
+	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
-
-// The tests need root, and use none of this host's network: each privileged test runs again in a process
-// of its own, in a network namespace of its own.
-const insideEnv = "BANGER_HOSTNET_TEST"
-
-// inside runs the test in a fresh network namespace. It returns false in the process that is outside.
-func inside(t testing.TB) bool {
-	t.Helper()
-	if os.Getenv(insideEnv) == t.Name() {
-		// The loopback of a fresh namespace is down.
-		lo, err := netlink.LinkByName("lo")
-		if err == nil {
-			err = netlink.LinkSetUp(lo)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		return true
-	}
-	if os.Geteuid() != 0 {
-		t.Skip("takes root, to make a network namespace")
-	}
-	args := []string{"-test.run", "^" + t.Name() + "$", "-test.v", "-test.timeout=2m"}
-	if b, ok := t.(*testing.B); ok {
-		args = []string{"-test.run", "^$", "-test.bench", "^" + b.Name() + "$", "-test.v", "-test.timeout=5m"}
-	}
-	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append(os.Environ(), insideEnv+"="+t.Name())
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
-	out, err := cmd.CombinedOutput()
-	if errors.Is(err, syscall.EPERM) {
-		t.Skip("may not make a network namespace: ", err)
-	}
-	t.Logf("%s", out)
-	if err != nil {
-		t.Error(err)
-	}
-	return false
-}
 
 const installation = "a1b2c3d4e5f6"
 
@@ -142,7 +103,7 @@ func state(t testing.TB, h *Host) string {
 
 // TestReconcileTwice: what is as it should be is left alone.
 func TestReconcileTwice(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	h := open(t, sample())
@@ -208,7 +169,7 @@ func TestReconcileTwice(t *testing.T) {
 
 // TestForeignBridge: what has the name and is not ours stays as it is.
 func TestForeignBridge(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	s := sample()
@@ -232,7 +193,7 @@ func TestForeignBridge(t *testing.T) {
 }
 
 func TestConflictWithTheHostsRoutes(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	s := sample()
@@ -420,7 +381,7 @@ func (l *lab) bridgeMAC() net.HardwareAddr { return l.h.s.Plan.MAC(bridgeSlot) }
 func nothing(int, *network.Guest) {}
 
 func TestGuestsDoNotReachEachOther(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	// 0 and 1 are of a group, 2 of another, 3 of none.
@@ -495,7 +456,7 @@ func TestGuestsDoNotReachEachOther(t *testing.T) {
 
 // TestWatch: whatever anybody does to the firewall is told.
 func TestWatch(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	h := open(t, sample())
@@ -538,7 +499,7 @@ func TestWatch(t *testing.T) {
 
 // TestSpoofing sends what is not the guest's to a guest of its own group, which would see it.
 func TestSpoofing(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	l := newLab(t, 3, func(slot int, g *network.Guest) { g.Group = "web" })
@@ -622,7 +583,7 @@ func TestSpoofing(t *testing.T) {
 }
 
 func TestHostIsReachedForDNSAlone(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	l := newLab(t, 1, nothing)
@@ -717,7 +678,7 @@ func TestHostIsReachedForDNSAlone(t *testing.T) {
 }
 
 func TestNAT(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	world, uplink := veth(t, "uplink", "192.0.2.1/24")
@@ -818,7 +779,7 @@ func inWorld(world netns.NsHandle, f func() error) error {
 
 // TestDocker puts up what Docker does, as iptables-nft makes it.
 func TestDocker(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	world, uplink := veth(t, "uplink", "192.0.2.1/24")
@@ -886,8 +847,8 @@ func TestDocker(t *testing.T) {
 
 // TestSweep ends a process in the middle of making 200 TAPs; another one finds and removes them.
 func TestSweep(t *testing.T) {
-	const many, halfway = 200, 100
-	if os.Getenv(insideEnv+"_CHILD") != "" {
+	const many, halfway, childEnv = 200, 100, "BANGER_HOSTNET_TEST_CHILD"
+	if os.Getenv(childEnv) != "" {
 		h := open(t, sample())
 		setUp(t, h)
 		for slot := range many {
@@ -899,7 +860,7 @@ func TestSweep(t *testing.T) {
 			}
 		}
 	}
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	// A device of somebody else's, with a name that begins alike.
@@ -907,7 +868,7 @@ func TestSweep(t *testing.T) {
 		t.Fatal(err)
 	}
 	child := exec.Command(os.Args[0], "-test.run", "^TestSweep$")
-	child.Env = append(os.Environ(), insideEnv+"_CHILD=1")
+	child.Env = append(os.Environ(), childEnv+"=1")
 	if out, err := child.CombinedOutput(); err == nil || child.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
 		t.Fatalf("the child ended otherwise: %v\n%s", err, out)
 	}

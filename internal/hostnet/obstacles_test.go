@@ -8,12 +8,14 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 )
 
 // TestObstacles follows guests' packets through rules that people write. What Docker and firewalld make is looked at beside them
 // (TestBesideDocker and TestBesideFirewalld of cmd/bangerd).
 func TestObstacles(t *testing.T) {
-	if !inside(t) {
+	if !networktest.Inside(t) {
 		return
 	}
 	h := open(t, sample())

@@ -200,7 +200,7 @@ func (r Recipe) Steps(t Tools) []Step {
 	steps := []Step{
 		{Name: "prepare", Script: setting("OWN_HOME", yes(r.OwnHome)) + prepareScript},
 		{Name: "packages", Script: setting("PACKAGES", strings.Join(packages, " ")) + setting("DOCKER", yes(r.Docker)) + packagesScript},
-		{Name: "tools", Script: setting("STAMP", t.Stamp()) + setting("BASHRC", more[BashrcPath]) + setting("TMUX", more[TmuxPath]) + toolsScript, Input: t.input},
+		{Name: "tools", Script: setting("STAMP", strings.TrimSuffix(t.Stamp(), "\n")) + setting("BASHRC", more[BashrcPath]) + setting("TMUX", more[TmuxPath]) + toolsScript, Input: t.input},
 	}
 	steps = append(steps, r.Custom...)
 	return append(steps, Step{Name: "finish", Script: finishScript})

@@ -308,6 +308,67 @@ func TestWhatIsWrittenForShellsAndTmux(t *testing.T) {
 	}
 }
 
+// The step of a build that installs the tools, in a directory in place of the guest: a base that has them is not given them again,
+// one that has others is; files of the distribution are added to once.
+func TestToolsStep(t *testing.T) {
+	root := t.TempDir()
+	for _, dir := range []string{"etc", "root", "usr/local"} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(root, BashrcPath), []byte("# Debian's\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	build := func(content string, given bool) string {
+		t.Helper()
+		s := Sources{Mise: write(t, "mise", []byte("#!/bin/sh\n# "+content+"\n")), Opencode: write(t, "opencode", []byte("#!/bin/sh\n")),
+			TmuxResurrect: write(t, "r.tar", archive(t, "resurrect.tmux", "r"))}
+		tools, err := Fetcher{Cache: filepath.Join(t.TempDir(), "cache")}.Fetch(t.Context(), s, func(string) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		step := Recipe{}.Steps(tools)[2]
+		script := strings.NewReplacer("/usr/local/share", root+"/usr/local/share", "/root/.tmux", root+"/root/.tmux", "/etc/bash", root+"/etc/bash", "-C / ", "-C "+root+" ").Replace(step.Script)
+		var input bytes.Buffer
+		if given {
+			if err := step.Input(t.Context(), &input); err != nil {
+				t.Fatal(err)
+			}
+		}
+		cmd := exec.Command("/bin/sh", "-c", script)
+		cmd.Stdin = &input
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return string(out)
+	}
+	read := func(name string) string {
+		t.Helper()
+		b, err := os.ReadFile(filepath.Join(root, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	if out := build("one", true); strings.Contains(out, "already") || read(misePath) != "#!/bin/sh\n# one\n" {
+		t.Errorf("the first build says %q, and mise is %q", out, read(misePath))
+	}
+	if out := build("one", false); !strings.Contains(out, "already") {
+		t.Errorf("the second build says %q", out)
+	}
+	if out := build("two", true); strings.Contains(out, "already") || read(misePath) != "#!/bin/sh\n# two\n" {
+		t.Errorf("a build with another mise says %q, and it is %q", out, read(misePath))
+	}
+	if got := read(BashrcPath); strings.Count(got, "banger-mise.sh ]") != 1 || !strings.HasPrefix(got, "# Debian's\n") {
+		t.Errorf("bash reads %q", got)
+	}
+	if got := read(TmuxPath); strings.Count(got, "run-shell") != 1 {
+		t.Errorf("tmux reads %q", got)
+	}
+}
+
 func git(t *testing.T, dir string, args ...string) {
 	t.Helper()
 	cmd := exec.Command("git", append([]string{"-C", dir, "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"}, args...)...)

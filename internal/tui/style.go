@@ -7,6 +7,8 @@ import (
 
 	"github.com/charmbracelet/x/ansi"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"git.thaloco.com/thaloco/banger/internal/age"
 )
 
 // style is SGR parameters (ECMA-48 8.3.117): a colour, which NO_COLOR takes away, and what stays. Only the
@@ -96,19 +98,6 @@ func short(bytes int64) string {
 	return fmt.Sprintf("%.0f%c", v, units[i])
 }
 
-// span is how long ago something was, in whole units.
-func span(d time.Duration) string {
-	switch d = max(d, 0); {
-	case d < time.Minute:
-		return fmt.Sprintf("%ds", int(d.Seconds()))
-	case d < time.Hour:
-		return fmt.Sprintf("%dm", int(d.Minutes()))
-	case d < 48*time.Hour:
-		return fmt.Sprintf("%dh", int(d.Hours()))
-	}
-	return fmt.Sprintf("%dd", int(d.Hours()/24))
-}
-
 // took is how long something took.
 func took(d time.Duration) string {
 	switch d = max(d, 0); {
@@ -124,7 +113,7 @@ func since(now time.Time, at *timestamppb.Timestamp) string {
 	if at == nil {
 		return "-"
 	}
-	return span(now.Sub(at.AsTime()))
+	return age.Text(now.Sub(at.AsTime()))
 }
 
 // bar is a progress bar of w cells.

@@ -423,6 +423,24 @@ func TestMatches(t *testing.T) {
 			t.Errorf("%q shown, %q printed: %v", tt.shown, tt.output, got)
 		}
 	}
+	for _, tt := range []struct {
+		shown, output string
+		want          bool
+	}{
+		{"otter: booting 2.8 s\n", "otter: vmm 130 ms\notter: booting ... 4.0 s\notter: booting 912 ms\n", true},
+		{"otter: booting 2.8 s\n", "otter: vmm 130 ms\n", false},
+		{"otter: booting 2.8 s\n", "otter: booting 2m05s\n", true},
+		{"otter: running after 5.2 s\n", "otter: waiting, at most 2m00s ... 9.0 s\notter: failed after 5.2 s\n", false},
+		{"otter  ec34eeec1296  2 GiB  18s ago\n", "otter 0123456789ab 512 MiB 7s ago\n", true},
+		{"otter  ec34eeec1296  2 GiB  18s ago\n", "otter beef 512 MiB 7s ago\n", false},
+		{"kept\n", "lost\n", false},
+		{"kept\n", "kept\nno way out\n", false},
+	} {
+		c := command{shown: strings.Split(strings.TrimSuffix(tt.shown, "\n"), "\n"), record: true}
+		if got := c.matches(tt.output); got != tt.want {
+			t.Errorf("%q recorded, %q printed: %v", tt.shown, tt.output, got)
+		}
+	}
 	if !(command{shown: []string{"otter: x", "banger: otter: is stopped"}}).fails() || (command{shown: []string{"banger vm ssh otter"}}).fails() {
 		t.Error("an error is not told from a result")
 	}

@@ -13,7 +13,9 @@
 // All blocks of a page run in its order, in one shell, against a daemon with fake machines. Comments
 // above a block change that:
 //
-//	<!-- test: real -->               run in a real VM instead (tag e2e), named calm-otter
+//	<!-- test: real -->               run with a real VM instead (tag e2e), named calm-otter, which README.md makes
+//	<!-- test: recorded -->           shown as it was once: other numbers and times will do, and other lines about how
+//	                                  long something took
 //	<!-- test: skip because ... -->   not run; every skip is in testdata/skips.golden
 //	<!-- test: before: COMMAND -->    run first, unseen by the reader; any number of times
 //
@@ -24,6 +26,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -34,6 +37,7 @@ type block struct {
 	lang   string
 	text   string
 	real   bool
+	record bool     // other numbers will do
 	skip   string   // why it is not run
 	before []string // commands
 }
@@ -81,12 +85,14 @@ func readPage(root, name string) (page, error) {
 					next.before = append(next.before, command)
 				case d[1] == "real":
 					next.real = true
+				case d[1] == "recorded":
+					next.record = true
 				case strings.HasPrefix(d[1], "skip because "):
 					next.skip = strings.TrimPrefix(d[1], "skip because ")
 				default:
 					return p, fmt.Errorf("%s:%d: no test directive: %s", name, i+1, d[1])
 				}
-			} else if strings.TrimSpace(line) != "" && (next.real || next.skip != "" || next.before != nil) {
+			} else if strings.TrimSpace(line) != "" && (next.real || next.record || next.skip != "" || next.before != nil) {
 				return p, fmt.Errorf("%s:%d: a test directive belongs right above a block", name, i+1)
 			}
 		}
@@ -104,16 +110,17 @@ func readPage(root, name string) (page, error) {
 
 // command is what a reader types, and what the page says comes of it.
 type command struct {
-	line  int
-	typed string
-	shown []string // nil: not said
+	line   int
+	typed  string
+	shown  []string // nil: not said
+	record bool
 }
 
 // commands takes a console or sh block apart.
 func (b block) commands() ([]command, error) {
 	lines := strings.Split(strings.TrimSuffix(b.text, "\n"), "\n")
 	if b.lang == "sh" {
-		return []command{{b.line, b.text, nil}}, nil
+		return []command{{line: b.line, typed: b.text}}, nil
 	}
 	var out []command
 	for i := 0; i < len(lines); i++ {
@@ -126,7 +133,7 @@ func (b block) commands() ([]command, error) {
 			last.shown = append(last.shown, lines[i])
 			continue
 		}
-		c := command{b.line + i, typed, nil}
+		c := command{line: b.line + i, typed: typed, record: b.record}
 		for strings.HasSuffix(c.typed, `\`) && i+1 < len(lines) {
 			i++
 			c.typed += "\n" + lines[i]
@@ -147,25 +154,54 @@ func (c command) matches(output string) bool {
 		return true
 	}
 	var re strings.Builder
-	re.WriteString(`^`)
+	var lines []*regexp.Regexp
 	for _, line := range c.shown {
 		if strings.TrimSpace(line) == "..." {
 			re.WriteString(`(?:[^\n]*\n)*?`)
 			continue
 		}
-		words := strings.Fields(line)
-		for i, w := range words {
-			if i > 0 {
-				re.WriteString(` `)
-			}
-			re.WriteString(strings.ReplaceAll(regexp.QuoteMeta(w), `\.\.\.`, `[^\n]*`))
+		var words []string
+		for _, w := range strings.Fields(line) {
+			words = append(words, c.word(w))
 		}
-		re.WriteString(`\n`)
+		one := strings.Join(words, " ")
+		re.WriteString(one + `\n`)
+		lines = append(lines, regexp.MustCompile(`^`+one+`$`))
 	}
-	re.WriteString(`$`)
 	var plain strings.Builder
 	for line := range strings.Lines(output) {
-		plain.WriteString(strings.Join(strings.Fields(line), " ") + "\n")
+		line = strings.Join(strings.Fields(line), " ")
+		if c.record {
+			line = minutes.ReplaceAllString(line, "60 s")
+		}
+		if c.record && took.MatchString(line) && !slices.ContainsFunc(lines, func(re *regexp.Regexp) bool { return re.MatchString(line) }) {
+			continue
+		}
+		plain.WriteString(line + "\n")
 	}
-	return regexp.MustCompile(re.String()).MatchString(plain.String())
+	return regexp.MustCompile(`^` + re.String() + `$`).MatchString(plain.String())
+}
+
+var (
+	// took is a line about how long a stage took, or takes: which there are depends on the machine.
+	took    = regexp.MustCompile(`^[a-z0-9-]+: .* [0-9.]+ m?s$`)
+	minutes = regexp.MustCompile(`\b[0-9]+m[0-9]{2}s\b`)
+	id      = regexp.MustCompile(`^[0-9a-f]{12}$`)
+	number  = regexp.MustCompile(`[0-9]+(?:\\\.[0-9]+)?`)
+	unit    = regexp.MustCompile(`^(?:m?s|[KMG]iB)$`)
+)
+
+// word is the expression of what a word of the page stands for.
+func (c command) word(w string) string {
+	switch {
+	case c.record && id.MatchString(w):
+		return `[0-9a-f]{12}`
+	case c.record && unit.MatchString(w):
+		return unit.String()[1 : len(unit.String())-1]
+	}
+	out := strings.ReplaceAll(regexp.QuoteMeta(w), `\.\.\.`, `[^\n]*`)
+	if c.record {
+		out = number.ReplaceAllString(out, `[0-9]+(?:\.[0-9]+)?`)
+	}
+	return out
 }

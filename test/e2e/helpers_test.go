@@ -3,10 +3,15 @@
 package e2e
 
 import (
+	"bytes"
+	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 )
 
 // helper runs one of the shell scripts at the checkout's top, in the environment of the host's installation.
@@ -110,5 +115,114 @@ func TestHelpers(t *testing.T) {
 	}
 	if logs := must(filepath.Glob(filepath.Join(h.state, "image-build", "customize-*.log"))); len(logs) != 1 {
 		t.Errorf("logs: %v", logs)
+	}
+}
+
+// conversation is a program in a terminal that is talked to.
+type conversation struct {
+	t     *testing.T
+	input io.WriteCloser
+	said  *bytes.Buffer
+	mu    sync.Mutex
+	more  chan struct{}
+	ended chan error
+}
+
+func (c *conversation) Write(b []byte) (int, error) {
+	c.mu.Lock()
+	c.said.Write(b)
+	c.mu.Unlock()
+	select {
+	case c.more <- struct{}{}:
+	default:
+	}
+	return len(b), nil
+}
+
+// talk starts a program in a terminal of its own, by script(1).
+func (h *host) talk(program string, args ...string) *conversation {
+	h.t.Helper()
+	c := &conversation{t: h.t, said: new(bytes.Buffer), more: make(chan struct{}, 1), ended: make(chan error, 1)}
+	cmd := command(h.t.Context(), "script", "-qefc", program+" "+strings.Join(args, " "), "/dev/null")
+	cmd.Env, cmd.Dir = append(slices.Clone(h.env), "TERM=dumb", "SHELL=/bin/sh"), filepath.Dir(h.state)
+	cmd.Stdout, cmd.Stderr = c, c
+	c.input = must(cmd.StdinPipe())
+	must(0, cmd.Start())
+	go func() { c.ended <- cmd.Wait() }()
+	return c
+}
+
+// after waits until the program has said something since it was answered last, and answers it.
+func (c *conversation) after(words, answer string) {
+	c.t.Helper()
+	bound := time.After(buildTime)
+	for {
+		c.mu.Lock()
+		at := strings.Index(c.said.String(), words)
+		if at >= 0 {
+			c.said.Next(at + len(words))
+		}
+		c.mu.Unlock()
+		if at >= 0 {
+			must(io.WriteString(c.input, answer))
+			return
+		}
+		select {
+		case <-c.more:
+		case err := <-c.ended:
+			c.t.Fatalf("it ended (%v) and never said %q after\n%s", err, words, c.said)
+		case <-bound:
+			c.t.Fatalf("it did not say %q within %s, after\n%s", words, buildTime, c.said)
+		}
+	}
+}
+
+// TestImagesByHand changes a small Debian in a shell of a VM, makes the default image of the result by make-rootfs.sh, and boots
+// VMs of both.
+func TestImagesByHand(t *testing.T) {
+	slow(t)
+	h := newHost(t)
+	dir := t.TempDir()
+	base, byHand := filepath.Join(dir, "base.ext4"), filepath.Join(dir, "by-hand.ext4")
+	tree := filepath.Join(dir, "tree.tar")
+	run(t, "mmdebstrap", "--variant=minbase", "--format=tar", "--include=systemd-sysv,openssh-server", "trixie", tree)
+	image := command(t.Context(), filepath.Join(checkout, "dist/mkruntime"), "-to", base, "image")
+	image.Stdin = must(os.Open(tree))
+	if out, err := image.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	c := h.talk(filepath.Join(checkout, "interactive.sh"), base, byHand)
+	c.after("you are in the VM", "")
+	c.after("# ", "echo by hand >/root/note; echo a >/srv/b; exit\n")
+	c.after("[y/N] ", "y\n")
+	if err := <-c.ended; err != nil {
+		t.Fatalf("interactive.sh: %v\n%s", err, c.said)
+	}
+	h.do("image", "register", "--name", "by-hand", "--rootfs", byHand, "--work-seed", filepath.Join(dir, "by-hand.work-seed.ext4"))
+	h.create("hand", "--image", "by-hand")
+	if got := h.in("hand", "cat /root/note /srv/b"); got != "by hand\na" {
+		t.Errorf("the VM says %q", got)
+	}
+	h.do("vm", "delete", "hand")
+
+	// A checkout of its own, whose bundle gets it.
+	b := newBundle(t)
+	own := filepath.Dir(b.dir)
+	for _, name := range []string{"banger", "make-rootfs.sh", "customize.sh", "packages.sh", "dist"} {
+		must(0, os.Symlink(filepath.Join(checkout, name), filepath.Join(own, name)))
+	}
+	must(0, os.WriteFile(filepath.Join(own, "packages.apt"), []byte("tree # one that the base has not\n"), 0o644))
+	cmd := command(t.Context(), filepath.Join(own, "make-rootfs.sh"), "--base-rootfs", byHand)
+	cmd.Env = append(slices.Clone(h.env), "BANGER_RUNTIME_DIR="+b.dir)
+	out, err := cmd.CombinedOutput()
+	t.Logf("make-rootfs.sh:\n%s", tail(out, 20))
+	if err != nil {
+		t.Fatalf("make-rootfs.sh: %v", err)
+	}
+	made := newHost(t)
+	made.setenv("BANGER_RUNTIME_DIR", b.dir)
+	made.create("made")
+	if got := made.in("made", "cat /root/note /srv/b; tree -i --noreport /srv"); got != "by hand\na\n/srv\nb" {
+		t.Errorf("the VM of the new default image says %q", got)
 	}
 }

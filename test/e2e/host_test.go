@@ -118,11 +118,23 @@ func newHostIn(t *testing.T, dir string, settings ...string) *host {
 	return h
 }
 
+// forget takes away what share gave: the host captures for itself.
+func (h *host) forget() {
+	for _, kind := range captured {
+		if err := os.RemoveAll(filepath.Join(h.state, kind)); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+}
+
+// captured are the directories of captured content in an installation's state.
+var captured = []string{"images", "kernels"}
+
 // share links captured content, which nobody writes, from one installation to the next: in the lab each of them would
 // spend half a minute on the copy and its checksum. The first of all still does, and on the machine itself all.
 func share(t *testing.T, from, to string) {
 	t.Helper()
-	for _, kind := range []string{"images", "kernels"} {
+	for _, kind := range captured {
 		files, _ := filepath.Glob(filepath.Join(from, kind, strings.Repeat("[0-9a-f]", 64)))
 		for _, f := range files {
 			err := os.MkdirAll(filepath.Join(to, kind), 0o700)

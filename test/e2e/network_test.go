@@ -207,7 +207,6 @@ func TestUserNetwork(t *testing.T) {
 	defer conn.Close()
 
 	h.portsFollow("web", at)
-	h.containers("web", at)
 
 	h.do("daemon", "stop")
 	if err := request(conn); err != nil {
@@ -245,6 +244,7 @@ func TestUserNetwork(t *testing.T) {
 			}
 		}
 	}
+	h.containers("web", at)
 	h.do("vm", "stop", "web")
 	if c, err := net.Dial("tcp", at+":3000"); err == nil {
 		_ = c.Close()

@@ -51,6 +51,11 @@ func newOrdinaryUser(t *testing.T, settings ...string) (*host, *user.User) {
 	run(t, filepath.Join(checkout, "dist/mkruntime"), "-runtime", filepath.Join(checkout, "runtime"), "-to", filepath.Join(prefix, "lib/banger"), "install")
 	run(t, "chown", "-R", fmt.Sprintf("%d:%d", uid, gid), home)
 
+	if cover := os.Getenv("GOCOVERDIR"); cover != "" { // what the user's programs ran counts as well
+		if err := os.Chmod(cover, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
 	t.Cleanup(func() { _ = os.RemoveAll(fmt.Sprintf("/tmp/banger-%d", uid)) }) // after the host's end, which makes it again
 	h := newHostIn(t, filepath.Join(home, "e2e"), settings...)
 	run(t, "chown", "-R", fmt.Sprintf("%d:%d", uid, gid), filepath.Join(home, "e2e"))

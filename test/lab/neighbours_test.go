@@ -58,6 +58,7 @@ func TestNeighbours(t *testing.T) {
 		return strings.TrimSpace(root.do(`./banger doctor -o json | jq -r '.[] | select(.code == "firewall" and .severity != "pass") | .fix'`))
 	}
 
+	root.do("./banger vm list") // the daemon starts while the host is not busy with Docker's
 	root.do("systemctl start docker && " + box)
 	want("what Docker does with what is not its own", root.do("iptables -S FORWARD | head -n 1"), "-P FORWARD DROP")
 	root.do("./banger vm create --name web --memory 512M --nat")

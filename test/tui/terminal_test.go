@@ -1,5 +1,5 @@
-// Package tui drives `banger tui` as people do: a real terminal, whose screen is read by an emulator, before the
-// real program, with a real daemon behind it whose machines are fake. Screens after actions are kept as text.
+// Package tui drives what banger draws, `banger tui` above all, as people do: a real terminal, whose screen is read by an
+// emulator, before the real program, with a real daemon behind it whose machines are fake. Screens after actions are kept as text.
 //
 // It boots nothing, never waits for a time to pass, and leaves no process behind.
 package tui
@@ -397,7 +397,7 @@ var scrubs = []struct {
 	re   *regexp.Regexp
 	with string
 }{
-	{regexp.MustCompile(`\b[0-9a-f]{32}\b`), "<id>"},
+	{regexp.MustCompile(`\b[0-9a-f]{32}\b|\b[0-9a-f]{12}\b`), "<id>"},
 	{regexp.MustCompile(`/tmp/[^ \n]+`), "<path>"},
 	{regexp.MustCompile(`API revision \d+`), "API revision <n>"},
 	{regexp.MustCompile(`process \d+`), "process <pid>"},

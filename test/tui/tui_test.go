@@ -2,6 +2,7 @@ package tui
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -442,7 +443,8 @@ func TestDaemonGoesAndComesBack(t *testing.T) {
 	x.quits()
 }
 
-// The picture in the documentation is a screen that there was, but for the name of what the machines are.
+// The pictures in the documentation, as text and as a drawing, are a screen that there was, but for the name of what the
+// machines are.
 func TestPicture(t *testing.T) {
 	t.Parallel()
 	h := newHome(t)
@@ -460,6 +462,7 @@ func TestPicture(t *testing.T) {
 	x.row(`^> web-2 +starting the machine`)
 	x.row(`create +█+░+ \d/\d, `)
 	x.golden("picture-80x24")
+	const drawing = "../../docs/tui.svg"
 	const page, begin, end = "../../docs/tui.md", "<!-- picture -->\n```text\n", "```\n<!-- picture end -->"
 	b, err := os.ReadFile(page)
 	if err != nil {
@@ -472,17 +475,29 @@ func TestPicture(t *testing.T) {
 	}
 	if *update {
 		drawn := strings.ReplaceAll(x.screen(), "fake tcg", "qemu kvm")
-		if err := os.WriteFile(page, []byte(before+begin+drawn+end+after), 0o644); err != nil {
+		svg := strings.ReplaceAll(x.svg(), "fake tcg", "qemu kvm")
+		if err := errors.Join(os.WriteFile(page, []byte(before+begin+drawn+end+after), 0o644), os.WriteFile(drawing, []byte(svg), 0o644)); err != nil {
 			t.Fatal(err)
 		}
 		return
+	}
+	svg, err := os.ReadFile(drawing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, looks := readSVG(string(svg))
+	_, now := readSVG(x.svg())
+	if diff := cmp.Diff(now, looks); diff != "" {
+		t.Errorf("the colours of %s (-want +got):\n%s", drawing, diff)
 	}
 	want, err := os.ReadFile("testdata/picture-80x24.txt")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := strings.ReplaceAll(scrub(have), "qemu kvm", "fake tcg"); got != string(want) {
-		t.Errorf("the picture in %s (-want +got):\n%s", page, cmp.Diff(string(want), got))
+	for where, shown := range map[string]string{page: have, drawing: text} {
+		if got := strings.ReplaceAll(scrub(shown), "qemu kvm", "fake tcg"); got != string(want) {
+			t.Errorf("the picture in %s (-want +got); go test ./test/tui -run TestPicture -update draws it:\n%s", where, cmp.Diff(string(want), got))
+		}
 	}
 }
 
@@ -586,6 +601,7 @@ func TestSuspend(t *testing.T) {
 	x.row(`^> otter +running +50%`)
 	x.press("ctrl+z")
 	x.shows("Stopped", "banger tui")
+	x.row(`^prompt> *$`) // the shell reads what is typed from here on
 	h.banger("vm", "stop", "otter")
 	x.press("fg", "enter")
 	x.row(`^> otter +stopped`)

@@ -22,6 +22,9 @@ type Streams struct {
 // ErrLost is the cause of what ended without a status.
 var ErrLost = errors.New("the stream ended before the command did")
 
+// ErrOutput is the cause where a command ended, and its output could not be written here.
+var ErrOutput = errors.New("the output could not be written")
+
 // Run runs a command over a stream that the agent has said "ok" to, and closes it. It returns when the
 // command has ended and its output is written, or with an error when the stream broke, the guest did
 // not keep to the form, or ctx ended: the guest then hangs the command up. A Stdin that blocks is left
@@ -78,7 +81,7 @@ func Run(ctx context.Context, conn io.ReadWriteCloser, r Request, s Streams) (St
 	case err != nil:
 		return status, errors.Join(ctx.Err(), err)
 	case written != nil:
-		return status, fmt.Errorf("the output could not be written: %w", written)
+		return status, fmt.Errorf("%w: %w", ErrOutput, written)
 	}
 	return status, nil
 }

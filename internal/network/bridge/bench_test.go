@@ -5,10 +5,8 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"os/exec"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -16,29 +14,16 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/hostnet"
 	"git.thaloco.com/thaloco/banger/internal/network"
+	"git.thaloco.com/thaloco/banger/internal/network/networktest"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
-
-// insideEnv tells a process that it is in a network namespace of its own.
-const insideEnv = "BANGER_BRIDGE_TEST"
 
 // TestRealHost runs what follows on a real host, in a network namespace of its own: many VMs that come and go,
 // and what one more costs. BANGER_BENCH=1 measures with 1, 100 and 1000 VMs; without it fewer.
 //
 // It is a test, not a benchmark of package testing, because each measurement needs a host of so many VMs.
 func TestRealHost(t *testing.T) {
-	if os.Getenv(insideEnv) == "" {
-		if os.Geteuid() != 0 {
-			t.Skip("takes root, to make a network namespace")
-		}
-		cmd := exec.Command(os.Args[0], "-test.run", "^TestRealHost$", "-test.v", "-test.timeout=9m")
-		cmd.Env = append(os.Environ(), insideEnv+"=1")
-		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
-		out, err := cmd.CombinedOutput()
-		t.Logf("%s", out)
-		if err != nil {
-			t.Error(err)
-		}
+	if !networktest.Inside(t, "-test.timeout=9m") {
 		return
 	}
 	sizes, rounds := []int{1, 30}, 5

@@ -40,8 +40,8 @@ const (
 	SourcePort  = 19
 )
 
-// Inside runs the test in a process, and in network and mount namespaces, of its own. It returns false in the process that
-// is outside, where there is nothing more to do.
+// Inside runs the test or benchmark in a process, and in network and mount namespaces, of its own. It returns false in the
+// process that is outside, where there is nothing more to do. More are flags of that process, e.g. -test.timeout.
 func Inside(t testing.TB, more ...string) bool {
 	t.Helper()
 	if os.Getenv(insideEnv) == t.Name() {
@@ -53,7 +53,11 @@ func Inside(t testing.TB, more ...string) bool {
 	if os.Geteuid() != 0 {
 		t.Skip("takes root, to make a network namespace")
 	}
-	cmd := exec.Command(os.Args[0], append([]string{"-test.run", "^" + t.Name() + "$", "-test.v", "-test.timeout=4m"}, more...)...)
+	run := []string{"-test.run", "^" + t.Name() + "$"}
+	if b, ok := t.(*testing.B); ok {
+		run = []string{"-test.run", "^$", "-test.bench", "^" + b.Name() + "$"}
+	}
+	cmd := exec.Command(os.Args[0], append(append(run, "-test.v", "-test.timeout=4m"), more...)...)
 	cmd.Env = append(os.Environ(), insideEnv+"="+t.Name())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
 	out, err := cmd.CombinedOutput()

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -189,7 +188,7 @@ func (m *machine) finish() {
 	ctx, cancel := context.WithTimeout(context.Background(), lockTime)
 	defer cancel()
 	// What cannot be removed now is removed by the next Start or Adopt, which do report it.
-	_ = remove(ctx, m.spec)
+	_ = rundir.CleanAfter(ctx, m.spec.RunDir, pidfile, m.spec.Marker(), clean)
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -208,7 +207,7 @@ func (m *machine) reason() string {
 	said := console.End(m.spec.Log, m.logged)
 	switch {
 	case known && ws.Signaled() && !m.hung:
-		if m.killed || byHand(ws.Signal()) {
+		if m.killed || process.ByHand(ws.Signal()) {
 			return vmm.Killed
 		}
 		return vmm.Crashed
@@ -222,35 +221,6 @@ func (m *machine) reason() string {
 		return vmm.GuestReset
 	}
 	return vmm.Crashed
-}
-
-// byHand tells signals that someone sent from those of a program that went wrong.
-func byHand(sig syscall.Signal) bool {
-	return sig == syscall.SIGKILL || sig == syscall.SIGTERM || sig == syscall.SIGINT || sig == syscall.SIGHUP
-}
-
-// remove cleans the run directory after the process ended, unless another machine has been started
-// in it since.
-func remove(ctx context.Context, spec vmm.Spec) error {
-	dir, err := rundir.Open(spec.RunDir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	if err := dir.Lock(ctx); err != nil {
-		return err
-	}
-	p, err := process.Open(ctx, dir.Name()+"/"+pidfile, spec.Marker())
-	if err == nil {
-		return p.Close()
-	}
-	if !fault.Is(err, fault.NotFound) {
-		return err
-	}
-	return clean(dir)
 }
 
 // report puts a change into the channel if it is one, in place of one that nobody has received.
@@ -389,7 +359,7 @@ func (m *machine) Kill(ctx context.Context) error {
 
 // Signal sends one signal to Firecracker, which SIGTERM, SIGINT and SIGHUP end at once.
 func (m *machine) Signal(_ context.Context, sig int) error {
-	if byHand(syscall.Signal(sig)) { // before: its end may be seen before this returns
+	if process.ByHand(syscall.Signal(sig)) { // before: its end may be seen before this returns
 		m.mu.Lock()
 		m.killed = true
 		m.mu.Unlock()

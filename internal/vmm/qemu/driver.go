@@ -417,30 +417,6 @@ func (d *Driver) attach(ctx context.Context, dir *rundir.Dir, spec vmm.Spec, p *
 	return m, nil
 }
 
-// remove cleans the run directory after the process ended, unless another machine has been started
-// in it since.
-func remove(ctx context.Context, spec vmm.Spec) error {
-	dir, err := rundir.Open(spec.RunDir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	if err := dir.Lock(ctx); err != nil {
-		return err
-	}
-	p, err := process.Open(ctx, dir.Name()+"/"+pidfile, spec.Marker())
-	if err == nil {
-		return p.Close()
-	}
-	if !fault.Is(err, fault.NotFound) {
-		return err
-	}
-	return clean(dir)
-}
-
 // Sweep is vmm.Sweeper's.
 func (d *Driver) Sweep(ctx context.Context, owner, under string, known func(id string) bool) ([]string, error) {
 	prefix := vmm.Spec{Owner: owner}.Marker()

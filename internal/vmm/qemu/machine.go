@@ -124,7 +124,7 @@ func (m *machine) finish() {
 	reason := m.shutdown
 	if reason == "" {
 		reason = vmm.Crashed
-		if ws, ok := m.process.Status(); m.killed || ok && ws.Signaled() && byHand(ws.Signal()) {
+		if ws, ok := m.process.Status(); m.killed || ok && ws.Signaled() && process.ByHand(ws.Signal()) {
 			reason = vmm.Killed
 		}
 	}
@@ -134,7 +134,7 @@ func (m *machine) finish() {
 	ctx, cancel := context.WithTimeout(context.Background(), monitorTime)
 	defer cancel()
 	// What cannot be removed now is removed by the next Start or Adopt, which do report it.
-	_ = remove(ctx, m.spec)
+	_ = rundir.CleanAfter(ctx, m.spec.RunDir, pidfile, m.spec.Marker(), clean)
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -143,11 +143,6 @@ func (m *machine) finish() {
 		close(m.changes)
 	}
 	close(m.done)
-}
-
-// byHand tells signals that someone sent from those of a program that went wrong.
-func byHand(sig syscall.Signal) bool {
-	return sig == syscall.SIGKILL || sig == syscall.SIGTERM || sig == syscall.SIGINT || sig == syscall.SIGHUP
 }
 
 // report puts a change into the channel if it is one, in place of one that nobody has received.
