@@ -61,6 +61,8 @@ func detach(f *os.File, what string, userns *os.File, readOnly bool) (tree *os.F
 		return nil, fault.Wrap(err, fault.Unsupported, what, "it lies on a mount that the jailer does not see")
 	case errors.Is(err, unix.ENOSYS):
 		return nil, fault.Wrap(err, fault.Unsupported, what, "the kernel is too old for jails (Linux 5.12 is not)")
+	case errors.Is(err, unix.EPERM):
+		return nil, unsupported(err, "open_tree")
 	case err != nil:
 		return nil, fault.Wrap(err, fault.CodeOf(err), what, "it cannot be mounted")
 	}
@@ -73,6 +75,9 @@ func detach(f *os.File, what string, userns *os.File, readOnly bool) (tree *os.F
 		_ = tree.Close()
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EOPNOTSUPP) {
 			return nil, fault.Wrap(err, fault.Unsupported, what, "its filesystem (%s) cannot map user ids with this kernel, so a jail's user could not open it", filesystem(f))
+		}
+		if errors.Is(err, unix.EPERM) { // root of a container
+			return nil, unsupported(err, "mount_setattr")
 		}
 		return nil, fault.Wrap(err, fault.CodeOf(err), what, "its user ids cannot be mapped")
 	}

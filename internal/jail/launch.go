@@ -89,6 +89,15 @@ func furnish(p plan, trees []*os.File) error {
 	if err := unix.Mount("banger-jail", p.base, "tmpfs", unix.MS_NOSUID, rootSize); err != nil {
 		return unsupported(err, "mount")
 	}
+	// What the jailer will have to: where containers may not, VMs start without a jail, and not never.
+	const kvmMajor, kvmMinor = 10, 232 // the kernel's Documentation/admin-guide/devices.txt
+	probe := filepath.Join(p.base, "kvm")
+	if err := unix.Mknod(probe, unix.S_IFCHR|0o600, int(unix.Mkdev(kvmMajor, kvmMinor))); err != nil {
+		return unsupported(err, "mknod")
+	}
+	if err := os.Remove(probe); err != nil {
+		return fault.Wrap(err, fault.Internal, probe, "a place in the jail cannot be made")
+	}
 	root := rootOf(p.programs, p.base, p.marker)
 	for i, m := range p.mounts {
 		at := filepath.Join(root, m.at)
@@ -108,11 +117,10 @@ func furnish(p plan, trees []*os.File) error {
 			return unsupported(err, "move_mount")
 		}
 	}
-	// The umask is for what Firecracker makes; ways to drives are to be passed.
-	for _, dir := range []string{filepath.Join(root, "drives")} {
-		if err := os.Chmod(dir, 0o755); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fault.Wrap(err, fault.Internal, dir, "a place in the jail cannot be made")
-		}
+	// The umask is for what Firecracker makes; the way to drives is to be passed.
+	drives := filepath.Join(root, "drives")
+	if err := os.Chmod(drives, 0o755); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fault.Wrap(err, fault.Internal, drives, "a place in the jail cannot be made")
 	}
 	return nil
 }

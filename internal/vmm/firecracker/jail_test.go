@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -260,4 +261,40 @@ func BenchmarkStart(b *testing.B) {
 			}
 		})
 	}
+}
+
+// TestJailedExit lets a guest power off that a daemon adopted: its end is seen at once, and its last words are understood.
+func TestJailedExit(t *testing.T) {
+	h := jailHost(t)
+	const tries = 20
+	for range tries {
+		s := newSpec(t)
+		s.ID, s.Cmdline = string(vm.NewID()), "poweroff"
+		a, b := newDriver(t), newDriver(t)
+		for _, d := range []*Driver{a, b} {
+			d.UseJails(Jails{Jail: h, Want: true, Must: true})
+		}
+		first := start(t, a, s)
+		if err := first.Signal(t.Context(), int(unix.SIGSTOP)); err != nil || !first.await(true) {
+			continue // the guest was quicker
+		}
+		m, err := b.Adopt(t.Context(), s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		own(t, m)
+		if !m.(*machine).Jailed() {
+			t.Error("not in a jail")
+		}
+		if err := m.Signal(t.Context(), int(unix.SIGCONT)); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		if got := ended(t, m); got != vmm.GuestShutdown {
+			t.Errorf("exit reason %q", got)
+		}
+		t.Logf("its end was seen after %v", time.Since(began))
+		return
+	}
+	t.Skipf("%d guests ended before they could be stopped", tries)
 }
