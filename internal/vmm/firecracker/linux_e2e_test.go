@@ -3,6 +3,7 @@
 package firecracker
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/bundle"
+	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/guest/system"
 	"git.thaloco.com/thaloco/banger/internal/kernel"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
@@ -124,6 +126,20 @@ func TestJailedLinuxConformance(t *testing.T) {
 	}
 	h := jailHost(t)
 	c := linuxConformance()
+	// The lab's checkout, and the bundle in it, lies on overlayfs, which maps no ids.
+	vmlinux, _ := linux()
+	copied := filepath.Join(t.TempDir(), "vmlinux")
+	if _, err := disk.Clone(t.Context(), vmlinux, copied); err != nil {
+		t.Fatal(err)
+	}
+	spec := c.Spec
+	c.Spec = func(t *testing.T) vmm.Spec {
+		s := spec(t)
+		if err := errors.Join(os.Remove(s.Kernel), os.Symlink(copied, s.Kernel)); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
 	c.New = func(t *testing.T) vmm.Driver {
 		d := newDriver(t)
 		d.UseJails(Jails{Jail: h, Want: true, Must: true})
