@@ -220,6 +220,16 @@ func (s *Server) stream(ctx context.Context, conn net.Conn, cuts *cutter) {
 type muxStream struct {
 	*yamux.Stream
 	once sync.Once
+	// reading is held by who reads. Two at once lock each other out for ever in yamux 0.1.2, whose Stream.Read takes the stream's
+	// two locks in both orders when the peer has closed its end, and its session waits with them.
+	reading sync.Mutex
+}
+
+// Read implements net.Conn.
+func (m *muxStream) Read(b []byte) (int, error) {
+	m.reading.Lock()
+	defer m.reading.Unlock()
+	return m.Stream.Read(b)
 }
 
 func (m *muxStream) CloseWrite() error { return m.Stream.Close() }
@@ -228,7 +238,7 @@ func (m *muxStream) Close() error {
 	m.once.Do(func() {
 		_ = m.Stream.Close() // fails only with the session
 		_ = m.SetReadDeadline(time.Time{})
-		go func() { _, _ = io.Copy(io.Discard, m.Stream) }()
+		go func() { _, _ = io.Copy(io.Discard, m) }()
 	})
 	return nil
 }

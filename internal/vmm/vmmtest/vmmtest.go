@@ -23,6 +23,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
 // Config is a driver and what its tests can make happen. Functions that are nil skip the cases that
@@ -909,7 +910,12 @@ func (s *suite) linkGone(t *testing.T) {
 func (s *suite) nicSocket(t *testing.T) {
 	d, spec := s.New(t), s.Spec(t)
 	path := filepath.Join(spec.RunDir, "net.sock")
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	dir, err := rundir.Open(spec.RunDir) // its own path may be too long for a socket's name
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: dir.Path("net.sock"), Net: "unix"})
 	if err != nil {
 		t.Fatal(err)
 	}
