@@ -364,6 +364,14 @@ func (d *Driver) sweepJails(ctx context.Context, owner, under string, known func
 	return ended, nil
 }
 
+// unjail has the record of a jail dropped whose process has ended. The helper that started it may have gone meanwhile, and does not
+// know; asking after the jail has it look. What it does not drop now counts for nothing, and goes with the next question.
+func (d *Driver) unjail(ctx context.Context, spec vmm.Spec) {
+	if _, pidfd, err := d.jails.Jail.Find(ctx, jailName(spec)); err == nil { // another one has been started
+		_ = pidfd.Close()
+	}
+}
+
 // layout is where this machine's files are for it.
 func (m *machine) layout() layout { return layout{jailed: m.process.Elsewhere()} }
 

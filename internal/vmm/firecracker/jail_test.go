@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -69,6 +70,17 @@ func (h startHook) Start(ctx context.Context, r jail.Request, f jail.Files) (pro
 	s, err := h.Host.Start(ctx, r, f)
 	h.then()
 	return s, err
+}
+
+// asked counts the questions after a jail.
+type asked struct {
+	*jail.Host
+	n atomic.Int32
+}
+
+func (a *asked) Find(ctx context.Context, n jail.Name) (int, *os.File, error) {
+	a.n.Add(1)
+	return a.Host.Find(ctx, n)
 }
 
 // TestJailedDaemonKilled ends the daemon by kill -9 when a jail was made, and later, as TestDaemonKilled does.
@@ -263,9 +275,10 @@ func BenchmarkStart(b *testing.B) {
 	}
 }
 
-// TestJailedExit lets a guest power off that a daemon adopted: its end is seen at once, and its last words are understood.
+// TestJailedExit lets a guest power off that a daemon adopted: its end is seen at once, its last words are understood, and whoever has
+// the record is asked once more, for the maker may be gone.
 func TestJailedExit(t *testing.T) {
-	h := jailHost(t)
+	h := &asked{Host: jailHost(t)}
 	const tries = 20
 	for range tries {
 		s := newSpec(t)
@@ -289,11 +302,14 @@ func TestJailedExit(t *testing.T) {
 		if err := m.Signal(t.Context(), int(unix.SIGCONT)); err != nil {
 			t.Fatal(err)
 		}
-		began := time.Now()
+		began, before := time.Now(), h.n.Load()
 		if got := ended(t, m); got != vmm.GuestShutdown {
 			t.Errorf("exit reason %q", got)
 		}
 		t.Logf("its end was seen after %v", time.Since(began))
+		if h.n.Load() == before {
+			t.Error("nobody asked after the jail that ended")
+		}
 		return
 	}
 	t.Skipf("%d guests ended before they could be stopped", tries)

@@ -31,8 +31,9 @@ type machine struct {
 	room    room
 	logged  int64 // size of the log at its start, 0 if that is not known
 
-	up       *upListener // nil: nothing is awaited
-	lifeless time.Time   // since when it has no guest, for watch alone
+	up       *upListener           // nil: nothing is awaited
+	unjail   func(context.Context) // nil without a jail
+	lifeless time.Time             // since when it has no guest, for watch alone
 
 	closed  chan struct{} // Close was called
 	poke    chan struct{} // the state may have changed; room for one
@@ -59,6 +60,9 @@ func (d *Driver) watchOver(spec vmm.Spec, p *process.Process, logged int64, up *
 	m := &machine{
 		spec: spec, process: p, logged: logged, up: up, reported: vmm.Running,
 		closed: make(chan struct{}), poke: make(chan struct{}, 1), done: make(chan struct{}), changes: make(chan vmm.Change, 1),
+	}
+	if p.Elsewhere() && d.jails.Jail != nil {
+		m.unjail = func(ctx context.Context) { d.unjail(ctx, spec) }
 	}
 	var err error
 	if m.room, err = roomOf(p.PID(), d.free); err != nil || len(m.room.paths) == 0 {
@@ -189,6 +193,9 @@ func (m *machine) finish() {
 	defer cancel()
 	// What cannot be removed now is removed by the next Start or Adopt, which do report it.
 	_ = rundir.CleanAfter(ctx, m.spec.RunDir, pidfile, m.spec.Marker(), clean)
+	if m.unjail != nil {
+		m.unjail(ctx)
+	}
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
