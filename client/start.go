@@ -19,6 +19,7 @@ import (
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/filelock"
 	"git.thaloco.com/thaloco/banger/internal/privatedir"
 )
 
@@ -92,23 +93,11 @@ func (c *Client) start(ctx context.Context) error {
 	if err != nil {
 		return fault.Wrap(err, fault.Permission, c.opts.StateDir, "cannot be written: %v", err).WithHint("%s", elsewhere)
 	}
-	held := make(chan error, 1)
-	go func() {
-		for {
-			if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != unix.EINTR {
-				held <- err
-				return
-			}
-		}
-	}()
-	select {
-	case err := <-held:
-		defer lock.Close() // unlocks
-		if err != nil {
+	defer lock.Close() // unlocks
+	if err := filelock.Wait(ctx, lock, unix.LOCK_EX); err != nil {
+		if ctx.Err() == nil {
 			return fault.Wrap(err, fault.Internal, lock.Name(), "cannot lock")
 		}
-	case <-ctx.Done():
-		go func() { <-held; _ = lock.Close() }() // flock(2) cannot be cancelled
 		return fault.Wrap(ctx.Err(), fault.CodeOf(ctx.Err()), "", "another banger has been starting the daemon for %v", startTimeout).
 			WithHint("its log: %s", c.logPath())
 	}

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/filelock"
 	"git.thaloco.com/thaloco/banger/internal/process"
 )
 
@@ -59,19 +60,14 @@ func (d records) lock(ctx context.Context) (release func(), err error) {
 	if err != nil {
 		return nil, d.broken(err)
 	}
-	got := make(chan error, 1)
-	go func() { got <- unix.Flock(int(f.Fd()), unix.LOCK_EX) }()
-	select {
-	case err := <-got:
-		if err != nil {
-			_ = f.Close()
-			return nil, d.broken(err)
+	if err := filelock.Wait(ctx, f, unix.LOCK_EX); err != nil {
+		_ = f.Close()
+		if ctx.Err() != nil { // which others hold for some milliseconds
+			return nil, fault.Wrap(ctx.Err(), fault.CodeOf(ctx.Err()), "jail", "others that make jails did not end in time")
 		}
-		return func() { _ = f.Close() }, nil
-	case <-ctx.Done():
-		go func() { <-got; _ = f.Close() }() // which others hold for some milliseconds
-		return nil, fault.Wrap(ctx.Err(), fault.CodeOf(ctx.Err()), "jail", "others that make jails did not end in time")
+		return nil, d.broken(err)
 	}
+	return func() { _ = f.Close() }, nil
 }
 
 func (n Name) file(user int) string {

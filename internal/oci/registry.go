@@ -22,6 +22,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/filelock"
 )
 
 // Bounds of waiting for a registry.
@@ -216,27 +217,17 @@ func (b *blob) fetch(ctx context.Context, report *reporter, check func(path stri
 	return true, os.Rename(part, b.path)
 }
 
-// lock waits for the lock of a file, LOCK_EX or LOCK_SH, and closes it if ctx ends before.
+// lock waits for the lock of a file, LOCK_EX or LOCK_SH, and closes it if it does not get that.
 func lock(ctx context.Context, f *os.File, how int) error {
-	fd := int(f.Fd())
-	if unix.Flock(fd, how|unix.LOCK_NB) == nil {
+	err := filelock.Wait(ctx, f, how)
+	if err == nil {
 		return nil
 	}
-	got := make(chan error, 1)
-	go func() { got <- os.NewSyscallError("flock", unix.Flock(fd, how)) }()
-	select {
-	case err := <-got:
-		if err != nil {
-			return errors.Join(err, f.Close())
-		}
-		return nil
-	case <-ctx.Done():
-		go func() { // flock(2) cannot be called off: it gets the lock some time, and lets go of it
-			<-got
-			_ = f.Close()
-		}()
+	if ctx.Err() != nil {
+		_ = f.Close() // nothing was written to it
 		return context.Cause(ctx)
 	}
+	return errors.Join(err, f.Close())
 }
 
 // download appends what is missing, going on after interruptions.

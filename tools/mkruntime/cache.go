@@ -18,6 +18,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/filelock"
 )
 
 // keepEntries is how many results of each kind the cache keeps: today's, and the one to go back to.
@@ -72,17 +73,11 @@ func waitForLock(ctx context.Context, p *progress, f *os.File, title string) err
 		return nil
 	}
 	p.begin("%s", title)
-	got := make(chan error, 1)
-	go func() { got <- unix.Flock(int(f.Fd()), unix.LOCK_EX) }()
-	select {
-	case err := <-got:
-		if err != nil {
-			return fault.Wrap(err, fault.Internal, f.Name(), "cannot be locked")
-		}
-		return nil
-	case <-ctx.Done():
-		return ctx.Err() // the process ends, and the goroutine with it
+	err := filelock.Wait(ctx, f, unix.LOCK_EX)
+	if err == nil || ctx.Err() != nil {
+		return err
 	}
+	return fault.Wrap(err, fault.Internal, f.Name(), "cannot be locked")
 }
 
 func (c *cache) close() error { return c.lock.Close() }

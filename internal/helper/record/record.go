@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/filelock"
 )
 
 // Record says whose the network of an installation is. It is written before the first thing of it is made and
@@ -42,19 +43,14 @@ func (r Dir) Lock(ctx context.Context) (release func(), err error) {
 	if err != nil {
 		return nil, broken(err, string(r))
 	}
-	got := make(chan error, 1)
-	go func() { got <- unix.Flock(int(f.Fd()), unix.LOCK_EX) }()
-	select {
-	case err := <-got:
-		if err != nil {
-			_ = f.Close()
-			return nil, broken(err, f.Name())
+	if err := filelock.Wait(ctx, f, unix.LOCK_EX); err != nil {
+		_ = f.Close()
+		if ctx.Err() != nil { // which other helpers hold for some seconds at most
+			return nil, fault.Wrap(ctx.Err(), fault.CodeOf(ctx.Err()), "root helper", "the helper of another user is changing the host's network, and did not end in time")
 		}
-		return func() { _ = f.Close() }, nil
-	case <-ctx.Done():
-		go func() { <-got; _ = f.Close() }() // which other helpers hold for some seconds at most
-		return nil, fault.Wrap(ctx.Err(), fault.CodeOf(ctx.Err()), "root helper", "the helper of another user is changing the host's network, and did not end in time")
+		return nil, broken(err, f.Name())
 	}
+	return func() { _ = f.Close() }, nil
 }
 
 func broken(err error, path string) error {

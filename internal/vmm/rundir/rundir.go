@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/filelock"
 )
 
 // Dir is an open run directory. Sockets in it are bound and dialled by way of /proc/self/fd, since
@@ -67,32 +68,11 @@ func (r *Dir) Path(name string) string {
 // Lock waits for the directory's flock(2): one Start, Adopt or clean-up at a time, whichever daemon
 // or goroutine it comes from. It goes with Close.
 func (r *Dir) Lock(ctx context.Context) error {
-	err := unix.Flock(int(r.f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if err != unix.EWOULDBLOCK {
-		return err
-	}
-	// flock(2) cannot be interrupted, so a thread waits on a second descriptor of the same open
-	// directory. When nobody waits any more, the lock is let go with that descriptor, the last one.
-	fd, err := unix.FcntlInt(r.f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	got := make(chan error, 1)
-	go func() {
-		defer unix.Close(fd)
-		for {
-			if err := unix.Flock(fd, unix.LOCK_EX); err != unix.EINTR {
-				got <- err
-				return
-			}
-		}
-	}()
-	select {
-	case err := <-got:
-		return err
-	case <-ctx.Done():
+	err := filelock.Wait(ctx, r.f, unix.LOCK_EX)
+	if err != nil && ctx.Err() != nil {
 		return fmt.Errorf("wait for the lock of %s: %w", r.f.Name(), ctx.Err())
 	}
+	return err
 }
 
 // Listen binds a socket in the directory and returns it for a VMM to inherit. Whoever connects from
