@@ -101,14 +101,19 @@ func (s *Service) restoreNetworks(ctx context.Context, rebooted bool) {
 	}
 }
 
-// noticeFirewall says what of the host's own rules is in the way of a VM that is given NAT, and what to type.
-func (s *Service) noticeFirewall(ctx context.Context, h *operation.Handle, to vm.Spec) {
+// lookAtFirewall looks for what of the host's own rules is in the way of a VM that is given NAT. It reads all of them, so it goes on
+// beside what the caller does; tell waits for it, and says what it found and what to type.
+func (s *Service) lookAtFirewall(ctx context.Context, to vm.Spec) (tell func(*operation.Handle)) {
 	if len(s.networks) == 0 || !to.NAT {
-		return
+		return func(*operation.Handle) {}
 	}
-	for _, f := range s.networks[0].Check(ctx) {
-		if f.Code == doctor.Firewall && f.Severity != doctor.Pass {
-			h.Notice("firewall: " + f.Detail + "; it does not with: " + f.Fix)
+	found := make(chan []doctor.Finding, 1)
+	go func() { found <- s.networks[0].Check(ctx) }()
+	return func(h *operation.Handle) {
+		for _, f := range <-found {
+			if f.Code == doctor.Firewall && f.Severity != doctor.Pass {
+				h.Notice("firewall: " + f.Detail + "; it does not with: " + f.Fix)
+			}
 		}
 	}
 }

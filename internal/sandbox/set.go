@@ -101,7 +101,7 @@ func (s *Service) set(r SetRequest, again bool) func(context.Context, *operation
 			}
 		}
 		if !v.Spec.NAT {
-			s.noticeFirewall(ctx, h, to)
+			s.lookAtFirewall(ctx, to)(h)
 		}
 		restart := half || up && len(vm.NeedsStop(v.Spec, to)) > 0
 		if restart {

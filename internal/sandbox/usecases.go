@@ -151,7 +151,7 @@ func (s *Service) create(ctx context.Context, h *operation.Handle, v *vm.VM) err
 	if len(s.networks) > 0 && !v.Spec.NAT {
 		h.Notice(fmt.Sprintf("it has no way out of the host; `banger vm set %s --nat` gives it one", v.Name))
 	}
-	s.noticeFirewall(ctx, h, v.Spec)
+	defer s.lookAtFirewall(ctx, v.Spec)(h)
 	if v.Desired == vm.WantStopped { // --no-start
 		if err := s.engine.UpDurable(ctx, v, h.Stage); err != nil {
 			return s.endFailed(ctx, h, v, err, true)
