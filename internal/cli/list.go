@@ -85,15 +85,7 @@ func listing[V any](a *app, cmd *cobra.Command, l list[V]) *cobra.Command {
 		if o.watching {
 			return a.watchChanges(cmd.Context(), take)
 		}
-		c, err := a.connect()
-		if err != nil {
-			return err
-		}
-		shown, err := take(cmd.Context(), c)
-		if err != nil {
-			return err
-		}
-		return a.print(shown)
+		return a.lookOnce(cmd.Context(), take)
 	}
 	return cmd
 }

@@ -51,15 +51,7 @@ Keys that begin with "ports." choose and order the ports of each VM, all others 
 			if o.watching {
 				return a.watch(cmd.Context(), take)
 			}
-			c, err := a.connect()
-			if err != nil {
-				return err
-			}
-			l, err := take(cmd.Context(), c)
-			if err != nil {
-				return err
-			}
-			return a.print(l)
+			return a.lookOnce(cmd.Context(), take)
 		},
 	}
 	o.add(cmd, keysOf(portsView{}))

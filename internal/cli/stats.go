@@ -40,23 +40,7 @@ two seconds.`,
 			if o.watching {
 				return a.watch(cmd.Context(), m.take)
 			}
-			c, err := a.connect()
-			if err != nil {
-				return err
-			}
-			if _, err := m.take(cmd.Context(), c); err != nil {
-				return err
-			}
-			select {
-			case <-time.After(sampleTime):
-			case <-cmd.Context().Done():
-				return errInterrupted
-			}
-			l, err := m.take(cmd.Context(), c)
-			if err != nil {
-				return err
-			}
-			return a.print(l)
+			return a.lookOnce(cmd.Context(), m.takeTwice)
 		},
 	}
 	o.add(cmd, keysOf(statsView{}))
@@ -121,6 +105,19 @@ type guestInterfaceView struct {
 	SentBytes         int64    `json:"sent_bytes"`
 	ReceivedPerSecond *float64 `json:"received_per_second,omitempty"`
 	SentPerSecond     *float64 `json:"sent_per_second,omitempty"`
+}
+
+// takeTwice is a look by itself, which is preceded by one that it is compared with.
+func (m *meter) takeTwice(ctx context.Context, c *client.Client) (look, error) {
+	if _, err := m.take(ctx, c); err != nil {
+		return look{}, err
+	}
+	select {
+	case <-time.After(sampleTime):
+	case <-ctx.Done():
+		return look{}, errInterrupted
+	}
+	return m.take(ctx, c)
 }
 
 // take looks once.

@@ -34,6 +34,19 @@ type look struct {
 	errs []error // of some of what was asked for; text and json tell of them, names have no room for them
 }
 
+// lookOnce prints what take gives once. Its error is that of what could not be looked at.
+func (a *app) lookOnce(ctx context.Context, take func(context.Context, *client.Client) (look, error)) error {
+	c, err := a.connect()
+	if err != nil {
+		return err
+	}
+	l, err := take(ctx, c)
+	if err != nil {
+		return err
+	}
+	return a.print(l)
+}
+
 // print prints a look that is the only one. Its error is that of what could not be looked at.
 func (a *app) print(l look) error {
 	if !a.json {
