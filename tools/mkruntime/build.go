@@ -396,11 +396,7 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 	if err != nil {
 		return err
 	}
-	m, err := readRuntimeManifest(o.manifest)
-	if err != nil {
-		return err
-	}
-	sources, err := m.toolSources(o.manifest)
+	sources, err := toolSources(o.manifest)
 	if err != nil {
 		return err
 	}

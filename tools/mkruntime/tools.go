@@ -23,9 +23,12 @@ const fileWithout = "without"
 // gitPatience bounds the fetch of a plugin's repository, of which each has some hundred KiB.
 const gitPatience = 30 * time.Second
 
-// toolSources says where the default image's tools come from: as the manifest says, or as image builds have them.
-func (m manifest) toolSources(file string) (imagebuild.Sources, error) {
-	var s imagebuild.Sources
+// toolSources says where the default image's tools come from: as the manifest in that file says, or as image builds have them.
+func toolSources(file string) (s imagebuild.Sources, err error) {
+	m, err := readRuntimeManifest(file)
+	if err != nil {
+		return s, err
+	}
 	for _, part := range []struct {
 		name, set, pinned string
 		to                *string

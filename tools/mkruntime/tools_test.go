@@ -87,11 +87,7 @@ func TestRewriteTarTellsWhyNothingIsAdded(t *testing.T) {
 func TestToolSourcesOfTheManifest(t *testing.T) {
 	sources := func(text string) (imagebuild.Sources, error) {
 		t.Helper()
-		m, err := readRuntimeManifest(write(t, filepath.Join(t.TempDir(), "m.toml"), text))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return m.toolSources("m.toml")
+		return toolSources(write(t, filepath.Join(t.TempDir(), "m.toml"), text))
 	}
 	pinned := imagebuild.Sources{Mise: imagebuild.DefaultMise, Opencode: imagebuild.DefaultOpencode, TmuxResurrect: imagebuild.DefaultTmuxResurrect, TmuxContinuum: imagebuild.DefaultTmuxContinuum}
 	template, err := os.ReadFile("../../runtime-bundle.toml")

@@ -66,11 +66,7 @@ func makeTree(ctx context.Context, p *progress, o options, in io.Reader) (err er
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	var add addition
 	if o.tools {
-		m, err := readRuntimeManifest(o.manifest)
-		if err != nil {
-			return err
-		}
-		sources, err := m.toolSources(o.manifest)
+		sources, err := toolSources(o.manifest)
 		if err != nil {
 			return err
 		}
