@@ -166,7 +166,7 @@ func (h Host) Install(ctx context.Context, r Request) (byHand []string, err erro
 		}
 		return byHand, nil
 	}
-	texts, kinds := map[string]string{socket: socketUnit, service: serviceUnit(r.Ranges)}, []string{service}
+	texts, kinds := map[string]string{socket: helperSocketUnit, service: serviceUnit(r.Ranges)}, []string{service}
 	sockets := []string{socket}
 	if jails {
 		texts[jailSocket], texts[jailService] = jailSocketUnit, jailServiceUnit

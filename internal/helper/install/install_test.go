@@ -278,7 +278,7 @@ func TestUnits(t *testing.T) {
 	dir := t.TempDir()
 	text := strings.ReplaceAll(serviceUnit(DefaultRanges()), Program, "/bin/true")
 	jails := strings.ReplaceAll(jailServiceUnit, Program, "/bin/true")
-	for name, text := range map[string]string{service: text, socket: socketUnit, jailService: jails, jailSocket: jailSocketUnit} {
+	for name, text := range map[string]string{service: text, socket: helperSocketUnit, jailService: jails, jailSocket: jailSocketUnit} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -9,13 +9,14 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/helper/wire"
 )
 
-// socketUnit has systemd listen for one user, whose number is the instance's name.
-const socketUnit = `# Written by "banger system install" and removed by "banger system uninstall".
+// socketUnit has systemd listen for one user, whose number is the instance's name, at a socket whose name begins so.
+func socketUnit(what, socket string) string {
+	return `# Written by "banger system install" and removed by "banger system uninstall".
 [Unit]
-Description=Root helper of banger for user %i (socket)
+Description=` + what + ` of banger for user %i (socket)
 
 [Socket]
-ListenStream=` + wire.RunDir + `/helper-%i.sock
+ListenStream=` + wire.RunDir + `/` + socket + `-%i.sock
 SocketUser=%i
 SocketMode=0600
 DirectoryMode=0755
@@ -24,22 +25,13 @@ RemoveOnStop=yes
 [Install]
 WantedBy=sockets.target
 `
+}
 
-// jailSocketUnit is that of what makes jails.
-const jailSocketUnit = `# Written by "banger system install" and removed by "banger system uninstall".
-[Unit]
-Description=Jailer of banger for user %i (socket)
-
-[Socket]
-ListenStream=` + wire.RunDir + `/jailer-%i.sock
-SocketUser=%i
-SocketMode=0600
-DirectoryMode=0755
-RemoveOnStop=yes
-
-[Install]
-WantedBy=sockets.target
-`
+// The helper's sockets: of what makes networks, and of what makes jails.
+var (
+	helperSocketUnit = socketUnit("Root helper", "helper")
+	jailSocketUnit   = socketUnit("Jailer", "jailer")
+)
 
 // jailServiceUnit is for what makes jails, which takes mounts, user ids, device nodes and signals. It has no mount namespace of its own, which files
 // that come from users would not be mounted in; so nothing of ProtectSystem= and its like. Filters of system calls are
