@@ -20,15 +20,6 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/process"
 )
 
-// Jails is what the verbs of jails act on; jail.Host is one.
-type Jails interface {
-	Check(ctx context.Context, dir *os.File) error
-	Start(ctx context.Context, r jail.Request, f jail.Files) (process.Started, error)
-	Find(ctx context.Context, n jail.Name) (pid int, pidfd *os.File, err error)
-	Signal(ctx context.Context, n jail.Name, sig int) error
-	List(ctx context.Context, installation, place string) ([]string, error)
-}
-
 // jailVerbs are those of a helper that makes jails.
 var jailVerbs = []wire.Verb{wire.JailCheck, wire.JailStart, wire.JailFind, wire.JailSignal, wire.JailList}
 
@@ -151,9 +142,10 @@ func (s *Server) startJail(ctx context.Context, name jail.Name, mine *record.Rec
 	return started, err
 }
 
-// Jailer has the helper make the jails of firecracker.Jail, whose contract it keeps. Each call is a connection of its own. Safe for
-// concurrent use.
+// Jailer is a jail.Maker that has the helper make them. Each call is a connection of its own. Safe for concurrent use.
 type Jailer struct{ socket string }
+
+var _ jail.Maker = (*Jailer)(nil)
 
 // NewJailer returns a Jailer that speaks to the helper at a socket. It does not connect.
 func NewJailer(socket string) *Jailer { return &Jailer{socket} }

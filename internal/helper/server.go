@@ -45,7 +45,7 @@ type Options struct {
 	KeepNames func(ctx context.Context, link int, addr netip.AddrPort) error
 	// Jails are for a helper that makes jails, and does nothing to networks then: none of the three above is called. Bound puts a process
 	// that was just started into its control group.
-	Jails Jails
+	Jails jail.Maker
 	Bound func(ctx context.Context, r jail.Request, pid int)
 	Idle  time.Duration // without a connection for so long, Serve returns; 0: never
 	Log   *slog.Logger

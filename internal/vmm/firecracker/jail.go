@@ -22,28 +22,13 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
-// Jail starts Firecrackers in jails, and signals them, which takes root. jail.Host is one, and what asks the root helper is another.
-// fault.Unsupported says that this host, or this filesystem, has no jails; nothing was made then.
-type Jail interface {
-	// Check says whether a VM whose files are where this open directory is could be started in a jail.
-	Check(ctx context.Context, dir *os.File) error
-	// Start starts a Firecracker without a machine. The files stay the caller's.
-	Start(ctx context.Context, r jail.Request, f jail.Files) (process.Started, error)
-	// Find returns the process of a jail. fault.NotFound if none runs. pidfd becomes the caller's.
-	Find(ctx context.Context, n jail.Name) (pid int, pidfd *os.File, err error)
-	// Signal sends one of jail.Signals to a jail. fault.NotFound if none runs.
-	Signal(ctx context.Context, n jail.Name, sig int) error
-	// List returns the VMs of an installation at a place that run in jails.
-	List(ctx context.Context, installation, place string) (vms []string, err error)
-}
-
 // Jails say whether VMs are started in jails.
 type Jails struct {
-	Jail Jail   // nil: there is none
-	Want bool   // start VMs in it. Those that were, are found and signalled in any case
-	Must bool   // start none without
-	Why  string // why there is none, or why it is not wanted, in one line; "" if there is one
-	Fix  string // a hint on that, if there is one
+	Jail jail.Maker // nil: there is none
+	Want bool       // start VMs in it. Those that were, are found and signalled in any case
+	Must bool       // start none without
+	Why  string     // why there is none, or why it is not wanted, in one line; "" if there is one
+	Fix  string     // a hint on that, if there is one
 }
 
 // UseJails has VMs that are started from then on put into jails. Before the driver is used.

@@ -160,7 +160,7 @@ func TestJailedConformance(t *testing.T) {
 
 // fakeJail has no jail to offer, and says so.
 type fakeJail struct {
-	Jail
+	jail.Maker
 	err    error
 	starts int
 }
