@@ -28,6 +28,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
 // The three machines that are made in turn, so that what disturbs one disturbs all:
@@ -299,17 +300,22 @@ func (m *model) bare(ctx context.Context, r *report, dir string) (err error) {
 	defer log.Close()
 	// The agent's session as the daemon opens it: what the daemon may wait for, the floor may as well.
 	socket := filepath.Join(dir, "agent.sock")
-	up, stop, err := listenUp(dir)
+	run, err := rundir.Open(dir)
 	if err != nil {
 		return err
 	}
-	defer stop()
+	defer run.Close()
+	up, err := run.ListenFirst(fmt.Sprintf("agent.sock_%d", vmm.UpPort))
+	if err != nil {
+		return err
+	}
+	defer up.Close()
 	cmd, began, end, err := m.launch(ctx, c, dir, log)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, end()) }()
-	sess, err := agent.Open(ctx, vmm.Link{Up: up, Dial: func(ctx context.Context) (net.Conn, error) { return dialGuest(ctx, socket) }}, m.guest.Secret)
+	sess, err := agent.Open(ctx, vmm.Link{Up: up.Came, Dial: func(ctx context.Context) (net.Conn, error) { return dialGuest(ctx, socket) }}, m.guest.Secret)
 	if err != nil {
 		said, _ := os.ReadFile(log.Name())
 		return fmt.Errorf("%w; its console:\n%s", err, said[max(0, len(said)-2000):])
@@ -367,32 +373,6 @@ func (r *report) rest(ctx context.Context, kind string, pid int) error {
 		}
 	}
 	return fault.New(fault.Internal, kind, "the kernel does not say how much memory process %d has", pid)
-}
-
-// listenUp takes the guest's word that it listens, as the driver does: a connection to Firecracker's vsock socket with the port's
-// number behind it.
-func listenUp(dir string) (up <-chan struct{}, stop func(), err error) {
-	short, err := os.Open(dir)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer short.Close()
-	l, err := net.Listen("unix", fmt.Sprintf("/proc/self/fd/%d/agent.sock_%d", short.Fd(), vmm.UpPort))
-	if err != nil {
-		return nil, nil, err
-	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false) // the whole directory goes
-	said := make(chan struct{})
-	go func() {
-		if conn, err := l.Accept(); err == nil {
-			_ = conn.Close()
-		}
-		close(said)
-	}()
-	return said, func() {
-		_ = l.Close()
-		<-said
-	}, nil
 }
 
 // dialGuest connects to the agent by Firecracker's vsock socket (its docs/vsock.md).

@@ -15,7 +15,7 @@ const (
 	apiSocket   = "api.sock"
 	agentSocket = "agent.sock"
 	nicSocket   = agentSocket + "_1025" // vmm.NICPort; see linkNIC
-	upSocket    = agentSocket + "_1026" // vmm.UpPort; see listenUp
+	upSocket    = agentSocket + "_1026" // vmm.UpPort: Firecracker passes on what a guest connects to (its docs/vsock.md, "Guest-Initiated Connections")
 	pidfile     = "firecracker.pid"     // not another driver's: each finds its own machines alone
 )
 

@@ -271,7 +271,7 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 	defer s.close()
 	defer func() {
 		if err != nil {
-			s.up.close()
+			s.up.Close()
 		}
 	}()
 	p := s.process
@@ -327,7 +327,7 @@ func (d *Driver) startPlain(ctx context.Context, dir *rundir.Dir, spec vmm.Spec,
 	}
 	defer func() {
 		if err != nil {
-			s.up.close()
+			s.up.Close()
 			s.close()
 		}
 	}()

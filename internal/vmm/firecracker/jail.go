@@ -75,19 +75,19 @@ func (l layout) socket(name string) string {
 type started struct {
 	process *process.Process
 	layout  layout
-	socket  *pathWatch  // of its API
-	sockets *rundir.Dir // where its sockets are
-	own     bool        // sockets is closed with this
-	up      *upListener // outlives this if the machine runs
+	socket  *pathWatch    // of its API
+	sockets *rundir.Dir   // where its sockets are
+	own     bool          // sockets is closed with this
+	up      *rundir.First // outlives this if the machine runs
 }
 
 // listen waits for what it and its guest will have to say, from before it is started.
 func (s *started) listen(spec vmm.Spec) (err error) {
-	if s.up, err = listenUp(s.sockets); err != nil {
+	if s.up, err = s.sockets.ListenFirst(upSocket); err != nil {
 		return fault.Wrap(err, fault.Unavailable, spec.Name, "its guest cannot be listened for")
 	}
 	if s.socket, err = watchFor(s.sockets, apiSocket); err != nil {
-		s.up.close()
+		s.up.Close()
 		return fault.Wrap(err, fault.Unavailable, spec.Name, "its run directory cannot be watched")
 	}
 	return nil
@@ -142,7 +142,7 @@ func (d *Driver) startJailed(ctx context.Context, dir *rundir.Dir, spec vmm.Spec
 	}
 	defer func() {
 		if err != nil {
-			s.up.close()
+			s.up.Close()
 			s.close()
 		}
 	}()
@@ -171,7 +171,7 @@ func (d *Driver) startJailed(ctx context.Context, dir *rundir.Dir, spec vmm.Spec
 		return nil, d.noJail(spec, err)
 	case fault.Is(err, fault.Unsupported):
 		d.note(oneLine(err))
-		s.up.close()
+		s.up.Close()
 		s.close()
 		return nil, errors.Join(removeJail(dir), dir.Remove(jailInitrd))
 	case err != nil:

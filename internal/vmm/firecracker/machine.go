@@ -31,7 +31,7 @@ type machine struct {
 	room    room
 	logged  int64 // size of the log at its start, 0 if that is not known
 
-	up       *upListener           // nil: nothing is awaited
+	up       *rundir.First         // nil: nothing is awaited
 	unjail   func(context.Context) // nil without a jail
 	lifeless time.Time             // since when it has no guest, for watch alone
 
@@ -56,7 +56,7 @@ var (
 )
 
 // watchOver makes a machine of a process whose guest runs, or is stopped. up is nil for one that is adopted.
-func (d *Driver) watchOver(spec vmm.Spec, p *process.Process, logged int64, up *upListener) *machine {
+func (d *Driver) watchOver(spec vmm.Spec, p *process.Process, logged int64, up *rundir.First) *machine {
 	m := &machine{
 		spec: spec, process: p, logged: logged, up: up, reported: vmm.Running,
 		closed: make(chan struct{}), poke: make(chan struct{}, 1), done: make(chan struct{}), changes: make(chan vmm.Change, 1),
@@ -186,7 +186,7 @@ func (m *machine) finish() {
 	m.exit = vmm.Exit{Reason: m.reason(), At: time.Now()}
 	m.mu.Unlock()
 	if m.up != nil {
-		m.up.close() // the next one in this directory listens there
+		m.up.Close() // the next one in this directory listens there
 	}
 
 	ctx, cancel := context.WithTimeout(context.Background(), lockTime)
@@ -387,7 +387,7 @@ func (m *machine) Close() error {
 	}
 	m.mu.Unlock()
 	if m.up != nil {
-		m.up.close()
+		m.up.Close()
 	}
 	return m.process.Close()
 }
@@ -395,7 +395,7 @@ func (m *machine) Close() error {
 func (m *machine) Link() vmm.Link {
 	l := vmm.Link{Dial: m.dial}
 	if m.up != nil {
-		l.Up = m.up.said
+		l.Up = m.up.Came
 	}
 	return l
 }

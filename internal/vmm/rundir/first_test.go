@@ -1,0 +1,52 @@
+package rundir
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestListenFirst connects as Firecracker does for a guest that says that it listens, once and once more.
+func TestListenFirst(t *testing.T) {
+	dir, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	u, err := dir.ListenFirst("s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-u.Came:
+		t.Error("said before anybody has")
+	default:
+	}
+	conn, err := dir.Dial(t.Context(), "s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	select {
+	case <-u.Came:
+	case <-time.After(10 * time.Second):
+		t.Fatal("not said")
+	}
+	<-u.over
+	if _, err := dir.Dial(t.Context(), "s"); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("a second word: %v, want a refusal", err)
+	}
+	u.Close()
+	if err := dir.Remove("s"); err != nil {
+		t.Fatal(err)
+	}
+
+	silent, err := dir.ListenFirst("s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	silent.Close()
+	<-silent.Came // nobody waits for what cannot come any more
+}
