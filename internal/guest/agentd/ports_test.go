@@ -4,20 +4,29 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"slices"
 	"testing"
 	"time"
 
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/agentd"
 	"git.thaloco.com/thaloco/banger/internal/guest/wire"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
 
-// listener is a guest whose ports are what comes over its channel.
-func listener(lists <-chan []uint16) *agentd.Guest {
+// listener is a guest that gives each who follows its ports a channel of its own for the lists: the one before may still be
+// there when the next is answered.
+func listener(followers chan<- chan<- []uint16) *agentd.Guest {
 	return &agentd.Guest{Stages: &agentd.Stages{}, FollowPorts: func(ctx context.Context, send func([]uint16) error) error {
+		lists := make(chan []uint16)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case followers <- lists:
+		}
 		for {
 			select {
 			case <-ctx.Done():
@@ -34,16 +43,32 @@ func listener(lists <-chan []uint16) *agentd.Guest {
 	}}
 }
 
+// followed asks for the guest's ports, and returns the stream and where the guest takes its lists from.
+func followed(t *testing.T, s *agent.Session, followers <-chan chan<- []uint16) (conn net.Conn, lists chan<- []uint16) {
+	t.Helper()
+	conn, err := s.DialStream(within(t), wire.KindPorts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if err := conn.SetReadDeadline(time.Now().Add(bound)); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case lists = <-followers:
+	case <-time.After(bound):
+		t.Fatal("nobody follows the guest's ports")
+	}
+	return conn, lists
+}
+
 // TestFollowPorts has lists come over a stream as they change, until the host ends it or the guest cannot go on.
 func TestFollowPorts(t *testing.T) {
-	lists := make(chan []uint16)
-	links(t, listener(lists), func(t *testing.T, link vmm.Link) {
+	followers := make(chan chan<- []uint16)
+	links(t, listener(followers), func(t *testing.T, link vmm.Link) {
 		s := open(t, link)
 		for range 2 {
-			conn, err := s.DialStream(within(t), wire.KindPorts)
-			if err != nil {
-				t.Fatal(err)
-			}
+			conn, lists := followed(t, s, followers)
 			for _, want := range [][]uint16{{22}, {}, {22, 3000}} {
 				lists <- want
 				if got, err := wire.ReadPorts(conn); err != nil || !slices.Equal(got, want) {
@@ -55,11 +80,7 @@ func TestFollowPorts(t *testing.T) {
 			}
 			_ = conn.Close()
 		}
-		conn, err := s.DialStream(within(t), wire.KindPorts)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
+		conn, lists := followed(t, s, followers)
 		lists <- nil
 		if got, err := wire.ReadPorts(conn); !errors.Is(err, io.EOF) {
 			t.Errorf("a guest that cannot go on says %v, %v", got, err)
@@ -69,26 +90,15 @@ func TestFollowPorts(t *testing.T) {
 
 // TestFollowPortsAnew: whoever asks last is told, and the one before sees its stream end.
 func TestFollowPortsAnew(t *testing.T) {
-	lists := make(chan []uint16)
-	s := open(t, streamLink(t, listener(lists)))
-	old, err := s.DialStream(within(t), wire.KindPorts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer old.Close()
+	followers := make(chan chan<- []uint16)
+	s := open(t, streamLink(t, listener(followers)))
+	old, lists := followed(t, s, followers)
 	lists <- []uint16{1} // it is served
 	if _, err := wire.ReadPorts(old); err != nil {
 		t.Fatal(err)
 	}
 	for range 3 {
-		next, err := s.DialStream(within(t), wire.KindPorts)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer next.Close()
-		if err := old.SetReadDeadline(time.Now().Add(bound)); err != nil {
-			t.Fatal(err)
-		}
+		next, lists := followed(t, s, followers)
 		if _, err := wire.ReadPorts(old); !errors.Is(err, io.EOF) {
 			t.Errorf("the one before: %v", err)
 		}
@@ -110,15 +120,10 @@ func TestNoFollowPorts(t *testing.T) {
 
 // TestIdleWhileFollowed: who is told of ports keeps the guest from nothing.
 func TestIdleWhileFollowed(t *testing.T) {
-	lists, idle := make(chan []uint16), make(chan struct{}, 4)
-	g := listener(lists)
+	followers, idle := make(chan chan<- []uint16), make(chan struct{}, 4)
+	g := listener(followers)
 	g.Idle = func() { idle <- struct{}{} }
-	s := open(t, streamLink(t, g))
-	conn, err := s.DialStream(within(t), wire.KindPorts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	conn, lists := followed(t, open(t, streamLink(t, g)), followers)
 	select {
 	case <-idle:
 	case <-time.After(bound):
