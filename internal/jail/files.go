@@ -9,7 +9,8 @@ import (
 )
 
 // Files are what a jail is made of, open. They stay the caller's to close. A lock on the first drive that is written lives
-// as long as the process does, which has that descriptor.
+// as long as the process does, which has that descriptor as its standard input. So those that are written are not open for reading:
+// what Firecracker reads there is what the guest's console hears.
 type Files struct {
 	Log            *os.File // its output, appended
 	Run            *os.File // a directory, for sockets
@@ -48,7 +49,7 @@ func (f Files) bound() []*os.File { return f.All()[1:] }
 
 // check says whether a user may give a file for a mount, and returns its group. The user must own it, so that nobody else's file is a jail's
 // to change; and must have opened it for what the jail does with it: a descriptor that was opened for nothing (O_PATH) proves no right to
-// read.
+// read. What is written is not open for reading (Files).
 func check(f *os.File, user int, what string, dir, write bool) (gid int, err error) {
 	no := func(format string, args ...any) error {
 		return fault.New(fault.Permission, what, format, args...)
@@ -68,7 +69,7 @@ func check(f *os.File, user int, what string, dir, write bool) (gid int, err err
 	switch {
 	case st.Mode&unix.S_IFMT != kind:
 		return 0, no("it is a file of another kind")
-	case flags&unix.O_PATH != 0, write && mode == unix.O_RDONLY, !write && mode == unix.O_WRONLY:
+	case flags&unix.O_PATH != 0, write && mode != unix.O_WRONLY, !write && mode == unix.O_WRONLY:
 		return 0, no("it was not opened for what it is for")
 	case int(st.Uid) != user:
 		return 0, no("it belongs to user %d, not to user %d", st.Uid, user)

@@ -121,19 +121,20 @@ func TestFiles(t *testing.T) {
 		ok         bool
 	}{
 		{"to read", file(os.O_RDONLY), false, false, me, true},
-		{"to read and write", file(os.O_RDWR), false, true, me, true},
+		{"to write", file(os.O_WRONLY), false, true, me, true},
+		{"to read and write", file(os.O_RDWR), false, true, me, false},
 		{"to read and write, for reading", file(os.O_RDWR), false, false, me, true},
 		{"a directory", open(dir, os.O_RDONLY, 0), true, true, me, true},
 		{"to read, for writing", file(os.O_RDONLY), false, true, me, false},
 		{"to write, for reading", file(os.O_WRONLY), false, false, me, false},
 		{"opened for nothing", file(unix.O_PATH), false, false, me, false},
 		{"a directory opened for nothing", open(dir, unix.O_PATH, 0), true, false, me, false},
-		{"another user's", file(os.O_RDWR), false, true, me + 1, false},
+		{"another user's", file(os.O_WRONLY), false, true, me + 1, false},
 		{"another user's directory", open(dir, os.O_RDONLY, 0), true, true, me + 1, false},
 		{"a directory for a file", open(dir, os.O_RDONLY, 0), false, false, me, false},
 		{"a file for a directory", file(os.O_RDONLY), true, false, me, false},
-		{"a device", open("/dev/null", os.O_RDWR, 0), false, true, me, false},
-		{"setuid", open("setuid", os.O_RDWR, 0o600|os.ModeSetuid), false, true, me, false},
+		{"a device", open("/dev/null", os.O_WRONLY, 0), false, true, me, false},
+		{"setuid", open("setuid", os.O_WRONLY, 0o600|os.ModeSetuid), false, true, me, false},
 		{"a directory of all", open(shared, os.O_RDONLY, 0), true, true, me, false},
 	} {
 		if _, err := check(c.f, c.user, "it", c.dir, c.write); (err == nil) != c.ok || err != nil && !fault.Is(err, fault.Permission) {
@@ -142,7 +143,7 @@ func TestFiles(t *testing.T) {
 	}
 	log := open("log", os.O_WRONLY|os.O_APPEND, 0o600)
 	one := Request{Name: aName, VCPU: 1, MemoryMiB: 1, Drives: []Drive{{"system", false}}}
-	good := Files{Log: log, Run: open(dir, os.O_RDONLY, 0), Kernel: file(os.O_RDONLY), Initrd: file(os.O_RDONLY), Drives: []*os.File{file(os.O_RDWR)}}
+	good := Files{Log: log, Run: open(dir, os.O_RDONLY, 0), Kernel: file(os.O_RDONLY), Initrd: file(os.O_RDONLY), Drives: []*os.File{file(os.O_WRONLY)}}
 	if gids, err := checkAll(one, good, me); err != nil || len(gids) != 4 || gids[0] != os.Getgid() {
 		t.Errorf("%v, %v", gids, err)
 	}

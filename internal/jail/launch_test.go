@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -80,7 +81,7 @@ func files(t *testing.T, dir string) Files {
 	}
 	return Files{
 		Log: open("log", os.O_WRONLY|os.O_APPEND), Run: open("run", os.O_RDONLY|unix.O_DIRECTORY), Kernel: open("kernel", os.O_RDONLY), Initrd: open("initrd", os.O_RDONLY),
-		Drives: []*os.File{open("base", os.O_RDONLY), open("system", os.O_RDWR)}, Net: open("net", os.O_RDONLY|unix.O_DIRECTORY),
+		Drives: []*os.File{open("base", os.O_RDONLY), open("system", os.O_WRONLY)}, Net: open("net", os.O_RDONLY|unix.O_DIRECTORY),
 	}
 }
 
@@ -175,6 +176,11 @@ func TestJail(t *testing.T) {
 	r, err := h.d.get(aName.file(someUser))
 	if err != nil || r.PID != s.PID || !Inside(r.UID) {
 		t.Fatalf("%+v, %v", r, err)
+	}
+
+	// Its standard input holds the lock on a drive, and gives the guest's console none of it.
+	if info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/0", s.PID)); err != nil || !regexp.MustCompile(`(?m)^flags:\t0\d*1$`).Match(info) {
+		t.Errorf("its standard input is not for writing alone: %s, %v", info, err)
 	}
 
 	// Its root, as root sees it.

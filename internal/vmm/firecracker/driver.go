@@ -419,7 +419,7 @@ func tell(spec vmm.Spec, p *process.Process, said string) error {
 	return fault.New(fault.Unavailable, spec.Name, "Firecracker %s before its guest ran%s", how, said).WithHint("%s", fix)
 }
 
-// lockDrives opens every drive that is written, with a lock on it: Firecracker itself takes none, and two
+// lockDrives opens every drive that is written, for writing alone (jail.Files), with a lock on it: Firecracker itself takes none, and two
 // machines that write to one filesystem destroy it. The lock belongs to the open file
 // (F_OFD_SETLK of fcntl(2)), so it goes with the last process that has it. It covers the bytes by which
 // QEMU tells what it does to an image (its docs/system/images.rst, "Disk image file locking"), so that neither VMM runs over the
@@ -429,7 +429,7 @@ func lockDrives(spec vmm.Spec) (files []*os.File, err error) {
 		if d.ReadOnly {
 			continue
 		}
-		f, err := os.OpenFile(d.Path, os.O_RDWR, 0)
+		f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
 		if err != nil {
 			return files, fault.Wrap(err, fault.Unavailable, spec.Name, "its %s disk cannot be opened", d.Role)
 		}
