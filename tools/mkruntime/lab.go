@@ -31,14 +31,18 @@ const (
 // labBlocks is the size of the host's disk, 24 GiB; the file is sparse.
 const labBlocks = 24 << 30 / ext4.BlockSize
 
-// labEmulator is the package of the QEMU that emulates the host, and labEmulatorSuite the release that it is taken from, with
-// all that it stands on: one newer than most machines', and than the bundle's. Debian 12's (7.2) tears code that the host's
-// kernel patches while another CPU runs it, Debian 13's (10.0) lets guests of the host stand still or reset now and then, and
-// takes nearly twice as long (docs/lab.md).
-const (
-	labEmulator      = "qemu-system-x86"
-	labEmulatorSuite = "forky"
-)
+// labEmulator is the package of the QEMU that emulates the host, with all that it stands on. It is that of the suite's backports,
+// newer than most machines' and than the suite's own: Debian 12's (7.2) tears code that the host's kernel patches while
+// another CPU runs it, Debian 13's (10.0) takes nearly twice as long (docs/lab.md).
+const labEmulator = "qemu-system-x86"
+
+// backports have mmdebstrap take packages from a suite's backports where they have them. No mirror is named: they are where the
+// suite itself comes from.
+var backports = []string{
+	`--aptopt=APT::Default-Release "` + suite + `-backports"`,
+	`--setup-hook=sed -n 's/^\(deb.*\) ` + suite + ` main$/\1 ` + suite + `-backports main/p' "$1/etc/apt/sources.list" >"$1/etc/apt/sources.list.d/backports.list" &&
+test -s "$1/etc/apt/sources.list.d/backports.list"`,
+}
 
 // Files of the host in its cache entry. test/lab reads them.
 const (
@@ -73,7 +77,7 @@ func makeLab(ctx context.Context, p *progress, o options) error {
 	if err != nil {
 		return err
 	}
-	key := contentKey("lab", labSuite, suite, labEmulatorSuite, labEmulator, runtime.GOARCH, packages, string(script), labBlocks, ext4.MkfsArgs(ext4.Growing))
+	key := contentKey("lab", labSuite, suite, backports, labEmulator, runtime.GOARCH, packages, string(script), labBlocks, ext4.MkfsArgs(ext4.Growing))
 	dir, _, err := c.get(ctx, "lab", key, false, func(dir string) ([]string, error) {
 		mode, err := debootstrapMode()
 		if err != nil {
@@ -129,7 +133,7 @@ func buildLab(ctx context.Context, p *progress, mode, dir string, packages []str
 		return nil, err
 	}
 	p.begin("fetching the lab's emulator")
-	err = debootstrap(ctx, p, debootstrapArgs(mode, "extract", labEmulatorSuite, []string{labEmulator}), func(r io.Reader) error {
+	err = debootstrap(ctx, p, debootstrapArgs(mode, "extract", suite, []string{labEmulator}, backports...), func(r io.Reader) error {
 		return extract(r, filepath.Join(dir, labQEMU), isEmulator)
 	})
 	// The disk is not among what is checked: hashing 24 GiB of zeros takes a minute.
