@@ -81,6 +81,7 @@ began_all=$SECONDS
 # Stages run in processes of their own: what they count, and say of what was not run, is in files.
 : >"$run/log/counts"
 : >"$run/log/not_run"
+: >"$run/log/failures"
 counted() { echo "$*" >>"$run/log/counts"; } # <tests> <skipped> <failures>
 
 # check <name> <command...>: a stage. Its output is shown as it comes if the command is a `live`
@@ -119,7 +120,10 @@ finish() {
     fi
     for left in ${not_run[@]+"${not_run[@]}"}; do printf 'not run: %s\n' "$left"; done
     sed 's/^/not run: /' "$run/log/not_run"
-    [ -z "$failed" ] || printf 'FAILED: %s\n' "$failed"
+    if [ -n "$failed" ]; then
+        cat "$run/log/failures"
+        printf 'FAILED: %s\n' "$failed"
+    fi
     printf '%d tests passed, %d failed, %d skipped; %d stages passed, %d failed\n' \
         $((tests - skipped - failures)) "$failures" "$skipped" \
         "$(printf '%s\n' "${report[@]}" | grep -c '  pass  ' || true)" "$(printf '%s\n' "${report[@]}" | grep -c '  FAIL  ' || true)"
@@ -147,6 +151,15 @@ install_tools() {
 }
 PATH=$tools/gotestsum-v1.13.0:$tools/golangci-lint-v2.15.0:$tools/buf-v1.75.0:$tools/protoc-gen-go-v1.36.12:$tools/protoc-gen-connect-go-v1.21.1:$PATH
 
+# failures tells the last lines of each test that failed, and of a package that failed with none: what is far up in a long log is
+# told again at its end.
+failures() {
+    jq -rs '[.[] | select(.Package != null)] | (map(select(.Action == "fail" and .Test != null)) | map({(.Package): true}) | add // {}) as $told |
+        group_by([.Package, .Test])[] | select(any(.[]; .Action == "fail")) | select(.[0].Test != null or ($told[.[0].Package] | not)) |
+        "failed: " + (.[0].Package | sub("^git.thaloco.com/thaloco/banger/"; "")) + " " + (.[0].Test // "") + "\n" +
+        ([.[] | select(.Action == "output") | .Output | select(test("^\\s*===") | not)] | .[-12:] | map("    " + .) | add // "")' "$run/log/json" | cut -c 1-300 | head -n 200
+}
+
 # gotests <format> <go test arguments...>: runs go tests, counts them, and keeps the reasons of skips.
 gotests() {
     local format=$1 status=0 out=$run/log/gotests counts
@@ -160,6 +173,7 @@ gotests() {
         (.[0].Package | sub("^git.thaloco.com/thaloco/banger/"; "")) + " " + .[0].Test + ": " +
         ([.[] | select(.Action == "output") | .Output | select(test("^\\s*(===|---)") | not)] | join(" ") | gsub("\\s+"; " ") | sub("^ ?[^ ]+\\.go:[0-9]+: "; ""))' \
         "$run/log/json" >>"$run/log/skips"
+    [ "$status" -eq 0 ] || failures >>"$run/log/failures"
     return "$status"
 }
 
