@@ -123,7 +123,7 @@ func (c crashChild) open(ctx context.Context, count *int) (*Service, error) {
 	cfg := config.Defaults(config.Host())
 	cfg.RuntimeDir = filepath.Join(c.Cache, "bundle")
 	cfg.DNSListenAddr = ""
-	cfg.BootTimeout, cfg.StopTimeout = 10*time.Second, 5*time.Second
+	cfg.BootTimeout, cfg.StopTimeout = childTime/2, childTime/2 // nothing here takes long, but for a machine that is busy
 	cfg.DefaultDiskSize, cfg.DefaultSystemSize = vm.MinDiskBytes, vm.MinDiskBytes
 	cfg.MiseSource, cfg.OpencodeSource = filepath.Join(c.Cache, "tool"), filepath.Join(c.Cache, "tool")
 	cfg.TmuxResurrectSource, cfg.TmuxContinuumSource = filepath.Join(c.Cache, "resurrect.tar"), filepath.Join(c.Cache, "continuum.tar")
@@ -136,8 +136,11 @@ func (c crashChild) open(ctx context.Context, count *int) (*Service, error) {
 	return s, s.Reconcile(ctx, boot)
 }
 
+// childTime bounds what one daemon does of a case: milliseconds, on a machine that does nothing else.
+const childTime = 2 * time.Minute
+
 func (c crashChild) run() error {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), childTime)
 	defer cancel()
 	count := 0
 	s, err := c.open(ctx, &count)
