@@ -99,13 +99,16 @@ deb: build ## Debian packages of the programs and of ./runtime, in dist
 
 # Of the program that was built: packages run it, too, with SHARE below their own root.
 SHARE ?= dist/share
-.PHONY: shell-files
-shell-files: ## manual pages and what shells complete with, into SHARE (dist/share)
+.PHONY: shell-files dist/man
+dist/man:
+	@mkdir -p dist
+	@$(GO_BUILD) -o $@ ./tools/man
+shell-files: dist/man ## manual pages and what shells complete with, into SHARE (dist/share)
 	@mkdir -p '$(SHARE)/bash-completion/completions' '$(SHARE)/zsh/site-functions' '$(SHARE)/fish/vendor_completions.d'
 	@./banger completion bash >'$(SHARE)/bash-completion/completions/banger'
 	@./banger completion zsh >'$(SHARE)/zsh/site-functions/_banger'
 	@./banger completion fish >'$(SHARE)/fish/vendor_completions.d/banger.fish'
-	@./banger internal man '$(SHARE)/man/man1'
+	@dist/man '$(SHARE)/man/man1'
 
 # ---- sandbox, tests, benchmarks
 

@@ -154,6 +154,9 @@ func (a *app) connectWith(start bool) (*client.Client, error) {
 	return a.client, nil
 }
 
+// Commands are banger's, for who describes them; they are not run.
+func Commands() *cobra.Command { return (&app{place: findPlace}).root() }
+
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:     "banger",

@@ -3,20 +3,16 @@ package cli
 import (
 	"context"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/cobra/doc"
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/client"
-	"git.thaloco.com/thaloco/banger/internal/fault"
-	"git.thaloco.com/thaloco/banger/internal/version"
 )
 
 // completionTime bounds what a press of TAB waits for the daemon.
@@ -272,26 +268,6 @@ puts it where the shells look; otherwise see the examples. bash needs the packag
 				return root.GenZshCompletion(a.stdout)
 			}
 			return root.GenFishCompletion(a.stdout, true)
-		},
-	}
-}
-
-// manCommand writes the manual pages; packages and make install run it.
-func (a *app) manCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "man DIRECTORY", Short: "Write the manual pages into a directory",
-		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := os.MkdirAll(args[0], 0o755); err != nil {
-				return fault.Wrap(err, fault.Permission, args[0], "the directory cannot be made: %v", err)
-			}
-			root := cmd.Root()
-			root.DisableAutoGenTag = true // the same version gives the same pages
-			header := &doc.GenManHeader{Section: "1", Source: "banger " + version.String(), Manual: "banger"}
-			if err := doc.GenManTree(root, header, args[0]); err != nil {
-				return fault.Wrap(err, fault.Permission, filepath.Clean(args[0]), "the pages cannot be written: %v", err)
-			}
-			return nil
 		},
 	}
 }

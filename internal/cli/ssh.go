@@ -282,7 +282,7 @@ func (a *app) internalCommand() *cobra.Command {
 			defer stream.Close()
 			return passDescriptor(os.Stdout, stream)
 		},
-	}, a.manCommand(), a.unitsCommand())
+	}, a.unitsCommand())
 	return cmd
 }
 

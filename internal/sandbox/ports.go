@@ -202,7 +202,7 @@ func probe(ctx context.Context, host string, port int, dial func(context.Context
 // httpsForm is in the pages with which Go's server, nginx, Apache, lighttpd and Python's refuse who comes by HTTP.
 var httpsForm = regexp.MustCompile(`(?i)\b(https|ssl|tls)\b`)
 
-var titleForm = regexp.MustCompile(`(?is)<title[^>]*>(.{0,1000}?)</title`)
+var titleForm = regexp.MustCompile(`(?is)<title[^>]*>(.*?)</title`)
 
 // get fetches one page. The server is whoever listens: nothing that it says is
 // trusted, its certificate is not looked at, and no redirect is followed.
