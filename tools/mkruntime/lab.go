@@ -31,17 +31,20 @@ const (
 // labBlocks is the size of the host's disk, 24 GiB; the file is sparse.
 const labBlocks = 24 << 30 / ext4.BlockSize
 
-// labEmulator is the package of the QEMU that emulates the host, with all that it stands on. It is that of the suite's backports,
-// newer than most machines' and than the suite's own: Debian 12's (7.2) tears code that the host's kernel patches while
-// another CPU runs it, Debian 13's (10.0) takes nearly twice as long (docs/lab.md).
-const labEmulator = "qemu-system-x86"
+// Two parts of it are of the suites' backports, since older ones tear each other (docs/lab.md): its kernel, and the QEMU that
+// emulates it, with all that this stands on.
+const (
+	labHostKernel = "linux-image-cloud-amd64/" + labSuite + "-backports"
+	labEmulator   = "qemu-system-x86"
+)
 
-// backports have mmdebstrap take packages from a suite's backports where they have them. No mirror is named: they are where the
-// suite itself comes from.
-var backports = []string{
-	`--aptopt=APT::Default-Release "` + suite + `-backports"`,
-	`--setup-hook=sed -n 's/^\(deb.*\) ` + suite + ` main$/\1 ` + suite + `-backports main/p' "$1/etc/apt/sources.list" >"$1/etc/apt/sources.list.d/backports.list" &&
-test -s "$1/etc/apt/sources.list.d/backports.list"`,
+// emulatorOptions have mmdebstrap prefer backports.
+var emulatorOptions = []string{`--aptopt=APT::Default-Release "` + suite + `-backports"`, withBackports(suite)}
+
+// withBackports is mmdebstrap's option that adds a suite's backports. No mirror is named: they are where the suite comes from.
+func withBackports(suite string) string {
+	return `--setup-hook=sed -n 's/^\(deb.*\) ` + suite + ` main$/\1 ` + suite + `-backports main/p' "$1/etc/apt/sources.list" >"$1/etc/apt/sources.list.d/backports.list" &&
+test -s "$1/etc/apt/sources.list.d/backports.list"`
 }
 
 // Files of the host in its cache entry. test/lab reads them.
@@ -64,6 +67,7 @@ func makeLab(ctx context.Context, p *progress, o options) error {
 	if err != nil {
 		return err
 	}
+	packages = append(packages, labHostKernel)
 	script, err := os.ReadFile(labCustomize)
 	if err != nil {
 		return fault.Wrap(err, fault.NotFound, labCustomize, "cannot be read").WithHint("run this in the source checkout")
@@ -77,7 +81,7 @@ func makeLab(ctx context.Context, p *progress, o options) error {
 	if err != nil {
 		return err
 	}
-	key := contentKey("lab", labSuite, suite, backports, labEmulator, runtime.GOARCH, packages, string(script), labBlocks, ext4.MkfsArgs(ext4.Growing))
+	key := contentKey("lab", labSuite, withBackports(labSuite), emulatorOptions, labEmulator, runtime.GOARCH, packages, string(script), labBlocks, ext4.MkfsArgs(ext4.Growing))
 	dir, _, err := c.get(ctx, "lab", key, false, func(dir string) ([]string, error) {
 		mode, err := debootstrapMode()
 		if err != nil {
@@ -107,7 +111,7 @@ func buildLab(ctx context.Context, p *progress, mode, dir string, packages []str
 	p.begin("building the lab's host from %d packages", len(packages))
 	tarFile := filepath.Join(dir, "disk.tar")
 	var size imageSize
-	args := debootstrapArgs(mode, "minbase", labSuite, packages, "--customize-hook=LAB_PUBLIC_KEY='"+public+"'\n"+script)
+	args := debootstrapArgs(mode, "minbase", labSuite, packages, withBackports(labSuite), "--customize-hook=LAB_PUBLIC_KEY='"+public+"'\n"+script)
 	err = debootstrap(ctx, p, args, func(r io.Reader) (err error) {
 		out, err := os.Create(tarFile)
 		if err != nil {
@@ -133,7 +137,7 @@ func buildLab(ctx context.Context, p *progress, mode, dir string, packages []str
 		return nil, err
 	}
 	p.begin("fetching the lab's emulator")
-	err = debootstrap(ctx, p, debootstrapArgs(mode, "extract", suite, []string{labEmulator}, backports...), func(r io.Reader) error {
+	err = debootstrap(ctx, p, debootstrapArgs(mode, "extract", suite, []string{labEmulator}, emulatorOptions...), func(r io.Reader) error {
 		return extract(r, filepath.Join(dir, labQEMU), isEmulator)
 	})
 	// The disk is not among what is checked: hashing 24 GiB of zeros takes a minute.
