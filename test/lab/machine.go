@@ -38,8 +38,8 @@ const (
 
 	probePause = 5 * time.Second // between two looks at whether the host still lives
 	probeTime  = 30 * time.Second
-	// silenceTime is how long its SSH server may say nothing: a host with eight guests on its two emulated
-	// CPUs has taken twenty seconds for a banner.
+	// silenceTime is how long its SSH server may say nothing: a host with eight guests on its emulated
+	// CPU has taken twenty seconds for a banner.
 	silenceTime = 2 * time.Minute
 )
 
@@ -130,9 +130,8 @@ func (m *Machine) emulator() []string {
 }
 
 // args are QEMU's. The CPU is one whose extensions QEMU emulates well, with svm. cmpxchg16b is hidden:
-// QEMU 7.2's emulation of it corrupted memory in newer kernels, and a later one's has not been tried for long. The time stamp
-// counters of emulated CPUs are one, but an AMD CPU must say so, which QEMU's cannot: without tsc=reliable the host's kernel
-// takes them for several, and KVM gives guests of more than one CPU a time that may jump.
+// QEMU 7.2's emulation of it corrupted memory in newer kernels, and a later one's has not been tried for long. It is a single one:
+// with two, what their threads do at once takes guests down, and the host with them (docs/lab.md).
 func (m *Machine) args() []string {
 	disk, snapshot := m.opt.Disk, "off"
 	if disk == "" {
@@ -140,9 +139,9 @@ func (m *Machine) args() []string {
 	}
 	escape := func(path string) string { return strings.ReplaceAll(path, ",", ",,") }
 	args := []string{"-M", "q35", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "EPYC-Rome,+svm,+npt,-cx16",
-		"-smp", "2", "-m", fmt.Sprint(m.opt.Memory), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio",
+		"-smp", "1", "-m", fmt.Sprint(m.opt.Memory), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio",
 		"-kernel", filepath.Join(m.opt.Host, "vmlinuz"), "-initrd", filepath.Join(m.opt.Host, "initrd.img"),
-		"-append", "console=ttyS0 quiet root=/dev/vda rw mitigations=off tsc=reliable net.ifnames=0 random.trust_cpu=on systemd.show_status=false",
+		"-append", "console=ttyS0 quiet root=/dev/vda rw mitigations=off net.ifnames=0 random.trust_cpu=on systemd.show_status=false",
 		"-drive", "if=none,id=disk,format=raw,discard=unmap,snapshot=" + snapshot + ",file=" + escape(disk),
 		"-device", "virtio-blk-pci,drive=disk",
 	}

@@ -21,7 +21,7 @@ import (
 // driver is what VMs must run under in the lab.
 const driver = "firecracker"
 
-// Bounds on two busy cores that emulate a host, whose guests run at a tenth of that.
+// Bounds on a busy core that emulates a host, whose guests run at a tenth of that.
 const (
 	callTime  = 5 * time.Minute
 	buildTime = 15 * time.Minute
