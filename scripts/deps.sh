@@ -44,6 +44,8 @@ tests() {
     need busybox-static busybox "is in the container images that VMs are made of in tests"
     need erofs-utils mkfs.erofs "makes a root filesystem that nobody can write to, which VMs are booted of in tests"
     need squashfs-tools mksquashfs "makes another one"
+    need xfsprogs mkfs.xfs "makes a filesystem that jails are tried on in tests"
+    need btrfs-progs mkfs.btrfs "makes another one"
     need umoci umoci "unpacks images, as the reference that banger's own unpacking is compared with"
     need shellcheck shellcheck "checks the shell scripts"
     need bash-completion /usr/share/bash-completion/bash_completion "lets bash complete, in the tests of completion"

@@ -151,9 +151,43 @@ func nothing(t *testing.T, h *Host) {
 	}
 }
 
-// TestJail starts a real Firecracker in a real jail and looks at it from outside, and at what is there inside.
+// TestJail starts a real Firecracker in a real jail and looks at it from outside, and at what is there inside: with files here, and on
+// filesystems of other kinds, since not all let the ids of their files be mapped.
 func TestJail(t *testing.T) {
-	dir := t.TempDir()
+	t.Run("here", func(t *testing.T) { jailIn(t, t.TempDir()) })
+	for _, kind := range []string{"xfs", "btrfs"} {
+		t.Run(kind, func(t *testing.T) { jailIn(t, mounted(t, kind)) })
+	}
+}
+
+// mounted is an empty filesystem of a kind, for the test.
+func mounted(t *testing.T, kind string) (dir string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("jails take root")
+	}
+	if known, err := os.ReadFile("/proc/filesystems"); err != nil || !regexp.MustCompile(`\b`+kind+`\n`).Match(known) {
+		t.Skip("this host's kernel has no " + kind)
+	}
+	image := filepath.Join(t.TempDir(), "image")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 400<<20)); err != nil {
+		t.Fatal(err)
+	}
+	dir = t.TempDir()
+	for _, command := range [][]string{{"mkfs." + kind, "-q", image}, {"mount", "-t", kind, "-o", "loop", image, dir}} {
+		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", command, err, out)
+		}
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+	})
+	return dir
+}
+
+func jailIn(t *testing.T, dir string) {
 	h := realHost(t, dir)
 	f := files(t, dir)
 	if err := h.Check(t.Context(), f.Run); fault.Is(err, fault.Unsupported) {
