@@ -93,7 +93,14 @@ func TestPulse(t *testing.T) {
 		}
 		silent := []bool{false, false, true, false, true, false} // before each
 		i := 0
-		p.follow(a, "otter", "Ctrl-C", saying(&stderr, func() bool { return false }), func() *bangerv1.WatchGuestResponse {
+		lines := saying(&stderr, func() bool { return false })
+		say := func(text string) { // whoever reads it may press Ctrl-C at once
+			if again := strings.Contains(text, "answers again"); p.silent.Load() == again {
+				t.Errorf("silent %v when it says %q", p.silent.Load(), text)
+			}
+			lines(text)
+		}
+		p.follow(a, "otter", "Ctrl-C", say, func() *bangerv1.WatchGuestResponse {
 			if p.silent.Load() != silent[i] {
 				t.Errorf("silent %v before state %d", p.silent.Load(), i)
 			}

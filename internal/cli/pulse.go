@@ -57,24 +57,21 @@ func (a *app) watchPulse(ctx context.Context, c *client.Client, v *bangerv1.VM, 
 
 // follow tells of each state that next gives, until nil.
 func (p *pulse) follow(a *app, name, leave string, say func(string), next func() *bangerv1.WatchGuestResponse) {
-	told := false
 	for m := next(); m != nil; m = next() {
+		// Before it is told: what is told to be left with Ctrl-C is, at once.
+		told := p.silent.Swap(m.GetState() == "silent" || m.GetState() == "paused")
 		switch m.GetState() {
 		case "silent":
 			took := a.now().Sub(m.GetSince().AsTime())
 			say(a.errorText(fault.New(fault.Timeout, name, "its guest has not answered for %.0f s", took.Seconds()).
 				WithHint("wait, leave with %s, or end the VM: banger vm kill %s", leave, name)))
-			told = true
 		case "paused":
 			say(a.errorText(fault.New(fault.Precondition, name, "%s", m.GetNote()).WithHint("banger vm start %s", name)))
-			told = true
 		default:
 			if told && !a.json {
 				say(fmt.Sprintf("banger: %s: its guest answers again\n", name))
 			}
-			told = false
 		}
-		p.silent.Store(told)
 	}
 	p.silent.Store(false)
 }
