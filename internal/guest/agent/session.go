@@ -109,7 +109,10 @@ func open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
 		return nil, err
 	}
 	s.http = &http.Transport{
+		// The transport dials on when the call that it was for is over (net/http, Transport.DialContext).
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			ctx, cancel := context.WithTimeout(ctx, answerTime)
+			defer cancel()
 			return s.stream(ctx, wire.Header{Kind: wire.KindHTTP})
 		},
 		DisableCompression:     true,
