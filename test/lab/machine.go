@@ -131,7 +131,8 @@ func (m *Machine) emulator() []string {
 
 // args are QEMU's. The CPU is one whose extensions QEMU emulates well, with svm. cmpxchg16b is hidden:
 // QEMU 7.2's emulation of it corrupted memory in newer kernels, and a later one's has not been tried for long. It is a single one:
-// with two, what their threads do at once takes guests down, and the host with them (docs/lab.md).
+// with two, what their threads do at once takes guests down, and the host with them (docs/lab.md). AppArmor is off, since its
+// user's half is not among the host's packages: Docker would miss it.
 func (m *Machine) args() []string {
 	disk, snapshot := m.opt.Disk, "off"
 	if disk == "" {
@@ -141,7 +142,7 @@ func (m *Machine) args() []string {
 	args := []string{"-M", "q35", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "EPYC-Rome,+svm,+npt,-cx16",
 		"-smp", "1", "-m", fmt.Sprint(m.opt.Memory), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio",
 		"-kernel", filepath.Join(m.opt.Host, "vmlinuz"), "-initrd", filepath.Join(m.opt.Host, "initrd.img"),
-		"-append", "console=ttyS0 quiet root=/dev/vda rw mitigations=off net.ifnames=0 random.trust_cpu=on systemd.show_status=false",
+		"-append", "console=ttyS0 quiet root=/dev/vda rw mitigations=off apparmor=0 net.ifnames=0 random.trust_cpu=on systemd.show_status=false",
 		"-drive", "if=none,id=disk,format=raw,discard=unmap,snapshot=" + snapshot + ",file=" + escape(disk),
 		"-device", "virtio-blk-pci,drive=disk",
 	}
