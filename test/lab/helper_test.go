@@ -22,11 +22,9 @@ const greeting = `timeout 20 bash -c 'read -r line < /dev/tcp/10.99.0.2/2222 && 
 // bridge; and nothing of it is left in the end.
 func TestRootHelper(t *testing.T) {
 	slow(t)
+	alongside(t)
 	// The programs alone: it is systemd that starts the helper, and coverage is not its business.
-	programs, err := MakePayload(t.Context(), place.checkout, place.scratch, Content{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	programs := packed(t, Content{})
 	m := boot(t, Options{Payload: programs})
 	root, user := person{t, m, "root"}, person{t, m, "user"}
 	root.do(theWorld)

@@ -79,10 +79,35 @@ func slow(t *testing.T) {
 	}
 }
 
-// payload is the disk with the programs, their tests, the bundle and Go.
-var payload = sync.OnceValues(func() (string, error) {
-	return MakePayload(context.Background(), place.checkout, place.scratch, Content{Cover: true, Suites: true, Go: true})
-})
+// packed is a payload with some content, which is made once.
+func packed(t *testing.T, c Content) string {
+	t.Helper()
+	payloads.Lock()
+	defer payloads.Unlock()
+	if image, ok := payloads.of[c]; ok {
+		return image
+	}
+	began := time.Now()
+	image, err := MakePayload(context.Background(), place.checkout, place.scratch, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%5.1fs  packing programs, tests and bundle", time.Since(began).Seconds())
+	payloads.of[c] = image
+	return image
+}
+
+var payloads = struct {
+	sync.Mutex
+	of map[Content]string
+}{of: map[Content]string{}}
+
+// alongside has a test run beside another one where all are run: a host has one CPU, and most machines have two.
+func alongside(t *testing.T) {
+	if !testing.Short() {
+		t.Parallel()
+	}
+}
 
 // boot starts a host that ends with the test. Its console is kept under the test's name.
 func boot(t *testing.T, o Options) *Machine {
@@ -92,13 +117,8 @@ func boot(t *testing.T, o Options) *Machine {
 		o.Memory = 6144
 	}
 	if o.Payload == "" {
-		began := time.Now()
-		image, err := payload()
-		if err != nil {
-			t.Fatal(err)
-		}
-		o.Payload = image
-		t.Logf("%5.1fs  packing programs, tests and bundle", time.Since(began).Seconds())
+		// The programs, their tests, the bundle and Go.
+		o.Payload = packed(t, Content{Cover: true, Suites: true, Go: true})
 	}
 	log, err := os.OpenFile(filepath.Join(place.results, strings.ReplaceAll(t.Name(), "/", "_")+".console.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
 	if err != nil {
@@ -150,6 +170,7 @@ var inTheLab = []suite{
 // TestFirecracker runs the project's own tests with real Firecracker in the lab, as root and as an
 // ordinary user in group kvm.
 func TestFirecracker(t *testing.T) {
+	alongside(t)
 	m := boot(t, Options{})
 	for _, s := range inTheLab {
 		t.Run(s.user+"/"+s.Package, func(t *testing.T) {

@@ -18,10 +18,8 @@ const boxed = `docker run --rm box /bin/busybox sh -c '/bin/busybox timeout 10 /
 // started, restarted and stopped while it runs. The host finds it by its name through systemd-resolved all along.
 func TestNeighbours(t *testing.T) {
 	slow(t)
-	programs, err := MakePayload(t.Context(), place.checkout, place.scratch, Content{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	alongside(t)
+	programs := packed(t, Content{})
 	m := boot(t, Options{Payload: programs})
 	root := person{t, m, "root"}
 	root.do(theWorld + " && ip link set eth0 mtu 1400")

@@ -85,10 +85,7 @@ func MakePayload(ctx context.Context, checkout, dir string, c Content) (image st
 	if err != nil {
 		return "", err
 	}
-	image = filepath.Join(dir, "payload.ext4")
-	if err := os.Remove(image); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", err
-	}
+	image = tree + ".ext4"
 	return image, tool.Make(ctx, image, ext4.Format{Kind: ext4.ReadOnly, Size: size, Label: "payload", Root: tree})
 }
 

@@ -158,10 +158,8 @@ func (p person) disksAreClean(name string) {
 // have them, Go with its modules, and Go's build cache.
 func TestSandbox(t *testing.T) {
 	slow(t)
-	fresh, err := MakePayload(t.Context(), place.checkout, place.scratch, Content{Fresh: true})
-	if err != nil {
-		t.Fatal(err)
-	}
+	alongside(t)
+	fresh := packed(t, Content{Fresh: true})
 	m := boot(t, Options{Payload: fresh})
 	for _, user := range []string{"user", "root"} {
 		t.Run(user, func(t *testing.T) {
@@ -187,6 +185,7 @@ func TestSandbox(t *testing.T) {
 // with their files, and nothing of the time before is left.
 func TestHostReboot(t *testing.T) {
 	slow(t)
+	alongside(t)
 	m := boot(t, Options{})
 	user, root := person{t, m, "user"}, person{t, m, "root"}
 	user.do("./banger vm create --name first --memory 512M; ./banger vm create --name second --memory 512M; ./banger vm create --name off --no-start")
@@ -249,6 +248,7 @@ done`
 // there, and the filesystems of host and guest recover by themselves.
 func TestPowerCut(t *testing.T) {
 	slow(t)
+	alongside(t)
 	disk := filepath.Join(place.scratch, "power-cut.ext4")
 	if err := CopyDisk(t.Context(), place.host, disk); err != nil {
 		t.Fatal(err)
@@ -308,6 +308,7 @@ done; done 2>&1`, synced))
 // TestEightAtOnce creates eight VMs at the same moment.
 func TestEightAtOnce(t *testing.T) {
 	slow(t)
+	alongside(t)
 	m := boot(t, Options{})
 	p := person{t, m, "user"}
 	began := time.Now()
@@ -343,6 +344,7 @@ cat [1-8].log; [ -z "$failed" ]`)
 // TestHangIsNoticed holds a host still: what waits for it ends, and says that banger is not to blame.
 func TestHangIsNoticed(t *testing.T) {
 	slow(t)
+	alongside(t)
 	m, err := Boot(t.Context(), Options{Host: place.host, Memory: 1024})
 	if err != nil {
 		t.Fatal(err)

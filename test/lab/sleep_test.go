@@ -13,6 +13,7 @@ import (
 // clock is right again within seconds.
 func TestHostSleep(t *testing.T) {
 	slow(t)
+	alongside(t)
 	m := boot(t, Options{})
 	p := person{t, m, "user"}
 	p.do("./banger vm create --name sleeper --vcpu 1 --memory 512M")

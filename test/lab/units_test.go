@@ -12,10 +12,8 @@ import (
 // not sync, and VMs with autostart are back without a command. For root and for a user who lingers.
 func TestUnits(t *testing.T) {
 	slow(t)
-	image, err := MakePayload(t.Context(), place.checkout, place.scratch, Content{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	alongside(t)
+	image := packed(t, Content{})
 	m := boot(t, Options{Payload: image})
 	user, root := person{t, m, "user"}, person{t, m, "root"}
 	root.do("loginctl enable-linger user")
