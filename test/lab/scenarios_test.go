@@ -227,8 +227,8 @@ func TestHostReboot(t *testing.T) {
 	}
 	user.do("./banger vm stop first second")
 	user.disksAreClean("first")
+	root.leave() // first: its bridge is seen by all
 	user.leave()
-	root.leave()
 }
 
 // writer runs in a guest: it writes numbered files on each kind of disk there is, says each number when its
