@@ -57,7 +57,7 @@ func newOrdinaryUser(t *testing.T, settings ...string) (*host, *user.User) {
 		}
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(fmt.Sprintf("/tmp/banger-%d", uid)) }) // after the host's end, which makes it again
-	t.Setenv("BANGER_E2E_CAPTURED", "") // content that is this user's is nobody else's
+	t.Setenv("BANGER_E2E_CAPTURED", "")                                        // content that is this user's is nobody else's
 	h := newHostIn(t, filepath.Join(home, "e2e"), settings...)
 	run(t, "chown", "-R", fmt.Sprintf("%d:%d", uid, gid), filepath.Join(home, "e2e"))
 	h.program = filepath.Join(prefix, "bin/banger")
