@@ -1,9 +1,6 @@
 package rundir
 
-import (
-	"net"
-	"sync"
-)
+import "net"
 
 // First is the wait for somebody to connect to a socket: for a word, since the connection carries nothing. After the first one
 // it takes no more, so that nobody keeps the host busy with it.
@@ -12,7 +9,6 @@ type First struct {
 	Came <-chan struct{}
 
 	l    *net.UnixListener
-	once sync.Once
 	over chan struct{} // closed when nothing listens any more
 }
 
@@ -32,15 +28,13 @@ func (r *Dir) ListenFirst(name string) (*First, error) {
 			_ = conn.Close() // it carries nothing
 		}
 		close(came)
-		f.end()
+		_ = f.l.Close()
 	}()
 	return f, nil
 }
 
-func (f *First) end() { f.once.Do(func() { _ = f.l.Close() }) }
-
 // Close returns when nothing listens any more. It may be called twice.
 func (f *First) Close() {
-	f.end()
+	_ = f.l.Close() // it may be closed already
 	<-f.over
 }

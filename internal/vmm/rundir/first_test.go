@@ -11,23 +11,17 @@ import (
 // TestListenFirst connects as Firecracker does for a guest that says that it listens, once and once more.
 func TestListenFirst(t *testing.T) {
 	dir, err := Open(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer dir.Close()
 	u, err := dir.ListenFirst("s")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	select {
 	case <-u.Came:
 		t.Error("said before anybody has")
 	default:
 	}
 	conn, err := dir.Dial(t.Context(), "s")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer conn.Close()
 	select {
 	case <-u.Came:
@@ -39,14 +33,10 @@ func TestListenFirst(t *testing.T) {
 		t.Errorf("a second word: %v, want a refusal", err)
 	}
 	u.Close()
-	if err := dir.Remove("s"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, dir.Remove("s"))
 
 	silent, err := dir.ListenFirst("s")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	silent.Close()
 	<-silent.Came // nobody waits for what cannot come any more
 }
