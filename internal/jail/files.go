@@ -69,7 +69,7 @@ func check(f *os.File, user int, what string, dir, write bool) (gid int, err err
 	switch {
 	case st.Mode&unix.S_IFMT != kind:
 		return 0, no("it is a file of another kind")
-	case flags&unix.O_PATH != 0, write && mode != unix.O_WRONLY, !write && mode == unix.O_WRONLY:
+	case flags&unix.O_PATH != 0, write != (mode == unix.O_WRONLY):
 		return 0, no("it was not opened for what it is for")
 	case int(st.Uid) != user:
 		return 0, no("it belongs to user %d, not to user %d", st.Uid, user)
