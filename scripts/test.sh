@@ -157,7 +157,7 @@ failures() {
     jq -rs '[.[] | select(.Package != null)] | (map(select(.Action == "fail" and .Test != null)) | map({(.Package): true}) | add // {}) as $told |
         group_by([.Package, .Test])[] | select(any(.[]; .Action == "fail")) | select(.[0].Test != null or ($told[.[0].Package] | not)) |
         "failed: " + (.[0].Package | sub("^git.thaloco.com/thaloco/banger/"; "")) + " " + (.[0].Test // "") + "\n" +
-        ([.[] | select(.Action == "output") | .Output | select(test("^\\s*===") | not)] | .[-12:] | map("    " + .) | add // "")' "$run/log/json" | cut -c 1-300 | head -n 200
+        ([.[] | select(.Action == "output") | .Output | select(test("^\\s*===") | not)] | .[-12:] | map("    " + .) | add // "")' "$run/log/json" | cut -c 1-300 | sed -n 1,200p
 }
 
 # gotests <format> <go test arguments...>: runs go tests, counts them, and keeps the reasons of skips.
@@ -317,10 +317,10 @@ done
 # emulated was seen to hang or panic by itself (docs/lab.md): the tests notice and say so, and only then is there
 # another try in a fresh lab, which the summary tells.
 lab() {
-    local try
-    cp "$run/log/counts" "$run/log/counts.before"
+    local try file
+    for file in counts skips failures; do cp "$run/log/$file" "$run/log/$file.before"; done
     for try in 1 2 3; do
-        cp "$run/log/counts.before" "$run/log/counts" # those of the last try count
+        for file in counts skips failures; do cp "$run/log/$file.before" "$run/log/$file"; done # those of the last try count
         # shellcheck disable=SC2086
         if gotests standard-verbose -tags e2e -count 1 -timeout 150m $short ./test/lab; then
             [ "$try" -eq 1 ] || echo "the lab's host failed $((try - 1)) times before the tests passed: its output is above" >>"$run/log/not_run"
