@@ -38,8 +38,8 @@ const (
 
 	probePause = 5 * time.Second // between two looks at whether the host still lives
 	probeTime  = 30 * time.Second
-	// silenceTime is how long its SSH server may say nothing: a host with eight guests on its emulated
-	// CPU has taken twenty seconds for a banner.
+	// silenceTime is how long its SSH server may say nothing: a host with eight guests, which had two emulated
+	// CPUs then, has taken twenty seconds for a banner.
 	silenceTime = 2 * time.Minute
 )
 
@@ -130,8 +130,8 @@ func (m *Machine) emulator() []string {
 }
 
 // args are QEMU's. The CPU is one whose extensions QEMU emulates well, with svm. cmpxchg16b is hidden:
-// QEMU 7.2's emulation of it corrupted memory in newer kernels, and a later one's has not been tried for long. It is a single one:
-// with two, what their threads do at once takes guests down, and the host with them (docs/lab.md). AppArmor is off, since its
+// QEMU 7.2's emulation of it corrupted memory in newer kernels, and a later one's has not been tried for long. There is one CPU:
+// what the threads of two do at once takes guests down, and the host with them (docs/lab.md). AppArmor is off, since its
 // user's half is not among the host's packages: Docker would miss it.
 func (m *Machine) args() []string {
 	disk, snapshot := m.opt.Disk, "off"
