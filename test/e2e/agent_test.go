@@ -227,7 +227,7 @@ func TestCopyAgainstScp(t *testing.T) {
 	switch {
 	case os.Getenv("BANGER_E2E_COPY") == "full":
 		size, files = 1<<30, 10_000
-	case os.Getenv("BANGER_E2E_VMM") == "firecracker": // in the lab, whose guests are emulated twice
+	case underFirecracker(): // in the lab, whose guests are emulated twice
 		size, files = 64<<20, 250
 	}
 	h := newHost(t)

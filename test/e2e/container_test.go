@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"strings"
 	"time"
 )
@@ -16,7 +15,7 @@ import (
 func (h *host) containers(name, at string) {
 	t := h.t
 	t.Helper()
-	if os.Getenv("BANGER_E2E_VMM") == "firecracker" {
+	if underFirecracker() {
 		t.Log("no containers: Docker takes minutes to start in a guest of the lab, and TestLifeOfAVM waits for it there")
 		return
 	}

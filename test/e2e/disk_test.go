@@ -42,7 +42,7 @@ func TestHostFull(t *testing.T) {
 
 	// What is left on the host: 24 MiB, beyond what Firecracker's machines always need. The guest writes 79 MB.
 	left, why := int64(24<<20), "disk full"
-	if os.Getenv("BANGER_E2E_VMM") == "firecracker" {
+	if underFirecracker() {
 		left, why = left+128<<20, "disk is all but full"
 	}
 	fill(t, filepath.Join(dir, filler), left)

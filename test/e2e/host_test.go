@@ -118,6 +118,9 @@ func newHostIn(t *testing.T, dir string, settings ...string) *host {
 	return h
 }
 
+// underFirecracker says that the tests run in the lab, on VMs of Firecracker.
+func underFirecracker() bool { return os.Getenv("BANGER_E2E_VMM") == "firecracker" }
+
 // forget takes away what share gave: the host captures for itself.
 func (h *host) forget() {
 	for _, kind := range captured {

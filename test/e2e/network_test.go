@@ -139,7 +139,7 @@ func address(link, cidr string) error {
 // and nothing of it lost when the daemon is restarted.
 func TestUserNetwork(t *testing.T) {
 	settings := []string{"default_nat = true", `network = "user"`}
-	byAgent := os.Getenv("BANGER_E2E_VMM") == "firecracker" // frames go by the guest's agent, and newHostIn sets the VMM
+	byAgent := underFirecracker() // frames go by the guest's agent, and newHostIn sets the VMM
 	if !byAgent {
 		settings = append(settings, `vmm = "qemu"`)
 	}

@@ -62,7 +62,7 @@ func newOrdinaryUser(t *testing.T, settings ...string) (*host, *user.User) {
 	run(t, "chown", "-R", fmt.Sprintf("%d:%d", uid, gid), filepath.Join(home, "e2e"))
 	h.program = filepath.Join(prefix, "bin/banger")
 	credential := &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
-	if os.Getenv("BANGER_E2E_VMM") == "firecracker" { // which takes KVM, and that a group on most hosts
+	if underFirecracker() { // which takes KVM, and that a group on most hosts
 		if kvm, err := user.LookupGroup("kvm"); err == nil {
 			id, _ := strconv.Atoi(kvm.Gid)
 			credential.Groups = []uint32{uint32(id)}

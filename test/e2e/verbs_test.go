@@ -205,7 +205,7 @@ func TestVerbs(t *testing.T) {
 	})
 
 	t.Run("trim", func(t *testing.T) {
-		if os.Getenv("BANGER_E2E_VMM") == "firecracker" {
+		if underFirecracker() {
 			t.Skip("Firecracker 1.12 takes no discards")
 		}
 		h := h.with(t)
@@ -254,7 +254,7 @@ func TestVerbs(t *testing.T) {
 	t.Run("clock after a pause", func(t *testing.T) {
 		h := h.with(t)
 		h.do("daemon", "stop") // it holds QEMU's monitor
-		if os.Getenv("BANGER_E2E_VMM") == "firecracker" {
+		if underFirecracker() {
 			h.do("vm", "kill", "--signal", "STOP", name)
 		} else {
 			pause(t, filepath.Join(h.state, "run"))
