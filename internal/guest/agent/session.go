@@ -40,6 +40,9 @@ const (
 	portTryTime = 20 * time.Second
 	// answerTime bounds the answer to a header that does not wait, if the context does not.
 	answerTime = 30 * time.Second
+	// maxCalls bounds the calls under way at once, others wait for their connections: a handshake of each would keep a slow
+	// guest for longer than the callers wait.
+	maxCalls = 16
 )
 
 // Session is an authenticated way to one guest's agent. Safe for concurrent use. It holds no lock
@@ -116,6 +119,7 @@ func open(ctx context.Context, link vmm.Link, secret string) (*Session, error) {
 			return s.stream(ctx, wire.Header{Kind: wire.KindHTTP})
 		},
 		DisableCompression:     true,
+		MaxConnsPerHost:        maxCalls,
 		MaxIdleConnsPerHost:    2,
 		IdleConnTimeout:        30 * time.Second,
 		MaxResponseHeaderBytes: 16 << 10,

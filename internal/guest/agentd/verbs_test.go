@@ -68,12 +68,18 @@ func TestVerbs(t *testing.T) {
 	})
 }
 
-// TestAHundredCallsAtOnce are all answered.
+// TestAHundredCallsAtOnce are all answered, over few connections: each costs the guest a handshake, and a slow one some 60 ms.
 func TestAHundredCallsAtOnce(t *testing.T) {
 	g := &agentd.Guest{Stages: &agentd.Stages{}, Stats: func(context.Context) (*agentv1.StatsResponse, error) {
 		return &agentv1.StatsResponse{Cpus: 1}, nil
 	}}
 	links(t, g, func(t *testing.T, link vmm.Link) {
+		var dialled atomic.Int32
+		dial := link.Dial
+		link.Dial = func(ctx context.Context) (net.Conn, error) {
+			dialled.Add(1)
+			return dial(ctx)
+		}
 		c := open(t, link).Client()
 		ctx := within(t)
 		var all sync.WaitGroup
@@ -85,6 +91,9 @@ func TestAHundredCallsAtOnce(t *testing.T) {
 			})
 		}
 		all.Wait()
+		if n := dialled.Load(); n > 20 {
+			t.Errorf("%d connections for a hundred calls", n)
+		}
 	})
 }
 
