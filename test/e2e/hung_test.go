@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bufio"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -75,7 +76,7 @@ func firstOf(s string) string {
 	return line
 }
 
-// TestGuestInTrouble is one VM whose guest runs out of disk, then of memory, and then hangs: every verb ends within its bound, and says what it waited
+// TestGuestInTrouble is one VM whose guest runs out of disk, then of memory, then thrashes, and then hangs: every verb ends within its bound, and says what it waited
 // for. Before that it has a container, which takes a guest that is well.
 func TestGuestInTrouble(t *testing.T) {
 	slow(t)
@@ -140,6 +141,41 @@ func TestGuestInTrouble(t *testing.T) {
 			{[]string{"vm", "show", name}, callTime, []int{0}, []string{"running"}},
 		})
 		h.do("vm", "exec", name, "--", "umount", "/run/eaten")
+	})
+
+	t.Run("thrashing", func(t *testing.T) {
+		h := h.with(t)
+		h.do("vm", "exec", name, "--", "sh", "-c", "echo kept > /root/kept && dd if=/dev/zero of=/root/hot bs=1M count=300 2>/dev/null && sync")
+		// There is no swap: memory goes to a file of tmpfs, and what is left for the page cache is too little for a file that several
+		// processes read all over, all the time.
+		h.do("vm", "exec", name, "--", "sh", "-c", `nohup sh -c 'mkdir -p /run/eaten && mount -t tmpfs -o size=4G tmpfs /run/eaten
+			while [ "$(awk "/^MemAvailable/{print \$2}" /proc/meminfo)" -gt 81920 ]; do dd if=/dev/zero of=/run/eaten/$(date +%N) bs=1M count=16; done
+			for i in 1 2 3 4; do
+				python3 -c "import mmap, os, random
+m = mmap.mmap(os.open(\"/root/hot\", os.O_RDONLY), 0, prot=mmap.PROT_READ)
+while True: m[random.randrange(len(m))]" &
+			done
+			while :; do cat /proc/pressure/memory > /dev/console; sleep 2; done' > /dev/null 2>&1 &`)
+		h.until("it thrashes", 3*time.Minute, func() bool {
+			waited := strings.Split(h.do("vm", "logs", name), "some avg10=")
+			var percent float64 // of ten seconds, in which some process waited for memory (Documentation/accounting/psi.rst)
+			_, _ = fmt.Sscanf(waited[len(waited)-1], "%f ", &percent)
+			return percent > 10
+		})
+		// Who answers and who does not is the guest's affair. Here a call ends, and says why if it was in vain.
+		h.verbs([]verb{
+			{[]string{"vm", "list"}, 2 * time.Second, []int{0}, []string{name}},
+			{[]string{"vm", "show", name}, 10 * time.Second, []int{0}, []string{"running"}},
+			{[]string{"vm", "stats", name}, 15 * time.Second, []int{0, 1, 6}, nil},
+			{[]string{"vm", "ports", name}, 15 * time.Second, []int{0, 1, 6}, nil},
+			{[]string{"vm", "exec", name, "--", "true"}, 40 * time.Second, []int{0, 1, 6, 137}, nil},
+			{[]string{"vm", "cp", file, name + ":/root/copy"}, 40 * time.Second, []int{0, 1, 2, 6}, nil},
+			{[]string{"vm", "wait", name, "--for", "port:9", "--timeout", "3s"}, 10 * time.Second, []int{6}, []string{"port 9"}},
+			{[]string{"vm", "logs", name}, 5 * time.Second, []int{0}, nil},
+			{[]string{"vm", "stop", "--force", name}, 10 * time.Second, []int{0}, []string{"stopped"}},
+			{[]string{"vm", "start", name}, callTime, []int{0}, nil},
+			{[]string{"vm", "exec", name, "--", "cat", "/root/kept"}, callTime, []int{0}, []string{"kept"}},
+		})
 	})
 
 	t.Run("an agent that hangs", func(t *testing.T) {

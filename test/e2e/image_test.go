@@ -121,6 +121,58 @@ docker run --rm own/image:1 /ldconfig --version | head -n 1`)
 	h.refused(4, []string{"image", "delete", "docker-dev"}, "in use by dd")
 }
 
+// TestImageBuildOfFiles builds an image of what lies on this machine alone, which takes no network: so it runs in the lab as well, where
+// Firecracker runs the builder. A VM of it has what was built, in its root and in its work disk.
+func TestImageBuildOfFiles(t *testing.T) {
+	slow(t)
+	dir := t.TempDir()
+	script := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte("#!/bin/sh\n"+text+"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	h := newHost(t,
+		fmt.Sprintf("mise_source = %q", script("mise", "echo mise of a file")),
+		fmt.Sprintf("opencode_source = %q", script("opencode", "echo opencode of a file")),
+		fmt.Sprintf("tmux_resurrect_source = %q", pluginRepository(t, "resurrect")),
+		fmt.Sprintf("tmux_continuum_source = %q", pluginRepository(t, "continuum")))
+	good := script("good", "set -e\nid -u > /opt/by-script\necho seeded > /root/seeded")
+	bad := script("bad", "echo about to fail >&2\nexit 7")
+
+	r := h.tryFor(buildTime, "image", "build", "--name", "files", "--script", bad)
+	if r.code == 0 || !strings.Contains(r.stderr, "about to fail") || !strings.Contains(r.stderr, "exit code 7") {
+		t.Errorf("a script that fails: %s", r)
+	}
+	h.refused(3, []string{"image", "show", "files"}, "files")
+	if left := h.list(); len(left) != 0 {
+		t.Errorf("VMs are left: %+v", left)
+	}
+
+	if r := h.tryFor(buildTime, "image", "build", "--name", "files", "--script", good); r.code != 0 || r.stdout != "files: built\n" {
+		t.Fatalf("%s", r)
+	}
+	if left := h.list(); len(left) != 0 {
+		t.Errorf("VMs are left: %+v", left)
+	}
+	var img struct {
+		Base     string `json:"base"`
+		WorkSeed string `json:"work_seed"`
+	}
+	h.json(&img, "image", "show", "files")
+	for _, id := range []string{img.Base, img.WorkSeed} {
+		run(t, "e2fsck", "-fn", filepath.Join(h.state, "images", id))
+	}
+	h.create("of-files", "--image", "files")
+	const want = "0\nseeded\nmise of a file\nopencode of a file\ncontinuum.tmux\nresurrect.tmux"
+	if got := h.sh("of-files", "cd /root/.tmux/plugins; cat /opt/by-script /root/seeded; /usr/local/bin/mise; /usr/local/bin/opencode; basename -a tmux-*/*.tmux"); got != want {
+		t.Errorf("it has %q, want %q", got, want)
+	}
+	h.do("vm", "delete", "of-files")
+	h.do("image", "delete", "files")
+}
+
 // TestImageBuildWithoutItsSources wants the setting named, and nothing left.
 func TestImageBuildWithoutItsSources(t *testing.T) {
 	slow(t)

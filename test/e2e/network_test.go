@@ -139,11 +139,23 @@ func address(link, cidr string) error {
 // and nothing of it lost when the daemon is restarted.
 func TestUserNetwork(t *testing.T) {
 	settings := []string{"default_nat = true", `network = "user"`}
-	byAgent := underFirecracker() // frames go by the guest's agent, and newHostIn sets the VMM
-	if !byAgent {
+	if !underFirecracker() { // newHostIn sets the VMM there
 		settings = append(settings, `vmm = "qemu"`)
 	}
 	h, _ := newOrdinaryUser(t, settings...)
+	userNetwork(t, h)
+}
+
+// TestUserNetworkInAJail is the same for root, whose VMs are jailed, when root asks for it.
+func TestUserNetworkInAJail(t *testing.T) {
+	if !underFirecracker() || os.Geteuid() != 0 {
+		t.Skip("Firecracker is what is jailed, by root: the lab runs it")
+	}
+	userNetwork(t, newHost(t, "default_nat = true", `network = "user"`))
+}
+
+func userNetwork(t *testing.T, h *host) {
+	byAgent := underFirecracker() // frames go by the guest's agent
 	came := ownNetwork(t)
 	l, err := net.Listen("tcp", ":8080") // the host's own server, which guests must not get to
 	if err != nil {
@@ -158,6 +170,9 @@ func TestUserNetwork(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.create("web")
+	if jailed := strings.Contains(h.do("vm", "show", "web"), "in a jail"); jailed != (byAgent && h.sys == nil) {
+		t.Errorf("in a jail: %v", jailed)
+	}
 
 	get := func(url string) string { return h.in("web", "curl -sS --max-time 20 "+url+" 2>&1 || true") }
 	if got := get("http://" + worldAddr + ":8080/"); got != "the world, to "+hostAddr {

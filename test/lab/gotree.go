@@ -15,7 +15,7 @@ import (
 )
 
 // goPackages are what can be built in the lab: banger itself, and what tests build.
-var goPackages = []string{"./cmd/...", "./tools/mkruntime", "./internal/vmm/qemu/testdata/guest"}
+var goPackages = []string{"./cmd/...", "./tools/mkruntime", "./tools/man", "./internal/vmm/qemu/testdata/guest"}
 
 // placeGo brings Go to the lab, as it is on the machine of somebody who has built banger before: the
 // toolchain in go, the modules in home/go, and a build cache in home/cache/go-build. There are just the files

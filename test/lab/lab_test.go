@@ -152,9 +152,9 @@ type suite struct {
 // The rest of it (installing, packages, images, shell helpers) runs on the machine itself, with QEMU.
 var (
 	ofVMMs = []string{"TestAgentVerbs", "TestCopyAgainstScp", "TestUnbootable", "TestBrokenBundle", "TestConfiguredArtifacts", "TestConfinement",
-		"TestDiskSizes", "TestGuestInTrouble", "TestLifeOfAVM", "TestManyAtOnce", "TestTwoInstallations", "TestVerbs"}
+		"TestDiskSizes", "TestGuestInTrouble", "TestImageBuildOfFiles", "TestLifeOfAVM", "TestManyAtOnce", "TestTwoInstallations", "TestUpgrade", "TestVerbs"}
 	// TestUserNetwork makes an ordinary user of its own.
-	ofRoot = []string{"TestHostFull", "TestBridgeNetwork", "TestUserNetwork", "TestConfinement", "TestLifeOfAVM", "TestManyAtOnce", "TestVerbs"}
+	ofRoot = []string{"TestHostFull", "TestBridgeNetwork", "TestUserNetwork", "TestUserNetworkInAJail", "TestConfinement", "TestLifeOfAVM", "TestManyAtOnce", "TestVerbs"}
 	ofKVM  = []string{"TestLinuxConformance"}
 )
 

@@ -26,6 +26,7 @@ type Suite struct {
 var Suites = []Suite{
 	{"internal/vmm/firecracker", "firecracker.test"},
 	{"test/e2e", "e2e.test"},
+	{"internal/hostclock", "hostclock.test"}, // TestVerbs runs it in a guest
 }
 
 // Content says what a payload holds beside the source, the programs and the runtime bundle.
