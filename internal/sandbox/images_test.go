@@ -3,6 +3,7 @@ package sandbox
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -172,6 +173,22 @@ func TestWhatACreateChoseIsNotCollected(t *testing.T) {
 	}
 	if exists(r.s.images.content(pins.Base)) {
 		t.Error("it is kept for ever")
+	}
+}
+
+// A crash between the capture of an image and its record leaves content that nothing refers to: the next daemon takes it away.
+func TestContentOfACrashIsCollected(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.start()
+	v := r.create("calm-otter")
+	left := r.s.images.content(strings.Repeat("a1", sha256.Size))
+	if err := os.WriteFile(left, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.restart()
+	if exists(left) || !exists(r.s.images.content(v.Pins.Base)) {
+		t.Error("it is still there, or what a VM refers to has gone")
 	}
 }
 

@@ -310,6 +310,10 @@ func (s *Service) sweep(ctx context.Context) error {
 	if err := s.images.sweep(ctx); err != nil {
 		return err
 	}
+	// A crash between the capture of a new image and its record, or before a delete had done this, leaves such.
+	if err := s.images.collectUnused(ctx); err != nil {
+		s.log.Warn("captured artifacts that nothing refers to could not be removed", "err", err)
+	}
 	if sw, ok := s.driver.(vmm.Sweeper); ok {
 		ended, err := sw.Sweep(ctx, s.store.InstallationID(), filepath.Join(s.paths.State, "run"), func(id string) bool { return known[id] })
 		for _, id := range ended {

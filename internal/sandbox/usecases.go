@@ -422,7 +422,7 @@ func (s *Service) remove(ctx context.Context, h *operation.Handle, v *vm.VM) err
 		return err
 	}
 	// The VM is gone whatever becomes of what only it referred to; that is tried again at the next
-	// delete and at the next change of the bundle.
+	// delete, change of the bundle or start of a daemon.
 	if err := s.images.collectUnused(ctx); err != nil {
 		s.log.Warn("captured artifacts that nothing refers to could not be removed", "err", err)
 	}
