@@ -53,6 +53,7 @@ type Options struct {
 	Disk    string    // the host's disk; "" is a layer over the built one that goes away with the machine
 	Console io.Writer // gets what the host prints on its serial console
 	Memory  int       // MiB
+	CPUs    int       // 0 is one. Guests of several are safe on a host of one alone (docs/lab.md)
 }
 
 // Machine is a host that runs. Its methods may be called from several goroutines.
@@ -130,7 +131,7 @@ func (m *Machine) emulator() []string {
 }
 
 // args are QEMU's. The CPU is one whose extensions QEMU emulates well, with svm. cmpxchg16b is hidden:
-// QEMU 7.2's emulation of it corrupted memory in newer kernels, and a later one's has not been tried for long. There is one CPU:
+// QEMU 7.2's emulation of it corrupted memory in newer kernels, and a later one's has not been tried for long. There is one CPU if not asked:
 // what the threads of two do at once takes guests down, and the host with them (docs/lab.md). AppArmor is off, since its
 // user's half is not among the host's packages: Docker would miss it.
 func (m *Machine) args() []string {
@@ -140,7 +141,7 @@ func (m *Machine) args() []string {
 	}
 	escape := func(path string) string { return strings.ReplaceAll(path, ",", ",,") }
 	args := []string{"-M", "q35", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "EPYC-Rome,+svm,+npt,-cx16",
-		"-smp", "1", "-m", fmt.Sprint(m.opt.Memory), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio",
+		"-smp", fmt.Sprint(max(1, m.opt.CPUs)), "-m", fmt.Sprint(m.opt.Memory), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio",
 		"-kernel", filepath.Join(m.opt.Host, "vmlinuz"), "-initrd", filepath.Join(m.opt.Host, "initrd.img"),
 		"-append", "console=ttyS0 quiet root=/dev/vda rw mitigations=off apparmor=0 net.ifnames=0 random.trust_cpu=on systemd.show_status=false",
 		"-drive", "if=none,id=disk,format=raw,discard=unmap,snapshot=" + snapshot + ",file=" + escape(disk),

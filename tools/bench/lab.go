@@ -12,8 +12,12 @@ import (
 	"git.thaloco.com/thaloco/banger/test/lab"
 )
 
-// labMemory is the lab's, in MiB: one guest of the default size at a time, and room for the page cache.
-const labMemory = 6144
+// labMemory is the lab's, in MiB: one guest of the default size at a time, and room for the page cache. Two CPUs: on a host of
+// one what daemon and guest do side by side anywhere else comes one after the other. The guests have one each.
+const (
+	labMemory = 6144
+	labCPUs   = 2
+)
 
 // inLab runs `bench -bare` in the lab and returns its report. A command that a user typed ends the lab
 // with it.
@@ -33,7 +37,7 @@ func inLab(ctx context.Context, p plan) (_ *report, err error) {
 	if err != nil {
 		return nil, err
 	}
-	m, err := lab.Boot(ctx, lab.Options{Host: host, Payload: payload, Memory: labMemory})
+	m, err := lab.Boot(ctx, lab.Options{Host: host, Payload: payload, Memory: labMemory, CPUs: labCPUs})
 	if err != nil {
 		return nil, err
 	}

@@ -63,7 +63,8 @@ type report struct {
 	At         time.Time         `json:"at"`
 	Command    string            `json:"command"`
 	Machine    machine           `json:"machine"`
-	Host       *machine          `json:"host,omitempty"` // of the lab, if Machine is it
+	Host       *machine          `json:"host,omitempty"`   // of the lab, if Machine is it
+	Stalls     int               `json:"stalls,omitempty"` // guests of the lab that stood still and were made once more
 	Figures    map[string]figure `json:"figures"`
 	Thresholds []threshold       `json:"thresholds"`
 	Goals      []goal            `json:"goals"`
@@ -298,6 +299,9 @@ func (r *report) tableOfFloor() string {
 	b.WriteString("| what | p50 | p95 | samples |\n| --- | ---: | ---: | ---: |\n")
 	for _, s := range floorStages {
 		r.row(&b, s.label, s.name)
+	}
+	if r.Stalls > 0 {
+		fmt.Fprintf(&b, "\nGuests that stood still and were made once more: %d.\n", r.Stalls)
 	}
 	r.thresholds(&b)
 	return b.String()
