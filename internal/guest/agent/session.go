@@ -205,7 +205,7 @@ func (s *Session) muxStream(ctx context.Context, h wire.Header) (net.Conn, error
 			failed <- err
 			return
 		}
-		conn := &muxConn{Stream: stream, session: s}
+		conn := &muxConn{Stream: stream, session: s, given: make(chan struct{})}
 		if _, err := io.WriteString(conn, h.String()); err != nil {
 			failed <- errors.Join(err, conn.Close())
 			return
@@ -336,7 +336,8 @@ type muxConn struct {
 	session *Session
 	once    sync.Once
 	closed  atomic.Bool
-	reading sync.Mutex // held by who reads
+	given   chan struct{} // closed with it
+	reading sync.Mutex    // held by who reads
 }
 
 // Read implements net.Conn. It ends with Close.
@@ -353,6 +354,27 @@ func (c *muxConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
+// Write implements net.Conn. It ends with Close, where yamux waits for a port that takes nothing for as long as its own bound, whatever
+// the deadline: that is left to end behind the caller's back, with a copy of what was to be written.
+func (c *muxConn) Write(b []byte) (int, error) {
+	type result struct {
+		n   int
+		err error
+	}
+	done := make(chan result, 1)
+	own := slices.Clone(b)
+	go func() {
+		n, err := c.Stream.Write(own)
+		done <- result{n, err}
+	}()
+	select {
+	case r := <-done:
+		return r.n, r.err
+	case <-c.given:
+		return 0, net.ErrClosed
+	}
+}
+
 // CloseWrite says that no more comes; reading goes on.
 func (c *muxConn) CloseWrite() error { return c.Stream.Close() }
 
@@ -361,6 +383,7 @@ func (c *muxConn) CloseWrite() error { return c.Stream.Close() }
 func (c *muxConn) Close() error {
 	c.once.Do(func() {
 		c.closed.Store(true)
+		close(c.given)
 		_ = c.SetDeadline(time.Unix(1, 0)) // ends a read, and a write that waits for the guest to read
 		go c.abandon()
 	})

@@ -224,6 +224,45 @@ func TestStandstill(t *testing.T) {
 	}
 }
 
+// TestStandstillOfAKeptConnection: a call over a connection that was opened before the guest stood still, and a port that takes nothing any more,
+// ends with its context all the same.
+func TestStandstillOfAKeptConnection(t *testing.T) {
+	port := loopback(t, func(c *net.TCPConn) { _, _ = c.Read(make([]byte, 1)) })
+	v := newValve()
+	s, err := agent.Open(within(t), valvedLink(t, true, &agentd.Guest{Stages: &agentd.Stages{}, DialTCP: agentd.DialLoopback}, v), secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Client().Health(within(t), &agentv1.HealthRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer s.Close()
+	var conns []net.Conn
+	for range 8 { // whose windows are more than the port's buffers take
+		c, err := s.DialTCP(within(t), port, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, c)
+	}
+	v.after(0)
+	for _, c := range conns {
+		all.Go(func() { _, _ = c.Write(make([]byte, 1<<20)) })
+	}
+	time.Sleep(50 * time.Millisecond)
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), 150*time.Millisecond)
+		began := time.Now()
+		_, err := s.Client().Health(ctx, &agentv1.HealthRequest{})
+		cancel()
+		if took := time.Since(began); err == nil || took > 5*time.Second {
+			t.Errorf("%v after %s", err, took)
+		}
+	}
+}
+
 type counter struct{ n int }
 
 func (c *counter) Write(b []byte) (int, error) {
