@@ -98,11 +98,11 @@ func (d *Driver) boot(spec vmm.Spec, r Record) error {
 	if err := writePidfile(spec, r); err != nil {
 		return err
 	}
-	if err := appendLine(spec.Log, fmt.Sprintf("fake: start %d of %s", r.Instance, spec.Marker())); err != nil {
+	if err := appendLine(spec.Log, fmt.Sprintf("fake: start %d of %s", r.Instance, spec.Marker()), os.O_CREATE); err != nil {
 		return err
 	}
 	if text, ok := d.world.fault(spec, "console"); ok {
-		if err := appendLine(spec.Log, text); err != nil {
+		if err := appendLine(spec.Log, text, 0); err != nil {
 			return err
 		}
 	}
@@ -513,8 +513,9 @@ func (g *Guest) Fault(kind string) (arg string, ok bool) {
 	return g.m.driver.world.fault(g.m.spec, kind)
 }
 
-// Console appends a line to the machine's log, as a guest that prints on its serial console.
-func (g *Guest) Console(line string) error { return appendLine(g.m.spec.Log, line) }
+// Console appends a line to the machine's log, as a guest that prints on its serial console. It makes no log: a VMM has its own open,
+// and that of a machine that is gone may be just being removed.
+func (g *Guest) Console(line string) error { return appendLine(g.m.spec.Log, line, 0) }
 
 // PowerOff ends the machine as a guest's power-off does, unless it is deaf.
 func (g *Guest) PowerOff() error { return g.leave(vmm.GuestShutdown) }

@@ -325,7 +325,7 @@ func (w *World) nextInstance() (int, error) {
 
 // journal appends a line. Called with the lock held.
 func (w *World) journal(words ...string) error {
-	return appendLine(filepath.Join(w.dir, "journal"), strings.Join(words, " "))
+	return appendLine(filepath.Join(w.dir, "journal"), strings.Join(words, " "), os.O_CREATE)
 }
 
 // fault returns the argument of the first such line about the machine; ok is false without one.
@@ -372,8 +372,9 @@ func writeAtomic(path string, b []byte) error {
 	return os.Rename(tmp, path)
 }
 
-func appendLine(path, line string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+// appendLine appends to a file, which flags may make: os.O_CREATE.
+func appendLine(path, line string, flags int) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|flags, 0o600)
 	if err != nil {
 		return err
 	}
