@@ -54,7 +54,7 @@ func (s *Service) setClock(ctx context.Context, v vm.VM) {
 	for slow := 0; ; {
 		began := time.Now()
 		err := s.ask(bounded, &v, "clock", func(ctx context.Context, sess *agent.Session) error {
-			r, err := sess.Client().SetClock(ctx, &agentv1.SetClockRequest{UnixMs: time.Now().UnixMilli()})
+			r, err := sess.Client().SetClock(ctx, &agentv1.SetClockRequest{UnixMs: time.Now().UnixMilli(), SentBoottimeMs: hostclock.SinceBoot().Milliseconds()})
 			if r.GetStepped() {
 				s.log.Info("a guest's clock was set", "vm", v.ID, "off_ms", r.GetOffMs())
 			}

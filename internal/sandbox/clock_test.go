@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -92,13 +93,15 @@ func TestGuestClock(t *testing.T) {
 func TestGuestClockOfASlowGuest(t *testing.T) {
 	t.Parallel()
 	clock := &guestClock{set: make(chan time.Duration, 16)}
-	first := false
+	var first atomic.Bool
+	var one sync.Mutex // as the agent of a guest has: the question that it found when it went on comes beside the next one
 	r := newRig(t)
 	r.agent = guestWith(func(g *agentd.Guest) {
 		g.Now = clock.now
 		g.SetNow = func(at time.Time) error {
-			if first {
-				first = false
+			one.Lock()
+			defer one.Unlock()
+			if first.Swap(false) {
 				time.Sleep(3 * time.Second) // between the host's looking at its clock and the guest's
 			}
 			return clock.setNow(at)
@@ -108,7 +111,7 @@ func TestGuestClockOfASlowGuest(t *testing.T) {
 	clock.stand(time.Minute)
 	r.create("web")
 	clock.wantSet(t, "after its boot")
-	first = true
+	first.Store(true)
 	clock.stand(time.Hour)
 	r.faults("web freeze")
 	done := make(chan struct{})

@@ -114,7 +114,7 @@ type Server struct {
 
 // NewServer makes a server, to be ended by Close.
 func NewServer(secret string, g *Guest) *Server {
-	s := &Server{secret: secret, guest: g, methods: methods(service{g}), slots: make(chan struct{}, wire.MaxStreams), tcp: make(chan struct{}, wire.MaxForwards)}
+	s := &Server{secret: secret, guest: g, methods: methods(service{g, &clockOrder{}}), slots: make(chan struct{}, wire.MaxStreams), tcp: make(chan struct{}, wire.MaxForwards)}
 	s.calls, s.endCalls = context.WithCancel(context.Background())
 	return s
 }

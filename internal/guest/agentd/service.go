@@ -9,7 +9,10 @@ import (
 )
 
 // service is the API over a Guest.
-type service struct{ guest *Guest }
+type service struct {
+	guest *Guest
+	clock *clockOrder
+}
 
 var errNotHere = &callError{codeUnimplemented, "this guest cannot do that"}
 

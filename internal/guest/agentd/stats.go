@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -38,9 +39,23 @@ func (s service) Trim(ctx context.Context, _ *agentv1.TrimRequest) (*agentv1.Tri
 // a busy host. Programs in the guest, and its own time service if it has one, see no step below it.
 const clockSlack = time.Second
 
+// clockOrder has requests to set the clock come one after the other, and says when the newest was sent.
+type clockOrder struct {
+	mu   sync.Mutex
+	sent int64 // milliseconds of the host's CLOCK_BOOTTIME
+}
+
 func (s service) SetClock(_ context.Context, r *agentv1.SetClockRequest) (*agentv1.SetClockResponse, error) {
 	if s.guest.Now == nil || s.guest.SetNow == nil {
 		return nil, errNotHere
+	}
+	s.clock.mu.Lock()
+	defer s.clock.mu.Unlock()
+	if sent := r.GetSentBoottimeMs(); sent != 0 {
+		if sent < s.clock.sent {
+			return &agentv1.SetClockResponse{}, nil // nobody waits for this answer any more
+		}
+		s.clock.sent = sent
 	}
 	host := time.UnixMilli(r.GetUnixMs())
 	off := host.Sub(s.guest.Now())

@@ -3,6 +3,7 @@ package agentd_test
 import (
 	"context"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -66,6 +67,25 @@ func TestVerbs(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestClockOfAnOldQuestion: a question of before the guest stood still, which it finds beside the one after, does not set its clock.
+func TestClockOfAnOldQuestion(t *testing.T) {
+	var set []time.Time
+	now := time.Unix(1000, 0)
+	g := &agentd.Guest{Stages: &agentd.Stages{}, Now: func() time.Time { return now }, SetNow: func(at time.Time) error {
+		set, now = append(set, at), at
+		return nil
+	}}
+	c := open(t, streamLink(t, g)).Client()
+	for _, q := range []struct{ unix, sent int64 }{{5000, 200}, {4990, 190}, {3000, 300}, {6000, 0}} { // the host's clock may go back
+		if _, err := c.SetClock(within(t), &agentv1.SetClockRequest{UnixMs: q.unix * 1000, SentBoottimeMs: q.sent}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if want := []time.Time{time.Unix(5000, 0), time.Unix(3000, 0), time.Unix(6000, 0)}; !slices.EqualFunc(set, want, time.Time.Equal) {
+		t.Errorf("set to %v, want %v", set, want)
+	}
 }
 
 // TestAHundredCallsAtOnce are all answered, over few connections: each costs the guest a handshake, and a slow one some 60 ms.

@@ -1230,10 +1230,13 @@ func (x *Trimmed) GetUnsupported() bool {
 }
 
 type SetClockRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	UnixMs        int64                  `protobuf:"varint,1,opt,name=unix_ms,json=unixMs,proto3" json:"unix_ms,omitempty"` // the host's clock when this was sent
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	UnixMs int64                  `protobuf:"varint,1,opt,name=unix_ms,json=unixMs,proto3" json:"unix_ms,omitempty"` // the host's clock when this was sent
+	// The host's CLOCK_BOOTTIME then. A guest that stood still finds old requests beside the one that counts: it does nothing for one
+	// that was sent before another that it answered. 0: it is not told.
+	SentBoottimeMs int64 `protobuf:"varint,2,opt,name=sent_boottime_ms,json=sentBoottimeMs,proto3" json:"sent_boottime_ms,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *SetClockRequest) Reset() {
@@ -1269,6 +1272,13 @@ func (*SetClockRequest) Descriptor() ([]byte, []int) {
 func (x *SetClockRequest) GetUnixMs() int64 {
 	if x != nil {
 		return x.UnixMs
+	}
+	return 0
+}
+
+func (x *SetClockRequest) GetSentBoottimeMs() int64 {
+	if x != nil {
+		return x.SentBoottimeMs
 	}
 	return 0
 }
@@ -1411,9 +1421,10 @@ const file_banger_agent_v1_agent_proto_rawDesc = "" +
 	"\aTrimmed\x12\x16\n" +
 	"\x06target\x18\x01 \x01(\tR\x06target\x12\x14\n" +
 	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\x12 \n" +
-	"\vunsupported\x18\x03 \x01(\bR\vunsupported\"*\n" +
+	"\vunsupported\x18\x03 \x01(\bR\vunsupported\"T\n" +
 	"\x0fSetClockRequest\x12\x17\n" +
-	"\aunix_ms\x18\x01 \x01(\x03R\x06unixMs\"C\n" +
+	"\aunix_ms\x18\x01 \x01(\x03R\x06unixMs\x12(\n" +
+	"\x10sent_boottime_ms\x18\x02 \x01(\x03R\x0esentBoottimeMs\"C\n" +
 	"\x10SetClockResponse\x12\x15\n" +
 	"\x06off_ms\x18\x01 \x01(\x03R\x05offMs\x12\x18\n" +
 	"\astepped\x18\x02 \x01(\bR\astepped2\xd1\x05\n" +
