@@ -19,6 +19,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	bangerv1 "git.thaloco.com/thaloco/banger/api/banger/v1"
 	"git.thaloco.com/thaloco/banger/internal/bundle"
@@ -28,6 +30,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
+	"git.thaloco.com/thaloco/banger/internal/vmm/firecracker"
 	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
@@ -230,9 +233,7 @@ func (m *model) launch(ctx context.Context, c fcConfig, dir string, console io.W
 	if err := os.WriteFile(filepath.Join(dir, "vm.json"), b, 0o600); err != nil {
 		return nil, began, nil, err
 	}
-	if out, err := exec.CommandContext(ctx, "sync").CombinedOutput(); err != nil {
-		return nil, began, nil, fmt.Errorf("sync: %w: %s", err, out)
-	}
+	unix.Sync()
 	cmd = exec.CommandContext(ctx, m.program, "--no-api", "--level", "Error", "--config-file", "vm.json")
 	cmd.Dir, cmd.Env = dir, []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.Stdout, cmd.Stderr = console, console
@@ -309,7 +310,6 @@ func (m *model) bare(ctx context.Context, r *report, dir string) (err error) {
 	}
 	defer log.Close()
 	// The agent's session as the daemon opens it: what the daemon may wait for, the floor may as well.
-	socket := filepath.Join(dir, "agent.sock")
 	run, err := rundir.Open(dir)
 	if err != nil {
 		return err
@@ -325,7 +325,7 @@ func (m *model) bare(ctx context.Context, r *report, dir string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, end()) }()
-	sess, err := agent.Open(ctx, vmm.Link{Up: up.Came, Dial: func(ctx context.Context) (net.Conn, error) { return dialGuest(ctx, socket) }}, m.guest.Secret)
+	sess, err := agent.Open(ctx, vmm.Link{Up: up.Came, Dial: func(ctx context.Context) (net.Conn, error) { return dialGuest(ctx, run) }}, m.guest.Secret)
 	if err != nil {
 		said, _ := os.ReadFile(log.Name())
 		return fmt.Errorf("%w; its console:\n%s", err, said[max(0, len(said)-2000):])
@@ -385,41 +385,13 @@ func (r *report) rest(ctx context.Context, kind string, pid int) error {
 	return fault.New(fault.Internal, kind, "the kernel does not say how much memory process %d has", pid)
 }
 
-// dialGuest connects to the agent by Firecracker's vsock socket (its docs/vsock.md).
-func dialGuest(ctx context.Context, socket string) (net.Conn, error) {
-	short, err := os.Open(filepath.Dir(socket))
+// dialGuest connects to the agent of a Firecracker that works in dir.
+func dialGuest(ctx context.Context, dir *rundir.Dir) (net.Conn, error) {
+	conn, err := dir.Dial(ctx, "agent.sock")
 	if err != nil {
 		return nil, err
 	}
-	defer short.Close()
-	var d net.Dialer // a socket's name has 108 bytes at most
-	conn, err := d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", short.Fd(), filepath.Base(socket)))
-	if err != nil {
-		return nil, err
-	}
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	err = func() error {
-		if _, err := fmt.Fprintf(conn, "CONNECT %d\n", vmm.AgentPort); err != nil {
-			return err
-		}
-		var line []byte
-		for b := make([]byte, 1); len(line) < 32; {
-			if _, err := conn.Read(b); err != nil {
-				return err
-			}
-			if line = append(line, b[0]); b[0] == '\n' {
-				break
-			}
-		}
-		if !strings.HasPrefix(string(line), "OK ") {
-			return fmt.Errorf("CONNECT was answered with %q", line)
-		}
-		return nil
-	}()
-	if !stop() && err == nil {
-		err = ctx.Err()
-	}
-	if err != nil {
+	if err := firecracker.Connect(ctx, conn, vmm.AgentPort); err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}
 	return conn, nil
@@ -437,6 +409,7 @@ func (s *site) sampleBanger(ctx context.Context, r *report, dir string) (err err
 			}
 		}
 	}()
+	unix.Sync() // as before the others: what they left unwritten is not this one's
 	began := time.Now()
 	u, err := s.cli(ctx, "vm", "create", "--vcpu", "1", "--name", name)
 	if err != nil {

@@ -479,7 +479,7 @@ func TestConnect(t *testing.T) {
 				}
 			}()
 			begin := time.Now()
-			err := connect(t.Context(), us, 1024)
+			err := Connect(t.Context(), us, 1024)
 			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Errorf("%v, want %q", err, c.want)
 			}
@@ -504,7 +504,7 @@ func TestConnect(t *testing.T) {
 	defer them.Close()
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := connect(ctx, us, 1024); err == nil || !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, context.Canceled) {
+	if err := Connect(ctx, us, 1024); err == nil || !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 }

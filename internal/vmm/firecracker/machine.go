@@ -414,7 +414,7 @@ func (m *machine) dial(ctx context.Context) (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := connect(ctx, conn, vmm.AgentPort); err != nil {
+		if err := Connect(ctx, conn, vmm.AgentPort); err != nil {
 			return nil, errors.Join(err, conn.Close())
 		}
 		return conn, nil
@@ -431,9 +431,10 @@ func (m *machine) dial(ctx context.Context) (net.Conn, error) {
 // connectTime bounds one CONNECT: a guest that has a listener answers within milliseconds.
 const connectTime = time.Second
 
-// connect asks for a port of the guest. The answer is read a byte at a time: what follows it is the
-// guest's, and the caller's to read.
-func connect(ctx context.Context, conn net.Conn, port int) error {
+// Connect asks a Firecracker, over a connection to its vsock's socket, for a port of the guest (its docs/vsock.md, "Host-Initiated
+// Connections"). It ends with ctx, and within a second. The answer is read a byte at a time: what follows it is the guest's, and the
+// caller's to read. The connection is the caller's to close, also after an error.
+func Connect(ctx context.Context, conn net.Conn, port int) error {
 	deadline := time.Now().Add(connectTime)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
 		deadline = d
