@@ -57,6 +57,7 @@ var exitCodes = map[fault.Code]int{
 	fault.Corrupt:      exitFailed,
 	fault.Unsupported:  exitFailed,
 	fault.VersionSkew:  exitUnavailable,
+	fault.Failed:       exitFailed,
 	fault.Internal:     exitFailed,
 }
 

@@ -31,6 +31,7 @@ const (
 	Corrupt      Code = "corrupt"        // an artifact or a record is damaged
 	Unsupported  Code = "unsupported"    // this host or version cannot do it
 	VersionSkew  Code = "version_skew"   // client and daemon, or daemon and database, do not fit
+	Failed       Code = "failed"         // what the user wanted run was run, and failed by itself: a step of an image build
 	Internal     Code = "internal"       // a defect of ours
 )
 

@@ -479,13 +479,13 @@ func (s *Service) provision(ctx context.Context, h *operation.Handle, v *vm.VM, 
 	case err != nil:
 		return lost(err)
 	case status.Failed != "":
-		return fault.New(fault.Internal, step.Name, "this step of the build could not be run: %s", guestText(status.Failed))
+		return fault.New(fault.Failed, step.Name, "this step of the build could not be run: %s", guestText(status.Failed))
 	case status.Exit() != 0:
 		text := fmt.Sprintf("this step of the build ended with exit code %d", status.Exit())
 		if last := lines.last(); last != "" {
 			text += ": " + last
 		}
-		return fault.New(fault.Internal, step.Name, "%s", text).WithHint("see all that it said: %s", out.path)
+		return fault.New(fault.Failed, step.Name, "%s", text).WithHint("see all that it said: %s", out.path)
 	}
 	return nil
 }

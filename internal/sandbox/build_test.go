@@ -198,7 +198,7 @@ func TestABuildThatFailsLeavesNothingButItsLog(t *testing.T) {
 	r := newBuilder(t)
 	failing := []BuildStep{{Name: "mine", Script: "fake: say this is why\nfake: exit 3"}}
 	op, log := r.build(BuildRequest{Name: "dev", From: "base", Steps: failing})
-	ended(t, r.wait(op, nil), operation.Failed, fault.Internal, "exit code 3: this is why", log)
+	ended(t, r.wait(op, nil), operation.Failed, fault.Failed, "exit code 3: this is why", log)
 	r.nothing()
 	r.onlyImages("base", "default")
 	if said := r.read(log); !strings.Contains(said, "this is why") || !strings.Contains(said, "the build failed") {

@@ -25,6 +25,7 @@ var connectCodes = map[fault.Code]connect.Code{
 	fault.Corrupt:      connect.CodeDataLoss,
 	fault.Unsupported:  connect.CodeUnimplemented,
 	fault.VersionSkew:  connect.CodeFailedPrecondition,
+	fault.Failed:       connect.CodeUnknown,
 	fault.Internal:     connect.CodeInternal,
 }
 

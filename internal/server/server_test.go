@@ -99,7 +99,7 @@ func TestFaultsArriveWhole(t *testing.T) {
 		fault.Exhausted: connect.CodeResourceExhausted, fault.Permission: connect.CodePermissionDenied,
 		fault.Unavailable: connect.CodeUnavailable, fault.Timeout: connect.CodeDeadlineExceeded, fault.Cancelled: connect.CodeCanceled,
 		fault.Corrupt: connect.CodeDataLoss, fault.Unsupported: connect.CodeUnimplemented,
-		fault.VersionSkew: connect.CodeFailedPrecondition, fault.Internal: connect.CodeInternal,
+		fault.VersionSkew: connect.CodeFailedPrecondition, fault.Failed: connect.CodeUnknown, fault.Internal: connect.CodeInternal,
 	}
 	svc := &fake{}
 	d := serve(t, svc, nil)
