@@ -158,7 +158,7 @@ var (
 	ofKVM  = []string{"TestLinuxConformance"}
 )
 
-// inTheLab are the runs of TestFirecracker. The numbers are what ran when they were written down: fewer
+// inTheLab are the runs of TestFirecracker and TestFirecrackerForRoot. The numbers are what ran when they were written down: fewer
 // means that something is not run any more.
 var inTheLab = []suite{
 	{Suite: Suites[0], user: "user", tests: ofKVM, least: 36, most: 36},
@@ -167,13 +167,26 @@ var inTheLab = []suite{
 	{Suite: Suites[1], user: "root", tests: ofRoot, skipped: true, most: 7},
 }
 
-// TestFirecracker runs the project's own tests with real Firecracker in the lab, as root and as an
-// ordinary user in group kvm.
+// TestFirecracker runs the project's own tests with real Firecracker in the lab, as an ordinary user in group kvm.
 func TestFirecracker(t *testing.T) {
 	alongside(t)
+	firecracker(t, "user")
+}
+
+// TestFirecrackerForRoot does so as root, on another host: each takes half an hour.
+func TestFirecrackerForRoot(t *testing.T) {
+	slow(t)
+	alongside(t)
+	firecracker(t, "root")
+}
+
+func firecracker(t *testing.T, user string) {
 	m := boot(t, Options{})
 	for _, s := range inTheLab {
-		t.Run(s.user+"/"+s.Package, func(t *testing.T) {
+		if s.user != user {
+			continue
+		}
+		t.Run(s.Package, func(t *testing.T) {
 			if s.skipped {
 				slow(t)
 			}
