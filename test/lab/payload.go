@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 
+	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/ext4"
 )
 
@@ -199,8 +200,14 @@ func build(ctx context.Context, checkout, tree string, c Content) error {
 	if c.Cover {
 		cover = []string{"-cover", "-covermode=set", "-coverpkg=./..."}
 	}
+	// The version that the bundle's agent has: doctor compares them.
+	b, err := bundle.Load(filepath.Join(checkout, "runtime"))
+	if err != nil {
+		return err
+	}
+	flags := "-s -w -X git.thaloco.com/thaloco/banger/internal/version.release=" + b.CreatedBy
 	into := func(out, pkg string, more ...string) error {
-		args := append([]string{"build", "-trimpath", "-ldflags", "-s -w", "-o", out}, more...)
+		args := append([]string{"build", "-trimpath", "-ldflags", flags, "-o", out}, more...)
 		return run(nil, append(args, pkg)...)
 	}
 	root := filepath.Join(tree, "banger")
