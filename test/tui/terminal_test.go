@@ -161,6 +161,16 @@ func openPTY(w, h int) (master, slave *os.File, err error) {
 	if err == nil {
 		err = unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: uint16(h), Col: uint16(w)})
 	}
+	// The kernel throws away what is not yet read when Ctrl-C comes, and with it, on a busy machine, what the program says of that
+	// (termios(3), NOFLSH; __isig of its drivers/tty/n_tty.c signals first).
+	var settings *unix.Termios
+	if err == nil {
+		settings, err = unix.IoctlGetTermios(fd, unix.TCGETS)
+	}
+	if err == nil {
+		settings.Lflag |= unix.NOFLSH
+		err = unix.IoctlSetTermios(fd, unix.TCSETS, settings)
+	}
 	if err != nil {
 		return nil, nil, errors.Join(err, master.Close())
 	}

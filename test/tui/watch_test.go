@@ -3,6 +3,7 @@ package tui
 import (
 	"fmt"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -66,7 +67,8 @@ func TestProgressOnANarrowTerminal(t *testing.T) {
 		<-x.changed
 	}
 	x.row(`^. very-long[-long]*…$`)
-	if screen := x.screen(); strings.Count(screen, "very-long") != 1 {
+	// A stage that took long on a busy machine has a line of its own.
+	if screen := x.screen(); len(regexp.MustCompile(`(?m)^[^✓\n] very-long`).FindAllString(screen, -1)) != 1 {
 		t.Errorf("it is drawn beside itself:\n%s", screen)
 	}
 	x.press("ctrl+c")
