@@ -14,7 +14,6 @@ import (
 	"net/http"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -205,7 +204,7 @@ func (s *Session) muxStream(ctx context.Context, h wire.Header) (net.Conn, error
 			failed <- err
 			return
 		}
-		conn := &muxConn{Stream: stream, session: s, given: make(chan struct{})}
+		conn := &muxConn{Stream: stream, session: s, closed: make(chan struct{})}
 		if _, err := io.WriteString(conn, h.String()); err != nil {
 			failed <- errors.Join(err, conn.Close())
 			return
@@ -335,20 +334,29 @@ type muxConn struct {
 	*yamux.Stream
 	session *Session
 	once    sync.Once
-	closed  atomic.Bool
-	given   chan struct{} // closed with it
+	closed  chan struct{} // closed by Close
 	reading sync.Mutex    // held by who reads
+}
+
+// given says whether it was given up.
+func (c *muxConn) given() bool {
+	select {
+	case <-c.closed:
+		return true
+	default:
+		return false
+	}
 }
 
 // Read implements net.Conn. It ends with Close.
 func (c *muxConn) Read(b []byte) (int, error) {
 	c.reading.Lock()
 	defer c.reading.Unlock()
-	if c.closed.Load() {
+	if c.given() {
 		return 0, net.ErrClosed
 	}
 	n, err := c.Stream.Read(b)
-	if err != nil && c.closed.Load() {
+	if err != nil && c.given() {
 		err = net.ErrClosed
 	}
 	return n, err
@@ -370,7 +378,7 @@ func (c *muxConn) Write(b []byte) (int, error) {
 	select {
 	case r := <-done:
 		return r.n, r.err
-	case <-c.given:
+	case <-c.closed:
 		return 0, net.ErrClosed
 	}
 }
@@ -382,8 +390,7 @@ func (c *muxConn) CloseWrite() error { return c.Stream.Close() }
 // the guest, nor for its port to take what was sent before.
 func (c *muxConn) Close() error {
 	c.once.Do(func() {
-		c.closed.Store(true)
-		close(c.given)
+		close(c.closed)
 		_ = c.SetDeadline(time.Unix(1, 0)) // ends a read, and a write that waits for the guest to read
 		go c.abandon()
 	})
