@@ -17,13 +17,6 @@ import (
 // far is when the timer would run out, if the clock never jumped.
 const far = 10 * 365 * 24 * time.Hour
 
-// SinceBoot is CLOCK_BOOTTIME (clock_gettime(2)): it goes on while the host sleeps, and nobody sets it.
-func SinceBoot() time.Duration {
-	var now unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) // cannot fail on Linux >= 2.6.39
-	return time.Duration(now.Nano())
-}
-
 // Watch calls jumped after each jump until ctx ends, whose error it returns. The kernel cancels a timer on the
 // real-time clock when that is set or the system resumes (timerfd_create(2), TFD_TIMER_CANCEL_ON_SET); calls
 // may be fewer than jumps.

@@ -8,6 +8,7 @@ import (
 	agentv1 "git.thaloco.com/thaloco/banger/api/banger/agent/v1"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/agent"
+	"git.thaloco.com/thaloco/banger/internal/guest/system"
 	"git.thaloco.com/thaloco/banger/internal/hostclock"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
@@ -54,7 +55,7 @@ func (s *Service) setClock(ctx context.Context, v vm.VM) {
 	for slow := 0; ; {
 		began := time.Now()
 		err := s.ask(bounded, &v, "clock", func(ctx context.Context, sess *agent.Session) error {
-			r, err := sess.Client().SetClock(ctx, &agentv1.SetClockRequest{UnixMs: time.Now().UnixMilli(), SentBoottimeMs: hostclock.SinceBoot().Milliseconds()})
+			r, err := sess.Client().SetClock(ctx, &agentv1.SetClockRequest{UnixMs: time.Now().UnixMilli(), SentBoottimeMs: system.BootTime().Milliseconds()})
 			if r.GetStepped() {
 				s.log.Info("a guest's clock was set", "vm", v.ID, "off_ms", r.GetOffMs())
 			}
