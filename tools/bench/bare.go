@@ -404,9 +404,7 @@ func (s *site) sampleBanger(ctx context.Context, r *report, dir string) (err err
 		if err != nil {
 			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), bootBound)
 			defer cancel()
-			if _, gone := s.cli(undo, "vm", "delete", name); gone != nil {
-				err = errors.Join(err, gone)
-			}
+			err = errors.Join(err, s.delete(undo, name))
 		}
 	}()
 	unix.Sync() // as before the others: what they left unwritten is not this one's
