@@ -145,10 +145,10 @@ func TestGuestInTrouble(t *testing.T) {
 
 	t.Run("thrashing", func(t *testing.T) {
 		h := h.with(t)
-		h.do("vm", "exec", name, "--", "sh", "-c", "echo kept > /root/kept && dd if=/dev/zero of=/root/hot bs=1M count=300 2>/dev/null && sync")
+		h.sh(name, "echo kept > /root/kept && dd if=/dev/zero of=/root/hot bs=1M count=300 2>/dev/null && sync")
 		// There is no swap: memory goes to a file of tmpfs, and what is left for the page cache is too little for a file that several
 		// processes read all over, all the time.
-		h.do("vm", "exec", name, "--", "sh", "-c", `nohup sh -c 'mkdir -p /run/eaten && mount -t tmpfs -o size=4G tmpfs /run/eaten
+		h.sh(name, `nohup sh -c 'mkdir -p /run/eaten && mount -t tmpfs -o size=4G tmpfs /run/eaten
 			while [ "$(awk "/^MemAvailable/{print \$2}" /proc/meminfo)" -gt 81920 ]; do dd if=/dev/zero of=/run/eaten/$(date +%N) bs=1M count=16; done
 			for i in 1 2 3 4; do
 				python3 -c "import mmap, os, random

@@ -128,9 +128,7 @@ func TestImageBuildOfFiles(t *testing.T) {
 	dir := t.TempDir()
 	script := func(name, text string) string {
 		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte("#!/bin/sh\n"+text+"\n"), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		write(t, path, "#!/bin/sh\n"+text+"\n")
 		return path
 	}
 	h := newHost(t,
