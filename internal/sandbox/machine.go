@@ -45,6 +45,9 @@ type machine struct {
 	released bool // no session may be put into sess any more
 
 	pulse pulse
+
+	stats *sharing[Stats]
+	ports *sharing[Ports]
 }
 
 // whileAlive is ctx that ends with the machine as well: what is gone will never answer.
@@ -79,7 +82,8 @@ func (ms *machines) add(v *vm.VM, vm_ vmm.Machine) error {
 	}
 	// Only now: while a driver starts a machine, it finds what that one said by an offset into the log.
 	unkeep := ms.service.keepLog(v.ID)
-	m := &machine{Machine: vm_, secret: v.Secrets.Agent, unkeep: unkeep, open: make(chan struct{}, 1)}
+	m := &machine{Machine: vm_, secret: v.Secrets.Agent, unkeep: unkeep, open: make(chan struct{}, 1),
+		stats: newSharing[Stats](), ports: newSharing[Ports]()}
 	ms.byID[v.ID] = m
 	ms.mu.Unlock()
 	ms.service.watchers.Go(func() { ms.watch(v.ID, m) })

@@ -25,8 +25,8 @@ type Ports struct {
 	Ref   string
 	VM    vm.VM
 	Host  string // the guest's name on the network, "" if it has no address
-	Ports []Port
-	Err   error // there is no such VM, or its guest did not tell
+	Ports []Port // may be other callers' as well, and must not be changed
+	Err   error  // there is no such VM, or its guest did not tell
 }
 
 // Port is one listener. Its text came from the guest, and is printable.
@@ -71,9 +71,23 @@ func (s *Service) Ports(ctx context.Context, refs []string) []Ports {
 	var out []Ports
 	s.each(ctx, refs, func(n int) { out = make([]Ports, n) }, func(i int, ref string, v vm.VM, err error) {
 		out[i] = Ports{Ref: ref, VM: v, Err: err}
-		if err == nil {
-			s.listPorts(ctx, &out[i], nil)
+		if err != nil {
+			return
 		}
+		m := s.machines.get(v.ID)
+		if m == nil {
+			out[i].Err = notRunning(v)
+			return
+		}
+		got, err := m.ports.ask(ctx, v.Name, func(ctx context.Context) Ports {
+			p := Ports{VM: v}
+			s.listPorts(ctx, &p, nil)
+			return p
+		})
+		if err != nil {
+			got = Ports{Err: err}
+		}
+		out[i].Host, out[i].Ports, out[i].Err = got.Host, got.Ports, got.Err
 	})
 	return out
 }

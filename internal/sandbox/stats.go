@@ -20,7 +20,8 @@ type Stats struct {
 	Ref string
 	VM  vm.VM
 	At  time.Time
-	// Host is nil if no program of the VM runs.
+	// Host is nil if no program of the VM runs. It and Guest may be other callers' as well, and must not be
+	// changed.
 	Host *HostStats
 	// Guest is what the guest said: its text is printable, its numbers are not negative and its lists are
 	// short, and nothing of it need be true. nil if it said nothing; GuestErr is why.
@@ -87,31 +88,44 @@ func (s *Service) Stats(ctx context.Context, refs []string) []Stats {
 	return out
 }
 
+// measure fills in what a VM costs and what its guest says.
 func (s *Service) measure(ctx context.Context, st *Stats) {
-	id := st.VM.ID
-	st.At = time.Now()
-	if m := s.machines.get(id); m != nil {
-		st.Host = &HostStats{}
-		if u, err := process.UsageOf(m.PID()); err == nil {
-			select {
-			case <-m.Done(): // its pid may be somebody else's by now
-			default:
-				st.Host.Usage = u
-			}
-		}
-		// Disks that cannot be looked at are told by doctor and start; here they take no room.
-		st.Host.DiskAllocated, _ = disk.Allocated(s.workDisk(id))
-		st.Host.SystemAllocated, _ = disk.Allocated(s.systemDisk(id))
+	m := s.machines.get(st.VM.ID)
+	if m == nil {
+		st.At, st.GuestErr = time.Now(), notRunning(st.VM)
+		return
 	}
-	st.GuestErr = s.ask(ctx, &st.VM, "stats", func(ctx context.Context, sess *agent.Session) (err error) {
+	v := st.VM
+	got, err := m.stats.ask(ctx, v.Name, func(ctx context.Context) Stats { return s.stats(ctx, m, v) })
+	if err != nil {
+		got = Stats{At: time.Now(), GuestErr: err}
+	}
+	st.At, st.Host, st.Guest, st.GuestErr = got.At, got.Host, got.Guest, got.GuestErr
+}
+
+// stats measures one machine, and asks its guest.
+func (s *Service) stats(ctx context.Context, m *machine, v vm.VM) Stats {
+	st := Stats{At: time.Now(), Host: &HostStats{}}
+	if u, err := process.UsageOf(m.PID()); err == nil {
+		select {
+		case <-m.Done(): // its pid may be somebody else's by now
+		default:
+			st.Host.Usage = u
+		}
+	}
+	// Disks that cannot be looked at are told by doctor and start; here they take no room.
+	st.Host.DiskAllocated, _ = disk.Allocated(s.workDisk(v.ID))
+	st.Host.SystemAllocated, _ = disk.Allocated(s.systemDisk(v.ID))
+	st.GuestErr = s.ask(ctx, &v, "stats", func(ctx context.Context, sess *agent.Session) (err error) {
 		st.Guest, err = sess.Client().Stats(ctx, &agentv1.StatsRequest{})
 		return err
 	})
 	if st.GuestErr != nil {
 		st.Guest = nil
-		return
+		return st
 	}
 	tame(st.Guest)
+	return st
 }
 
 // ask puts one question to a guest's agent within askTime. The fault says what is in the way: the VM does

@@ -6,6 +6,8 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -118,6 +120,41 @@ func TestStatsOfAHostileGuest(t *testing.T) {
 }
 
 // A guest that hangs or is paused is told of within a bound, and keeps no other from its answer.
+// A hundred who ask at once cost the guest a few answers.
+func TestStatsOfManyCallers(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	var asked, listed atomic.Int32
+	r.agent = guestWith(func(g *agentd.Guest) {
+		g.Stats = func(context.Context) (*agentv1.StatsResponse, error) {
+			asked.Add(1)
+			return &agentv1.StatsResponse{Cpus: 2}, nil
+		}
+		g.Ports = func(context.Context) (*agentv1.PortsResponse, error) {
+			listed.Add(1)
+			return &agentv1.PortsResponse{Listeners: []*agentv1.Listener{{Protocol: "udp", Address: "0.0.0.0", Port: 53}}}, nil
+		}
+	})
+	r.start()
+	r.create("web")
+	var all sync.WaitGroup
+	for range 100 {
+		all.Go(func() {
+			if st := r.s.Stats(r.ctx(), []string{"web"})[0]; st.GuestErr != nil || st.Guest.Cpus != 2 || st.Host == nil || st.VM.Name != "web" {
+				t.Errorf("%+v", st)
+			}
+			if p := r.s.Ports(r.ctx(), []string{"web"})[0]; p.Err != nil || len(p.Ports) != 1 || p.Ref != "web" {
+				t.Errorf("%+v", p)
+			}
+		})
+	}
+	all.Wait()
+	if asked.Load() > 50 || listed.Load() > 50 {
+		t.Errorf("the guest was asked %d and %d times", asked.Load(), listed.Load())
+	}
+	t.Logf("the guest was asked %d and %d times", asked.Load(), listed.Load())
+}
+
 func TestStatsOfAGuestThatHangs(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
