@@ -67,19 +67,23 @@ func (s *Service) WatchGuest(ctx context.Context, id vm.ID, silent time.Duration
 	every := time.NewTicker(silent / 3)
 	defer every.Stop()
 	heard := time.Now()
+	late := time.NewTimer(silent)
+	defer late.Stop()
 	for told := (Pulse{}); ; {
 		now := Pulse{State: PulseAnswers}
-		asked, well := s.feelPulse(alive, id, m, silent/3)
+		asked, well := s.feelPulse(alive, id, m, silent/3, late.C)
 		if alive.Err() != nil {
 			return ctx.Err()
 		}
 		if well {
 			heard = asked
+			late.Reset(time.Until(heard.Add(silent)))
 		} else if st, err := m.State(alive); err == nil && st == vmm.Paused {
 			if current, ok := s.store.VM(id); ok {
 				v = current
 			}
 			now, heard = Pulse{State: PulsePaused, Note: pausedNote(&v)}, time.Now()
+			late.Reset(silent)
 		} else if time.Since(heard) >= silent {
 			now = Pulse{State: PulseSilent, Since: heard}
 		}
@@ -98,8 +102,9 @@ func (s *Service) WatchGuest(ctx context.Context, id vm.ID, silent time.Duration
 }
 
 // feelPulse asks a guest whether it is well, within bound, and returns when it began to. Who asks while somebody else does, or
-// just did, gets the same answer.
-func (s *Service) feelPulse(ctx context.Context, id vm.ID, m *machine, bound time.Duration) (asked time.Time, well bool) {
+// just did, gets the same answer, and when late comes first the one before: somebody else's question may have begun much later
+// than the caller's turn came.
+func (s *Service) feelPulse(ctx context.Context, id vm.ID, m *machine, bound time.Duration, late <-chan time.Time) (asked time.Time, well bool) {
 	p := &m.pulse
 	p.mu.Lock()
 	over := p.asking
@@ -124,6 +129,7 @@ func (s *Service) feelPulse(ctx context.Context, id vm.ID, m *machine, bound tim
 	if over != nil {
 		select {
 		case <-over:
+		case <-late:
 		case <-ctx.Done():
 		}
 	}

@@ -117,3 +117,26 @@ func TestWatchGuestTogether(t *testing.T) {
 		t.Errorf("%v", states)
 	}
 }
+
+// Who shares a question that another watcher asked late is not told late.
+func TestSilenceIsToldInTime(t *testing.T) {
+	t.Parallel()
+	r := newRig(t).start()
+	v := r.create("web")
+	m := r.s.machines.get(v.ID)
+	before := time.Now().Add(-time.Hour)
+	m.pulse.mu.Lock()
+	m.pulse.asked, m.pulse.asking = before, make(chan struct{}) // of a question that is never over
+	m.pulse.mu.Unlock()
+	late := make(chan time.Time, 1)
+	late <- time.Now()
+	if asked, well := r.s.feelPulse(r.ctx(), v.ID, m, time.Hour, late); well || !asked.Equal(before) {
+		t.Errorf("asked %v, well %t", asked, well)
+	}
+	told, ended := r.pulses(r.ctx(), "web")
+	r.next(told, PulseSilent)
+	r.done(r.s.Stop(r.ctx(), v.ID, true))
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
