@@ -40,11 +40,11 @@ export GOFLAGS="${GOFLAGS-}" GOTOOLCHAIN="${GOTOOLCHAIN-auto}"
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 # processes lists what was started by this run and still runs. The script itself and its subshells
-# have begun before the mark was set.
+# have begun before the mark was set. A VMM has none of its daemon's environment; its files are the run's.
 processes() {
     local dir
     for dir in /proc/[0-9]*; do
-        if grep -qsz "^BANGER_TEST_RUN=$run\$" "$dir/environ"; then
+        if grep -qsz "^BANGER_TEST_RUN=$run\$" "$dir/environ" || grep -qsF "$run/" "$dir/cmdline"; then
             printf '%s %s\n' "${dir#/proc/}" "$(tr '\0' ' ' 2>/dev/null <"$dir/cmdline" | cut -c 1-200)"
         fi
     done
