@@ -3,6 +3,7 @@ package cli
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -87,6 +88,30 @@ func table(w io.Writer, color bool, header []string, rows [][]cell) error {
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// fit leaves out columns of a table, those of least first, until it is as wide as a terminal. A width of 0 has room for all.
+func fit(width int, header []string, rows [][]cell, least ...string) ([]string, [][]cell) {
+	for _, name := range least {
+		total := -2 // no gap behind the last
+		for i, h := range header {
+			widest := utf8.RuneCountInString(h)
+			for _, row := range rows {
+				widest = max(widest, utf8.RuneCountInString(row[i].text))
+			}
+			total += widest + 2
+		}
+		if width == 0 || total <= width {
+			break
+		}
+		if i := slices.Index(header, name); i >= 0 {
+			header = slices.Delete(slices.Clone(header), i, i+1)
+			for r, row := range rows {
+				rows[r] = slices.Delete(row, i, i+1)
+			}
+		}
+	}
+	return header, rows
 }
 
 // formatBytes is a size for people: "512 MiB", "1.5 GiB".

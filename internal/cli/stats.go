@@ -27,7 +27,7 @@ func (a *app) statsCommand() *cobra.Command {
 
 HOST CPU and HOST MEM are those of the program that runs the VM, DISK and SYSTEM what the guest's filesystems
 hold of their size, and what that takes of the host. Rates are measured over half a second, with --watch over
-two seconds.`,
+two seconds. On a terminal that is narrower than the table some columns are left out, and -o wide shows them all.`,
 		Example: `  banger vm stats
   banger vm stats calm-otter --watch
   banger vm stats --filter name=web-* --sort=-host.memory_bytes
@@ -44,6 +44,7 @@ two seconds.`,
 		},
 	}
 	o.add(cmd, keysOf(statsView{}))
+	cmd.Annotations = map[string]string{wideAnnotation: "yes"}
 	return cmd
 }
 
@@ -323,6 +324,13 @@ func (m *meter) print(w io.Writer, views []statsView, all int) error {
 	}
 	if len(views) == 0 {
 		return a.nothing(w, all, "No VM runs. Start one: banger vm start NAME", m.options.watching)
+	}
+	if a.output != outputWide {
+		width := int(sizeOf(a.out).Col)
+		if graphs {
+			width = max(width-1, 0) // clip keeps the last column free
+		}
+		header, rows = fit(width, header, rows, "SYSTEM", "LOAD", "NET OUT", "NET IN", "HOST MEM", "GUEST CPU", "DISK", "NET", "UPTIME", "MEM")
 	}
 	if len(rows) > 0 {
 		if err := table(w, a.color, header, rows); err != nil {

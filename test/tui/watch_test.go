@@ -48,10 +48,21 @@ func TestWatch(t *testing.T) {
 	x.restored()
 
 	x = h.terminal(80, 24, []string{banger, "vm", "stats", "--watch"})
-	x.row(`^NAME +HOST CPU .*…$`)
-	x.row(`^vm-00-of-several +0% .*…\nvm-01-of-several .*…$`)
+	x.row(`^NAME +HOST CPU +MEMORY +CPU +MEM$`) // the bars fit as well
+	x.row(`^vm-00-of-several +0% .*[▁▂▃▄▅▆▇█]\nvm-01-of-several .*[▁▂▃▄▅▆▇█]$`)
+	x.resize(200, 50)
+	x.row(`^NAME +HOST CPU +HOST MEM .* SYSTEM .*UPTIME +CPU +MEM +NET$`)
 	x.press("ctrl+c")
 	x.restored()
+
+	x = h.terminal(80, 24, []string{banger, "vm", "stats"})
+	x.row(`^NAME +HOST CPU +MEMORY +DISK +UPTIME$`)
+	x.row(`^vm-00-of-several +0% .*s$`)
+	x.ends(0)
+	x = h.terminal(80, 24, []string{banger, "vm", "stats", "-o", "wide"})
+	x.row(`^NAME +HOST CPU +HOST MEM`)
+	x.row(`UPTIME$`)
+	x.ends(0)
 }
 
 // Progress is one line, however long the name and narrow the terminal: what is drawn again would be left on the screen.
