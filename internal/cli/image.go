@@ -290,7 +290,7 @@ func (a *app) printImage(im *bangerv1.Image) error {
 	if im.GetHasWorkSeed() {
 		add("work seed", diskText(im.GetWorkSeedBytes(), im.GetWorkSeedAllocatedBytes()))
 	} else {
-		add("work seed", "none: /root of its VMs begins empty")
+		add("work seed", "none: a VM copies /root of the image at its first start")
 	}
 	kernel := im.GetKernel()
 	if !im.GetOwnKernel() && !im.GetIsDefault() {

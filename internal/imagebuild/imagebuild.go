@@ -82,8 +82,6 @@ type Step struct {
 
 // Recipe is what a build is to make.
 type Recipe struct {
-	// OwnHome takes what the base has in /root over into the work seed. Not wanted if the base has a seed of its own.
-	OwnHome  bool
 	Packages []string // of the distribution
 	Docker   bool
 	Custom   []Step // the user's own, last
@@ -198,7 +196,7 @@ func (r Recipe) Steps(t Tools) []Step {
 	}
 	more := t.Appended()
 	steps := []Step{
-		{Name: "prepare", Script: setting("OWN_HOME", yes(r.OwnHome)) + prepareScript},
+		{Name: "prepare", Script: prepareScript},
 		{Name: "packages", Script: setting("PACKAGES", strings.Join(packages, " ")) + setting("DOCKER", yes(r.Docker)) + packagesScript},
 		{Name: "tools", Script: setting("STAMP", strings.TrimSuffix(t.Stamp(), "\n")) + setting("BASHRC", more[BashrcPath]) + setting("TMUX", more[TmuxPath]) + toolsScript, Input: t.input},
 	}

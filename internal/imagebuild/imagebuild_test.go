@@ -477,7 +477,7 @@ func TestSettingsAreQuoted(t *testing.T) {
 
 // TestScriptsAreSh wants every script to be one that a shell reads, and steps in their order.
 func TestScriptsAreSh(t *testing.T) {
-	steps := Recipe{OwnHome: true, Docker: true, Packages: []string{"vim"}, Custom: []Step{PackageStep("more", []string{"less"})}}.Steps(Tools{})
+	steps := Recipe{Docker: true, Packages: []string{"vim"}, Custom: []Step{PackageStep("more", []string{"less"})}}.Steps(Tools{})
 	var names []string
 	for _, s := range steps {
 		names = append(names, s.Name)

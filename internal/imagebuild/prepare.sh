@@ -12,12 +12,4 @@ if [ -d /run/systemd/system ]; then
     sleep 1
   done
 fi
-# The work seed begins with what the base has in /root, which the work disk hides.
-if [ -n "$OWN_HOME" ]; then
-  below=$(mktemp -d /run/banger-base.XXXXXX)
-  mount --bind / "$below"
-  cp -a "$below/root/." /root/
-  umount "$below"
-  rmdir "$below"
-fi
 chmod 700 /root

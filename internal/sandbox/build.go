@@ -304,7 +304,7 @@ func (s *Service) build(ctx context.Context, h *operation.Handle, v *vm.VM, r Bu
 	if err := s.engine.Up(ctx, v, h.Stage); err != nil {
 		return explainBuild(err, "the VM to build in could not be started")
 	}
-	steps := imagebuild.Recipe{OwnHome: v.Pins.Seed == "", Packages: r.Packages, Docker: r.Docker, Custom: customSteps(r.Steps)}.Steps(tools)
+	steps := imagebuild.Recipe{Packages: r.Packages, Docker: r.Docker, Custom: customSteps(r.Steps)}.Steps(tools)
 	for _, step := range steps {
 		h.Stage(step.Name)
 		out.say("== %s", step.Name)

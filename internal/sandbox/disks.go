@@ -153,9 +153,9 @@ func (d *workDisk) Cleanup(_ context.Context, v *vm.VM, _ lifecycle.How) error {
 	return disk.Remove(d.service.workDisk(v.ID))
 }
 
-// GuestConfig mounts it at /root, grown to the drive.
-func (d *workDisk) GuestConfig(_ *vm.VM, c *boot.Config) error {
-	c.Mounts = append(c.Mounts, boot.Mount{Role: string(vmm.RoleWork), Target: "/root", Grow: true})
+// GuestConfig mounts it at /root, grown to the drive, and begun with the image's /root if no work seed did that.
+func (d *workDisk) GuestConfig(v *vm.VM, c *boot.Config) error {
+	c.Mounts = append(c.Mounts, boot.Mount{Role: string(vmm.RoleWork), Target: "/root", Grow: true, Seed: v.Pins.Seed == ""})
 	return nil
 }
 

@@ -16,6 +16,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/store"
@@ -34,6 +35,21 @@ var shared struct {
 	once sync.Once
 	dir  string
 	err  error
+}
+
+// guestConfig is what a VM's guest is told.
+func (r *rig) guestConfig(v vm.VM) boot.Config {
+	r.t.Helper()
+	f, err := os.Open(filepath.Join(r.paths.VM(string(v.ID)), "config.tar"))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer f.Close()
+	c, err := boot.ReadDrive(f)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return c
 }
 
 func sharedDir(t testing.TB) string {

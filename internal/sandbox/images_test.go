@@ -226,9 +226,12 @@ func TestSettingsOfTheImage(t *testing.T) {
 		if got := r.drive(v, vmm.RoleBase); got != "my root filesystem" {
 			t.Errorf("base: %q", got)
 		}
-		// The bundle's seed is /root of another root filesystem: the work disk is blank.
+		// The bundle's seed is /root of another root filesystem: the work disk is blank, and the guest copies its own.
 		if img := r.defaultImage(); v.Pins.Seed != "" || img.Source != r.cfg.DefaultRootfs {
 			t.Errorf("seed %q, source %s", v.Pins.Seed, img.Source)
+		}
+		if m := r.guestConfig(v).Mounts; len(m) != 1 || !m[0].Seed {
+			t.Errorf("mounts: %+v", m)
 		}
 		// Overwritten in place: the old VM keeps what it has.
 		r.file("my.ext4", "my newer root filesystem")

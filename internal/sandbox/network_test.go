@@ -14,7 +14,6 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
-	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
@@ -117,16 +116,7 @@ func TestInterfaceReachesGuestAndVMM(t *testing.T) {
 	if len(spec.NICs) != 1 || spec.NICs[0].MAC != i.MAC || spec.NICs[0].TAP != i.TAP || spec.NICs[0].MTU != 1500 {
 		t.Errorf("the VMM got %+v", spec.NICs)
 	}
-	f, err := os.Open(filepath.Join(r.paths.VM(string(v.ID)), "config.tar"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	c, err := boot.ReadDrive(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got, want := fmt.Sprintf("%+v", c.Network), fmt.Sprintf("&{MAC:%s MTU:1500 Addresses:[10.77.0.2/24] Routes:[{To:0.0.0.0/0 Via:10.77.0.1}] DNS:[10.77.0.1] Search:[] Tunnel:0}", i.MAC); got != want {
+	if got, want := fmt.Sprintf("%+v", r.guestConfig(v).Network), fmt.Sprintf("&{MAC:%s MTU:1500 Addresses:[10.77.0.2/24] Routes:[{To:0.0.0.0/0 Via:10.77.0.1}] DNS:[10.77.0.1] Search:[] Tunnel:0}", i.MAC); got != want {
 		t.Errorf("the guest got %s, want %s", got, want)
 	}
 }

@@ -265,6 +265,12 @@ func TestConfiguredArtifacts(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(t, "debugfs", "-R", "rdump / "+modules, bundleFile("modules.ext4"))
+	// A root filesystem without a work seed, whose /root has something.
+	rootfs, note := filepath.Join(dir, "rootfs.ext4"), filepath.Join(dir, "note")
+	run(t, "cp", "--sparse=always", bundleFile("rootfs-docker.ext4"), rootfs)
+	write(t, note, "of the image\n")
+	write(t, filepath.Join(dir, "commands"), "cd /root\nwrite "+note+" note\n")
+	run(t, "debugfs", "-w", "-f", filepath.Join(dir, "commands"), rootfs)
 	agent := filepath.Join(dir, "agent-own")
 	run(t, "env", "CGO_ENABLED=0", "go", "build", "-C", checkout, "-o", agent,
 		"-ldflags", "-X git.thaloco.com/thaloco/banger/internal/version.release=own-agent", "./cmd/banger-vsock-agent")
@@ -278,6 +284,7 @@ func TestConfiguredArtifacts(t *testing.T) {
 		{"default_kernel and default_modules_dir", []string{
 			"default_kernel = " + strconv.Quote(kernel), "default_modules_dir = " + strconv.Quote(modules),
 		}, "uname -r; modprobe dummy && lsmod | grep -c '^dummy '", version + "\n1"},
+		{"default_rootfs", []string{"default_rootfs = " + strconv.Quote(rootfs)}, "cat note; stat -c '%U %a' . note; ls -A | grep -c banger-seed || true", "of the image\nroot 700\nroot 644\n0"},
 		{"default_initrd", []string{"default_initrd = " + strconv.Quote(bundleFile("initrd.img"))}, "hostname", "own"},
 		{"vsock_agent_path", []string{"vsock_agent_path = " + strconv.Quote(agent)},
 			"grep -qsa own-agent /proc/[0-9]*/exe && echo the own agent runs", "the own agent runs"},

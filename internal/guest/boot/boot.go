@@ -67,12 +67,14 @@ type Route struct {
 	Via netip.Addr   `json:"via"`
 }
 
-// Mount is one drive and where it goes. Grow enlarges the filesystem to the drive before use.
+// Mount is one drive and where it goes. Grow enlarges the filesystem to the drive before use. Seed gives one that nobody has used
+// yet what the root has at Target.
 type Mount struct {
 	Role    string `json:"role"` // vmm.Role of the drive
 	Target  string `json:"target"`
 	Options string `json:"options,omitempty"`
 	Grow    bool   `json:"grow,omitempty"`
+	Seed    bool   `json:"seed,omitempty"`
 }
 
 // File is written as it is. Mode holds permission bits only; parents are created 0755.

@@ -400,14 +400,22 @@ func (b *booter) mounts() error {
 		if err := b.mountDisk(device, magicPath(at), flags, data); err != nil {
 			return err
 		}
+		if !m.Grow && !m.Seed {
+			continue
+		}
+		top, err := b.rootFS.open(m.Target, unix.O_PATH, 0) // at still means what is below the mount
+		if err != nil {
+			return err
+		}
+		defer top.Close()
 		if m.Grow {
-			top, err := b.rootFS.open(m.Target, unix.O_PATH, 0) // at still means what is below the mount
-			if err != nil {
-				return err
-			}
-			defer top.Close()
 			b.grow(device, magicPath(top))
 			b.mounted(m.Role, device, m.Target, m.Target)
+		}
+		if m.Seed {
+			if err := fill(at, magicPath(top)); err != nil {
+				return fmt.Errorf("copy %s of the image to %s: %w", m.Target, b.describe(device), err)
+			}
 		}
 	}
 	b.state.Stages = append(b.state.Stages, system.Now(boot.StageRoot, strings.Join(b.rootDetail, "; ")))

@@ -51,6 +51,54 @@ func seed(from *os.File, store, own string) error {
 	return d.Sync()
 }
 
+// fill gives a filesystem that nobody has used, mounted at to, what from holds: one with nothing but lost+found, which goes with
+// the first `rm -rf`. The copy has a name of its own until it is whole, and is then moved up entry by entry; after a crash the
+// next boot starts over, or goes on.
+func fill(from *os.File, to string) error {
+	const copied = ".banger-seed"
+	entries, err := os.ReadDir(to)
+	if err != nil {
+		return err
+	}
+	whole := filepath.Join(to, copied)
+	fresh, used, ready := false, false, false
+	for _, e := range entries {
+		switch e.Name() {
+		case "lost+found":
+			fresh = true
+		case copied:
+			ready = true
+		case copied + ".part":
+		default:
+			used = true
+		}
+	}
+	if !ready {
+		if used || !fresh {
+			return nil
+		}
+		if err := seed(from, to, whole); err != nil {
+			return err
+		}
+	}
+	if entries, err = os.ReadDir(whole); err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() == "lost+found" { // that of the image's own filesystem
+			continue
+		}
+		if err := os.Rename(filepath.Join(whole, e.Name()), filepath.Join(to, e.Name())); err != nil {
+			return err
+		}
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(whole, &st); err != nil {
+		return system.PathError("stat", whole, err)
+	}
+	return errors.Join(copier{}.attributes(whole, to, &st), os.RemoveAll(whole))
+}
+
 type inode struct{ dev, ino uint64 }
 
 // copier copies a tree with owners, modes, times, extended attributes and hard links.

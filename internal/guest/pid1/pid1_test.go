@@ -214,6 +214,64 @@ func TestSeed(t *testing.T) {
 	}
 }
 
+// TestFill copies into a filesystem that nobody has used, and goes on after a crash, wherever it was.
+func TestFill(t *testing.T) {
+	image := t.TempDir()
+	put(t, filepath.Join(image, ".bashrc"), "alias")
+	put(t, filepath.Join(image, "dir/file"), "content")
+	if err := os.Chmod(image, 0o710); err != nil {
+		t.Fatal(err)
+	}
+	from, err := os.OpenFile(image, unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	filled := map[string]string{".bashrc": "alias", "dir/file": "content", "lost+found/": ""}
+	for name, c := range map[string]struct{ before, after map[string]string }{
+		"fresh":                       {map[string]string{"lost+found/": ""}, filled},
+		"a copy that was not whole":   {map[string]string{"lost+found/": "", ".banger-seed.part/half": "x"}, filled},
+		"a copy that was whole":       {map[string]string{"lost+found/": "", ".banger-seed/.bashrc": "alias", ".banger-seed/dir/file": "content"}, filled},
+		"half of it moved":            {map[string]string{"lost+found/": "", ".bashrc": "alias", ".banger-seed/dir/file": "content"}, filled},
+		"all of it moved":             {map[string]string{"lost+found/": "", ".bashrc": "alias", "dir/file": "content", ".banger-seed/": ""}, filled},
+		"used":                        {map[string]string{"lost+found/": "", "mine": "x"}, map[string]string{"lost+found/": "", "mine": "x"}},
+		"all was removed by its user": {map[string]string{}, map[string]string{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			to := t.TempDir()
+			for p, content := range c.before {
+				if strings.HasSuffix(p, "/") {
+					if err := os.MkdirAll(filepath.Join(to, p), 0o700); err != nil {
+						t.Fatal(err)
+					}
+					continue
+				}
+				put(t, filepath.Join(to, p), content)
+			}
+			for range 2 { // the next boot changes nothing
+				if err := fill(from, to); err != nil {
+					t.Fatal(err)
+				}
+				got := map[string]string{}
+				for p, l := range listing(t, to) {
+					switch p = strings.TrimPrefix(p, "/"); {
+					case p == "lost+found":
+						got["lost+found/"] = ""
+					case l.Mode&unix.S_IFMT == unix.S_IFREG:
+						got[p] = l.Text
+					}
+				}
+				if diff := cmp.Diff(c.after, got); diff != "" {
+					t.Errorf("what is there (+) differs:\n%s", diff)
+				}
+			}
+			if st, err := os.Stat(to); name == "fresh" && (err != nil || st.Mode().Perm() != 0o710) {
+				t.Errorf("the directory itself: %v, %v", st, err)
+			}
+		})
+	}
+}
+
 type listed struct {
 	Mode, UID, GID, Links uint32
 	Size, Mtime           int64
