@@ -96,6 +96,7 @@ type portView struct {
 	Scheme    string `json:"scheme,omitempty"`
 	Status    int32  `json:"status,omitempty"`
 	Title     string `json:"title,omitempty"`
+	loopback  bool
 }
 
 func viewPorts(results []*bangerv1.VMPorts) (views []portsView) {
@@ -104,7 +105,7 @@ func viewPorts(results []*bangerv1.VMPorts) (views []portsView) {
 			err: client.FromFault(r.GetFault())}
 		v.Error = viewError(v.err)
 		for _, p := range r.GetPorts() {
-			pv := portView{Protocol: p.GetProtocol(), Port: p.GetPort(), Address: p.GetAddress(), Reachable: !p.GetLoopback(),
+			pv := portView{Protocol: p.GetProtocol(), Port: p.GetPort(), Address: p.GetAddress(), Reachable: !p.GetLoopback() && !p.GetUnreachable(), loopback: p.GetLoopback(),
 				PID: p.GetPid(), Process: p.GetProcess(), Command: p.GetCommand(), Scheme: p.GetScheme(), Status: p.GetStatus(), Title: p.GetTitle()}
 			if pv.Reachable && v.Host != "" {
 				pv.Endpoint = v.Host + ":" + strconv.Itoa(int(pv.Port))
@@ -137,8 +138,10 @@ func (a *app) printPorts(w io.Writer, views []portsView, all int, watching bool)
 		for _, p := range v.Ports {
 			endpoint := cell{text: "-", color: dim}
 			switch {
-			case !p.Reachable:
+			case p.loopback:
 				endpoint.text = "loopback only"
+			case !p.Reachable:
+				endpoint.text = "not reachable"
 			case p.Endpoint != "":
 				endpoint = cell{text: p.Endpoint}
 				if p.Scheme != "" {

@@ -16,6 +16,8 @@ type Publisher interface {
 	// Publish brings TCP ports of a VM that runs to its addresses, and no others. It may be called while other calls for the VM are
 	// under way. fault.Unavailable if that cannot be now.
 	Publish(ctx context.Context, v vm.VM, ports []uint16) error
+	// Published are the TCP ports that are at a VM's addresses now. fault.Unavailable if its network does not answer.
+	Published(ctx context.Context, v vm.VM) ([]uint16, error)
 }
 
 const (

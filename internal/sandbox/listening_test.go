@@ -31,6 +31,12 @@ func (p *publishing) Publish(_ context.Context, v vm.VM, ports []uint16) error {
 	return p.fail
 }
 
+func (p *publishing) Published(_ context.Context, v vm.VM) ([]uint16, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.ports[v.ID], p.fail
+}
+
 func (p *publishing) until(t *testing.T, when string, id vm.ID, want ...uint16) {
 	t.Helper()
 	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"git.thaloco.com/thaloco/banger/internal/cgroup"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
@@ -184,8 +185,30 @@ func (c *networkCapability) ApplySettings(ctx context.Context, v *vm.VM) error {
 	return nil
 }
 
-// HasAddress says whether the host reaches the VM by an address.
-func (c *networkCapability) HasAddress(v *vm.VM) bool { return len(c.service.addresses(v.Name)) > 0 }
+// reached says of what listens in a VM that runs whether the host reaches it by one of the VM's addresses: what is bound to all of
+// the guest's addresses or to its own, if the network brings that port to the host. nil if the VM has no address.
+func (c *networkCapability) reached(ctx context.Context, v *vm.VM) func(*Port) bool {
+	n := c.of(v)
+	if n == nil || len(n.Addresses(*v)) == 0 {
+		return nil
+	}
+	p, some := n.(Publisher)
+	var published []uint16
+	if some {
+		var err error
+		if published, err = p.Published(ctx, *v); err != nil { // then it brings none
+			published = nil
+			c.service.log.Warn("a VM's network does not say which ports are published", "vm", v.ID, "err", err)
+		}
+	}
+	return func(p *Port) bool {
+		if some && (p.Protocol != "tcp" || !slices.Contains(published, uint16(p.Port))) {
+			return false
+		}
+		a, err := netip.ParseAddr(p.Address)
+		return err == nil && (a.IsUnspecified() || a == v.Interface.IPv4.Addr() || a == v.Interface.IPv6.Addr())
+	}
+}
 
 // Cleanup takes the VM off whatever network it may be on: what a crash left is on no record.
 func (c *networkCapability) Cleanup(ctx context.Context, v *vm.VM, _ lifecycle.How) error {

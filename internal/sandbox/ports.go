@@ -35,6 +35,7 @@ type Port struct {
 	Address  string // that it is bound to
 	Port     int
 	Loopback bool // it listens for the guest alone
+	Reached  bool // the host reaches it by Ports.Host
 	PID      int
 	Process  string
 	Command  string
@@ -42,13 +43,6 @@ type Port struct {
 	Scheme string // https, http, "" for neither
 	Status int    // 0: it takes https, and gave no page in time
 	Title  string
-}
-
-// addressed is a capability that gives a VM an address by which the host, and the name NAME.vm, reaches
-// its guest.
-type addressed interface {
-	// HasAddress says whether a VM has one now.
-	HasAddress(v *vm.VM) bool
 }
 
 const (
@@ -105,11 +99,6 @@ func (s *Service) listPorts(ctx context.Context, p *Ports, known *answers) {
 	if p.Err != nil {
 		return
 	}
-	for _, part := range s.machines.parts {
-		if a, ok := part.(addressed); ok && a.HasAddress(&p.VM) {
-			p.Host = p.VM.Name + ".vm"
-		}
-	}
 	p.Ports = tamePorts(answer)
 	bounded, cancel := context.WithTimeout(ctx, probesTime)
 	defer cancel()
@@ -132,6 +121,15 @@ func (s *Service) listPorts(ctx context.Context, p *Ports, known *answers) {
 	}
 	all.Wait()
 	known.keep(p.Ports)
+	// Now: what began to listen a moment ago may have been published meanwhile.
+	reached := s.network.reached(ctx, &p.VM)
+	if reached == nil {
+		return
+	}
+	p.Host = p.VM.Name + ".vm"
+	for i := range p.Ports {
+		p.Ports[i].Reached = reached(&p.Ports[i])
+	}
 }
 
 // tamePorts makes what a guest said safe to show: what is no listener is left out, and one that listens on

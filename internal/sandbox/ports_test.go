@@ -8,10 +8,12 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
 	"net"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -52,11 +54,6 @@ tcp fe80::1 81 loopback=false probed=false`
 		t.Errorf("%q, %d bytes, pid %d", p.Process, len(p.Command), p.PID)
 	}
 }
-
-// reachable is a capability to come: it gives every VM an address.
-type reachable struct{ hookedCapability }
-
-func (*reachable) HasAddress(*vm.VM) bool { return true }
 
 // Servers that hang, flood, lie or are none: each is given up within its bound, and keeps no other from its
 // answer.
@@ -114,7 +111,6 @@ func TestPortsOfHostileServers(t *testing.T) {
 		}
 	})
 	r.start()
-	r.s.machines.parts = append(r.s.machines.parts, &reachable{})
 	r.create("web")
 	began := time.Now()
 	p := r.s.Ports(r.ctx(), nil)[0]
@@ -199,4 +195,56 @@ func TestPortsThatCannotBeListed(t *testing.T) {
 	_, err := r.s.Trim(r.ctx(), v.ID)
 	wants(t, "trim of a stopped VM", err, fault.Precondition, "does not run", "banger vm start web")
 	r.check()
+}
+
+// What the host reaches by a VM's name depends on what it is bound to, and on a network that brings ports one by one.
+func TestPortsThatTheHostReaches(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		networks func(*rig) func(NetworkHost) []Network
+		want     string
+	}{
+		"a bridge": {func(r *rig) func(NetworkHost) []Network { return fakeNetworks(filepath.Join(r.dir, "network")) }, "web.vm: tcp/22 tcp/80 tcp/443 udp/53"},
+		"ports that are published": {func(r *rig) func(NetworkHost) []Network {
+			return func(h NetworkHost) []Network {
+				return []Network{&publishing{fakeNetwork: &fakeNetwork{dir: filepath.Join(r.dir, "network"), host: h}, ports: map[vm.ID][]uint16{}}}
+			}
+		}, "web.vm: tcp/80 tcp/443"},
+		"one that does not answer": {func(r *rig) func(NetworkHost) []Network {
+			return func(h NetworkHost) []Network {
+				return []Network{&publishing{fakeNetwork: &fakeNetwork{dir: filepath.Join(r.dir, "network"), host: h}, ports: map[vm.ID][]uint16{}, fail: errors.New("no")}}
+			}
+		}, "web.vm:"},
+		"none": {func(*rig) func(NetworkHost) []Network { return nil }, ":"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t)
+			r.networks = c.networks(r)
+			r.agent = guestWith(func(g *agentd.Guest) {
+				g.Ports = func(context.Context) (*agentv1.PortsResponse, error) {
+					return &agentv1.PortsResponse{Listeners: []*agentv1.Listener{
+						listener("tcp", "0.0.0.0", 22), listener("tcp", "::", 80), listener("tcp", "10.77.0.2", 443), listener("udp", "0.0.0.0", 53),
+						listener("tcp", "127.0.0.1", 5432), listener("tcp", "172.17.0.1", 8080), listener("udp", "127.0.0.53", 53),
+					}}, nil
+				}
+				g.DialTCP = func(context.Context, int) (net.Conn, error) { return nil, syscall.ECONNREFUSED }
+			})
+			r.start()
+			v := r.create("web")
+			if p, ok := r.s.network.of(&v).(Publisher); ok {
+				_ = p.Publish(r.ctx(), v, []uint16{80, 443, 5432, 8080}) // the fake notes it, and fails if it is to
+			}
+			p := r.s.Ports(r.ctx(), nil)[0]
+			got := p.Host + ":"
+			for _, port := range p.Ports {
+				if port.Reached {
+					got += fmt.Sprintf(" %s/%d", port.Protocol, port.Port)
+				}
+			}
+			if p.Err != nil || len(p.Ports) != 7 || got != c.want {
+				t.Errorf("%q, want %q (%d ports, %v)", got, c.want, len(p.Ports), p.Err)
+			}
+		})
+	}
 }

@@ -26,7 +26,7 @@ func portsMessage(p sandbox.Ports) *bangerv1.VMPorts {
 	}
 	for _, port := range p.Ports {
 		m.Ports = append(m.Ports, &bangerv1.Port{
-			Protocol: port.Protocol, Address: port.Address, Port: uint32(port.Port), Loopback: port.Loopback,
+			Protocol: port.Protocol, Address: port.Address, Port: uint32(port.Port), Loopback: port.Loopback, Unreachable: p.Host != "" && !port.Reached,
 			Pid: int32(port.PID), Process: port.Process, Command: port.Command,
 			Scheme: port.Scheme, Status: int32(port.Status), Title: port.Title,
 		})

@@ -287,6 +287,8 @@ func (m *model) portLines(w int) (c content) {
 			web = client.WebText(p.GetScheme(), p.GetStatus(), p.GetTitle())
 		} else if p.GetLoopback() {
 			web = "for the guest alone"
+		} else if p.GetUnreachable() {
+			web = "not reachable by the network"
 		}
 		text := fit(fmt.Sprintf("%d/%s", p.GetPort(), p.GetProtocol()), 10) + fit(p.GetProcess(), 14) + " "
 		rest := w - 2 - 25

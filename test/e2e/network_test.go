@@ -220,6 +220,15 @@ func userNetwork(t *testing.T, h *host) {
 		}
 	}
 	defer conn.Close()
+	h.in("web", "systemd-run --quiet python3 -c 'import socket, time; s = socket.socket(type=socket.SOCK_DGRAM); s.bind((\"\", 3001)); time.sleep(9999)'")
+	var listed string
+	h.until("UDP is listed", callTime, func() bool {
+		listed = h.do("vm", "ports", "web", "-o", "json")
+		return strings.Contains(listed, `"port": 3001`)
+	})
+	if !strings.Contains(listed, `"endpoint": "http://web.vm:3000/"`) || strings.Contains(listed, "web.vm:3001") {
+		t.Errorf("TCP is published, UDP is not: %s", listed)
+	}
 
 	h.portsFollow("web", at)
 

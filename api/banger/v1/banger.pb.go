@@ -2528,9 +2528,10 @@ type Port struct {
 	Process  string                 `protobuf:"bytes,6,opt,name=process,proto3" json:"process,omitempty"`
 	Command  string                 `protobuf:"bytes,7,opt,name=command,proto3" json:"command,omitempty"`
 	// What a TCP listener answered; empty: neither.
-	Scheme        string `protobuf:"bytes,8,opt,name=scheme,proto3" json:"scheme,omitempty"`  // https, http
-	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"` // of HTTP; 0 with a scheme: it gave no page in time
-	Title         string `protobuf:"bytes,10,opt,name=title,proto3" json:"title,omitempty"`   // of the page
+	Scheme        string `protobuf:"bytes,8,opt,name=scheme,proto3" json:"scheme,omitempty"`             // https, http
+	Status        int32  `protobuf:"varint,9,opt,name=status,proto3" json:"status,omitempty"`            // of HTTP; 0 with a scheme: it gave no page in time
+	Title         string `protobuf:"bytes,10,opt,name=title,proto3" json:"title,omitempty"`              // of the page
+	Unreachable   bool   `protobuf:"varint,11,opt,name=unreachable,proto3" json:"unreachable,omitempty"` // by host: bound to another address, or not published
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2633,6 +2634,13 @@ func (x *Port) GetTitle() string {
 		return x.Title
 	}
 	return ""
+}
+
+func (x *Port) GetUnreachable() bool {
+	if x != nil {
+		return x.Unreachable
+	}
+	return false
 }
 
 type TrimVMRequest struct {
@@ -6638,7 +6646,7 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x02vm\x18\x02 \x01(\v2\r.banger.v1.VMR\x02vm\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12%\n" +
 	"\x05ports\x18\x04 \x03(\v2\x0f.banger.v1.PortR\x05ports\x12&\n" +
-	"\x05fault\x18\x05 \x01(\v2\x10.banger.v1.FaultR\x05fault\"\xf8\x01\n" +
+	"\x05fault\x18\x05 \x01(\v2\x10.banger.v1.FaultR\x05fault\"\x9a\x02\n" +
 	"\x04Port\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
@@ -6650,7 +6658,8 @@ const file_banger_v1_banger_proto_rawDesc = "" +
 	"\x06scheme\x18\b \x01(\tR\x06scheme\x12\x16\n" +
 	"\x06status\x18\t \x01(\x05R\x06status\x12\x14\n" +
 	"\x05title\x18\n" +
-	" \x01(\tR\x05title\"\x1f\n" +
+	" \x01(\tR\x05title\x12 \n" +
+	"\vunreachable\x18\v \x01(\bR\vunreachable\"\x1f\n" +
 	"\rTrimVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"D\n" +
 	"\x0eTrimVMResponse\x122\n" +

@@ -135,6 +135,12 @@ func (a *Attacher) Publish(ctx context.Context, v vm.VM, ports []uint16) error {
 	return err
 }
 
+// Published are the ports that the host has of a VM now. fault.Unavailable if its program does not answer.
+func (a *Attacher) Published(ctx context.Context, v vm.VM) ([]uint16, error) {
+	s, err := a.host.Status(ctx, string(v.ID))
+	return s.Ports, err
+}
+
 func (a *Attacher) forgetPorts(id vm.ID) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
