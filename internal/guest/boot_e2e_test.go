@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -97,6 +98,23 @@ test $(awk '/^Rss:/{print $2}' /proc/$pid/smaps_rollup) -lt 12288`))
 			}
 			slices.Sort(took)
 			t.Logf("a health call takes %v p50, %v p95, %v at most", took[len(took)/2], took[len(took)*95/100], took[len(took)-1])
+		})
+
+		t.Run("a hundred calls at once", func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			began := time.Now()
+			var all sync.WaitGroup
+			for range 100 {
+				all.Go(func() {
+					if r, err := s.Client().Stats(ctx, &agentv1.StatsRequest{}); err != nil || r.GetUptimeMs() == 0 {
+						t.Errorf("%v, %v", r, err)
+					}
+				})
+			}
+			all.Wait()
+			t.Logf("a hundred answers after %s", time.Since(began))
+			t.Log(g.shell(s, m, "grep Rss: /proc/$(pgrep -f ^banger-vsock-agent)/smaps_rollup"))
 		})
 
 		t.Run("grow while running", func(t *testing.T) {

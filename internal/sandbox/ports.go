@@ -59,7 +59,7 @@ const (
 )
 
 // Ports lists what listens in guests, one result per reference in the order given; without references of
-// all VMs that run. TCP listeners that the guest's loopback reaches are asked for HTTPS and HTTP, through the
+// all VMs that run. TCP listeners are asked for HTTPS and HTTP, through the
 // agent, so that no network is needed.
 func (s *Service) Ports(ctx context.Context, refs []string) []Ports {
 	var out []Ports
@@ -107,7 +107,8 @@ func (s *Service) listPorts(ctx context.Context, p *Ports, known *answers) {
 	probes := 0
 	for i := range p.Ports {
 		port := &p.Ports[i]
-		if !port.reachedByLoopback() || probes == maxProbes || known.fill(port) {
+		at, asked := port.asked()
+		if !asked || probes == maxProbes || known.fill(port) {
 			continue
 		}
 		probes++
@@ -115,6 +116,9 @@ func (s *Service) listPorts(ctx context.Context, p *Ports, known *answers) {
 		all.Go(func() {
 			defer func() { <-slots }()
 			port.Scheme, port.Status, port.Title = probe(bounded, p.VM.Name+".vm", port.Port, func(ctx context.Context) (net.Conn, error) {
+				if at.IsValid() {
+					return sess.DialAddress(ctx, at)
+				}
 				return sess.DialTCP(ctx, port.Port, false)
 			})
 		})
@@ -166,9 +170,17 @@ func tamePorts(answer *agentv1.PortsResponse) []Port {
 	return out
 }
 
-// reachedByLoopback says whether the agent's forward, which goes to 127.0.0.1 or ::1, reaches it.
-func (p *Port) reachedByLoopback() bool {
-	return p.Protocol == "tcp" && (p.Address == "0.0.0.0" || p.Address == "::" || p.Address == "127.0.0.1")
+// asked says where the agent finds a listener that is asked for a page; invalid: by the guest's loopback, of either family. A link-local
+// address is one with its interface only, which the guest does not tell.
+func (p *Port) asked() (at netip.AddrPort, ok bool) {
+	a, err := netip.ParseAddr(p.Address)
+	switch {
+	case err != nil || p.Protocol != "tcp" || a.IsLinkLocalUnicast():
+		return at, false
+	case a.IsUnspecified() || p.Address == "127.0.0.1":
+		return at, true
+	}
+	return netip.AddrPortFrom(a, uint16(p.Port)), true
 }
 
 // page is what a web server answered.

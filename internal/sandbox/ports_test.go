@@ -39,14 +39,20 @@ func TestTamePorts(t *testing.T) {
 	}})
 	var lines []string
 	for _, p := range got {
-		lines = append(lines, fmt.Sprintf("%s %s %d loopback=%v probed=%v", p.Protocol, p.Address, p.Port, p.Loopback, p.reachedByLoopback()))
+		asked := "not asked"
+		if at, ok := p.asked(); ok && at.IsValid() {
+			asked = "asked at " + at.String()
+		} else if ok {
+			asked = "asked by loopback"
+		}
+		lines = append(lines, fmt.Sprintf("%s %s %d loopback=%v %s", p.Protocol, p.Address, p.Port, p.Loopback, asked))
 	}
-	want := `tcp 0.0.0.0 22 loopback=false probed=true
-tcp 127.0.0.1 5432 loopback=true probed=true
-udp 127.0.0.53 53 loopback=true probed=false
-tcp 127.0.0.54 53 loopback=true probed=false
-tcp 10.0.0.1 80 loopback=false probed=false
-tcp fe80::1 81 loopback=false probed=false`
+	want := `tcp 0.0.0.0 22 loopback=false asked by loopback
+tcp 127.0.0.1 5432 loopback=true asked by loopback
+udp 127.0.0.53 53 loopback=true not asked
+tcp 127.0.0.54 53 loopback=true asked at 127.0.0.54:53
+tcp 10.0.0.1 80 loopback=false asked at 10.0.0.1:80
+tcp fe80::1 81 loopback=false not asked`
 	if s := strings.Join(lines, "\n"); s != want {
 		t.Errorf("got\n%s\nwant\n%s", s, want)
 	}

@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -243,6 +244,14 @@ func (s *Session) DialTCP(ctx context.Context, port int, wait bool) (net.Conn, e
 		defer cancel()
 	}
 	return s.dial(ctx, subject, wire.Header{Kind: wire.KindTCP, Port: port, Wait: wait})
+}
+
+// DialAddress is DialTCP without wait, to another address of the guest's. An agent of an older version refuses that as one that
+// cannot be reached.
+func (s *Session) DialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	bounded, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	return s.dial(bounded, "guest address "+to.String(), wire.Header{Kind: wire.KindTCP, Port: int(to.Port()), Address: to.Addr()})
 }
 
 // DialStream opens a stream of another kind that the agent answers: wire.KindExec or wire.KindCopy. As with

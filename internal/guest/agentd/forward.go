@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"strconv"
 	"sync"
 	"syscall"
@@ -84,6 +85,13 @@ func pump(dst, src io.ReadWriteCloser) {
 // dial connects to the port, waiting for a listener if h says so, until the host closes the stream.
 func (s *Server) dial(ctx context.Context, stream net.Conn, h wire.Header) (net.Conn, error) {
 	dial := s.guest.DialTCP
+	if h.Address.IsValid() && s.guest.DialAddress != nil {
+		dial = func(ctx context.Context, port int) (net.Conn, error) {
+			return s.guest.DialAddress(ctx, netip.AddrPortFrom(h.Address, uint16(port)))
+		}
+	} else if h.Address.IsValid() {
+		dial = nil
+	}
 	if dial == nil {
 		return nil, errors.New("this guest forwards no connections")
 	}
@@ -137,6 +145,12 @@ func dialWaiting(ctx context.Context, dial func(context.Context, int) (net.Conn,
 // loopback so far.
 func notYet(err error) bool {
 	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EADDRNOTAVAIL)
+}
+
+// DialAddress is a Guest's DialAddress.
+func DialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	var d net.Dialer
+	return d.DialContext(ctx, "tcp", to.String())
 }
 
 // DialLoopback is a Guest's DialTCP: 127.0.0.1 first, then ::1.

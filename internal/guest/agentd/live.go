@@ -44,7 +44,7 @@ func Run(ctx context.Context, version string, restarts int) error {
 	}
 	guest := &Guest{
 		Version: version, Stages: &live.stages,
-		Answered: live.answered, Facts: live.facts, Shutdown: live.shutdown, Grow: live.grow, DialTCP: DialLoopback, Exec: StartProcess, Files: LocalPath,
+		Answered: live.answered, Facts: live.facts, Shutdown: live.shutdown, Grow: live.grow, DialTCP: DialLoopback, DialAddress: DialAddress, Exec: StartProcess, Files: LocalPath,
 		Stats: live.stats, Ports: live.ports, FollowPorts: followPorts, Trim: live.trim, Now: time.Now, SetNow: setNow,
 		Idle: debug.FreeOSMemory,
 		Sync: func(context.Context) error { unix.Sync(); return nil },

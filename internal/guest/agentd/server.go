@@ -11,6 +11,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -51,6 +52,8 @@ type Guest struct {
 	Idle func()
 	// DialTCP connects to a port of the guest's loopback; a refused connection is ECONNREFUSED.
 	DialTCP func(ctx context.Context, port int) (net.Conn, error)
+	// DialAddress connects to a port at another of its addresses.
+	DialAddress func(ctx context.Context, to netip.AddrPort) (net.Conn, error)
 	// Exec starts a command. An error that is fs.ErrNotExist says that there is no such program.
 	Exec func(exec.Request) (*Process, error)
 	// Files says where a path of the guest is on this machine; copies go there.

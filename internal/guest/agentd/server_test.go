@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -389,6 +390,40 @@ func TestHalfClose(t *testing.T) {
 		got, err := io.ReadAll(conn)
 		if err != nil || !bytes.Equal(got, sent) {
 			t.Errorf("got %d of %d bytes back, %v", len(got), len(sent), err)
+		}
+	})
+}
+
+// TestDialAddress reaches what is bound to one address that loopback does not lead to.
+func TestDialAddress(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.77:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, "here")
+			_ = c.Close()
+		}
+	}()
+	at := netip.MustParseAddrPort(l.Addr().String())
+	links(t, &agentd.Guest{Stages: &agentd.Stages{}, DialTCP: agentd.DialLoopback, DialAddress: agentd.DialAddress}, func(t *testing.T, link vmm.Link) {
+		s := open(t, link)
+		if _, err := s.DialTCP(within(t), int(at.Port()), false); !fault.Is(err, fault.Unavailable) {
+			t.Errorf("by loopback: %v", err)
+		}
+		conn, err := s.DialAddress(within(t), at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if got, err := io.ReadAll(conn); err != nil || string(got) != "here" {
+			t.Errorf("%q, %v", got, err)
 		}
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"strconv"
 	"strings"
 )
@@ -14,6 +15,8 @@ import (
 //	http                  HTTP/1.1 follows: the API of api/banger/agent/v1
 //	tcp <port> wait       a TCP connection to the guest's loopback; "wait": once something listens
 //	tcp <port> nowait     there. Answered by "ok" or "err <text>", then the bytes follow
+//	tcp <port> nowait <address>
+//	                      the same to another address of the guest's
 //	forward <port>        the same without waiting; frame.Duplex's frames follow the answer
 //	exec                  a command: answered likewise, then the frames of package exec
 //	cp                    files: answered likewise, then the frames of package files
@@ -41,10 +44,12 @@ const (
 
 // Header is what a stream is for.
 type Header struct {
-	Kind   Kind
-	Port   int    // KindTCP, KindForward
-	Wait   bool   // KindTCP
-	Stream uint32 // KindCut
+	Kind Kind
+	Port int  // KindTCP, KindForward
+	Wait bool // KindTCP
+	// Address is that of KindTCP without Wait; invalid: the guest's loopback, of either family.
+	Address netip.Addr
+	Stream  uint32 // KindCut
 }
 
 // String renders the header with its line end.
@@ -54,6 +59,8 @@ func (h Header) String() string {
 		wait := "nowait"
 		if h.Wait {
 			wait = "wait"
+		} else if h.Address.IsValid() {
+			wait += " " + h.Address.String()
 		}
 		return fmt.Sprintf("tcp %d %s\n", h.Port, wait)
 	case KindForward:
@@ -79,6 +86,12 @@ func ParseHeader(line string) (Header, error) {
 		case h.Kind == KindForward && len(fields) == 2:
 		case h.Kind == KindTCP && len(fields) == 3 && (fields[2] == "wait" || fields[2] == "nowait"):
 			h.Wait = fields[2] == "wait"
+		case h.Kind == KindTCP && len(fields) == 4 && fields[2] == "nowait":
+			address, err := netip.ParseAddr(fields[3])
+			if err != nil {
+				return Header{}, bad
+			}
+			h.Address = address
 		default:
 			return Header{}, bad
 		}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -15,14 +16,14 @@ import (
 const testSecret = "0123456789abcdef"
 
 func TestHeaderRoundTrip(t *testing.T) {
-	for _, h := range []Header{{Kind: KindHTTP}, {Kind: KindTCP, Port: 22}, {Kind: KindTCP, Port: 65535, Wait: true}, {Kind: KindExec}, {Kind: KindCopy}, {Kind: KindPorts}, {Kind: KindCut, Stream: 1<<32 - 1}} {
+	for _, h := range []Header{{Kind: KindHTTP}, {Kind: KindTCP, Port: 22}, {Kind: KindTCP, Port: 65535, Wait: true}, {Kind: KindTCP, Port: 65535, Address: netip.MustParseAddr("2001:db8:1111:2222:3333:4444:5555:6666")}, {Kind: KindExec}, {Kind: KindCopy}, {Kind: KindPorts}, {Kind: KindCut, Stream: 1<<32 - 1}} {
 		r := bytes.NewBufferString(h.String() + "rest")
 		got, err := ReadHeader(r)
 		if err != nil || got != h || r.String() != "rest" {
 			t.Errorf("%q: got %+v, %v, then %q", h, got, err, r)
 		}
 	}
-	for _, bad := range []string{"", "HTTP", "http ", "tcp", "tcp 0 wait", "tcp 65536 wait", "tcp 22", "tcp 22 maybe", "tcp  22 wait", "tcp -1 wait", "exec ", "exec 1", "cut", "cut x", "cut 4294967296"} {
+	for _, bad := range []string{"", "HTTP", "http ", "tcp", "tcp 0 wait", "tcp 65536 wait", "tcp 22", "tcp 22 maybe", "tcp  22 wait", "tcp -1 wait", "tcp 22 wait ::1", "tcp 22 nowait x", "tcp 22 nowait ::1 ", "exec ", "exec 1", "cut", "cut x", "cut 4294967296"} {
 		if h, err := ParseHeader(bad); err == nil {
 			t.Errorf("%q was read as %+v", bad, h)
 		}
