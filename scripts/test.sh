@@ -14,15 +14,16 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/stage.sh
 . scripts/stage.sh
 
-mode=${1:-quick}
+mode=${1:-quick} boots=${2:-20}
 case $mode in
     quick | full) ;;
-    boots) boots=${2:-20} ;;
-    *)
-        echo "usage: scripts/test.sh [full | boots N]" >&2
-        exit 2
-        ;;
+    boots) [[ $boots =~ ^[1-9][0-9]*$ ]] || mode='' ;;
+    *) mode='' ;;
 esac
+if [ -z "$mode" ]; then
+    echo "usage: scripts/test.sh [full | boots N]" >&2
+    exit 2
+fi
 
 # ---- a place of its own
 
@@ -142,8 +143,9 @@ tool() { # <module path of the program> <version>
     # Outside of the checkout: its go.mod has no say in a tool's dependencies.
     (cd / && GOBIN=$dir.new go install "$1@$2") && mv "$dir.new" "$dir"
 }
+install_runner() { tool gotest.tools/gotestsum v1.13.0; }
 install_tools() {
-    tool gotest.tools/gotestsum v1.13.0 &&
+    install_runner &&
         tool github.com/golangci/golangci-lint/v2/cmd/golangci-lint v2.15.0 &&
         tool github.com/bufbuild/buf/cmd/buf v1.75.0 &&
         tool google.golang.org/protobuf/cmd/protoc-gen-go v1.36.12 &&
@@ -258,11 +260,12 @@ around | sort >"$run/log/before"
 
 export BANGER_RUNTIME_DIR=$PWD/runtime
 if [ "$mode" = boots ]; then
+    needed "tools" install_runner
     needed "build" make --no-print-directory build
     needed "runtime bundle" live make --no-print-directory runtime
-    check "boots" live env BANGER_E2E_BOOTS="$boots" go test -tags e2e -count 1 -v -timeout 3h -run '^TestBootsUnderLoad$' ./test/e2e || true
+    export BANGER_E2E_BOOTS=$boots
+    check "boots" live gotests standard-verbose -tags e2e -count 1 -timeout 3h -run '^TestBootsUnderLoad$' ./test/e2e || true
     check "nothing is left behind" live left_behind || true
-    counted "$boots" 0 0
     finish
 fi
 

@@ -323,33 +323,31 @@ func TestBootsUnderLoad(t *testing.T) {
 		}()
 		t.Cleanup(func() { _ = load.Wait() })
 	}
-	failed := 0
 	for i := 1; i <= boots; i++ {
-		start := time.Now()
-		r := h.try("vm", "start", "busy")
-		agent := time.Since(start)
-		if r.code != 0 {
-			failed++
-			t.Errorf("boot %d of %d: %s", i, boots, r)
-			continue
-		}
-		in := h.try("vm", "ssh", "busy", "--", "cut -d ' ' -f 1-3 /proc/loadavg")
-		entered := time.Since(start)
-		if in.code != 0 {
-			failed++
-			t.Errorf("boot %d of %d: %s", i, boots, in)
-		}
-		var stages []string
-		for _, s := range h.show("busy").Boot {
-			stages = append(stages, fmt.Sprintf("%s %.1f", s.Name, s.AtMS/1000))
-		}
-		load, _ := os.ReadFile("/proc/loadavg")
-		t.Logf("boot %2d: agent %.1fs, entered %.1fs; in the guest: %s; load %s", i, agent.Seconds(), entered.Seconds(),
-			strings.Join(stages, ", "), strings.Fields(string(load))[0])
-		if r := h.try("vm", "stop", "busy"); r.code != 0 {
-			t.Errorf("stop %d: %s", i, r)
-		}
-		h.disksAreClean(h.show("busy"))
+		t.Run(fmt.Sprintf("boot %d", i), func(t *testing.T) {
+			h := h.with(t)
+			start := time.Now()
+			r := h.try("vm", "start", "busy")
+			agent := time.Since(start)
+			if r.code != 0 {
+				t.Fatal(r)
+			}
+			in := h.try("vm", "ssh", "busy", "--", "cut -d ' ' -f 1-3 /proc/loadavg")
+			entered := time.Since(start)
+			if in.code != 0 {
+				t.Error(in)
+			}
+			var stages []string
+			for _, s := range h.show("busy").Boot {
+				stages = append(stages, fmt.Sprintf("%s %.1f", s.Name, s.AtMS/1000))
+			}
+			load, _ := os.ReadFile("/proc/loadavg")
+			t.Logf("agent %.1fs, entered %.1fs; in the guest: %s; load %s", agent.Seconds(), entered.Seconds(),
+				strings.Join(stages, ", "), strings.Fields(string(load))[0])
+			if r := h.try("vm", "stop", "busy"); r.code != 0 {
+				t.Error(r)
+			}
+			h.disksAreClean(h.show("busy"))
+		})
 	}
-	t.Logf("%d boots, %d failed", boots, failed)
 }
