@@ -37,9 +37,9 @@ func (h rootHelper) finding(ctx context.Context) doctor.Finding {
 	a, err := wire.Probe(ctx, h.socket)
 	switch {
 	case fault.Is(err, fault.VersionSkew):
-		return doctor.FromError(code, title, err)
+		return doctor.FromError(code, title, err, doctor.ShowLog)
 	case err != nil:
-		return doctor.Finding{Code: code, Severity: doctor.Warn, Title: title, Detail: "none, so VMs are not on a bridge of the host: " + err.Error(), Fix: fault.HintOf(err)}
+		return doctor.Finding{Code: code, Severity: doctor.Warn, Title: title, Detail: "none, so VMs are not on a bridge of the host: " + err.Error(), Fix: doctor.FixOf(err, doctor.ShowLog)}
 	case !h.usable():
 		return doctor.Finding{Code: code, Severity: doctor.Warn, Title: title, Detail: "it was installed after the daemon started, which does without", Fix: "banger daemon stop"}
 	}

@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/config"
-	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/helper"
 	"git.thaloco.com/thaloco/banger/internal/hostnet"
@@ -46,7 +46,7 @@ func networks(p config.Paths, c config.Config, d vmm.Driver, uid int, root rootH
 		auto := c.Network == config.NetworkAuto
 		switch {
 		case c.Network == config.NetworkBridge && uid != 0 && !root.installed():
-			h.Notice("none: the daemon is not root, and a bridge takes root or its helper", fault.HintOf(root.err)+"; or set network = \"user\" in config.toml, which takes no privilege; then banger daemon stop")
+			h.Notice("none: the daemon is not root, and a bridge takes root or its helper", doctor.FixOf(root.err, doctor.ShowLog)+"; or set network = \"user\" in config.toml, which takes no privilege; then banger daemon stop")
 			return nil
 		case c.Network == config.NetworkBridge, auto && (uid == 0 || root.usable()):
 			b, err := openBridge(plan, c, h, uid, root, auto)
@@ -54,10 +54,10 @@ func networks(p config.Paths, c config.Config, d vmm.Driver, uid int, root rootH
 			case err == nil:
 				return []sandbox.Network{root.advise(b), user}
 			case !auto: // no netlink at all
-				h.Notice("none: "+err.Error(), fault.HintOf(err))
+				h.Notice("none: "+err.Error(), doctor.FixOf(err, doctor.ShowLog))
 				return nil
 			}
-			h.Notice("the user network, since the bridge network cannot be used: "+err.Error(), fault.HintOf(err))
+			h.Notice("the user network, since the bridge network cannot be used: "+err.Error(), doctor.FixOf(err, doctor.ShowLog))
 		}
 		return []sandbox.Network{root.advise(user)}
 	}

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -96,7 +97,7 @@ func (a *app) findings(ctx context.Context, fix bool) ([]*bangerv1.Finding, erro
 	if v.Subject != "" {
 		title = v.Subject + ": " + title
 	}
-	return []*bangerv1.Finding{{Code: "daemon", Severity: "fail", Title: title, Fix: v.Hint}}, nil
+	return []*bangerv1.Finding{{Code: "daemon", Severity: "fail", Title: title, Fix: cmp.Or(v.Hint, "banger daemon logs")}}, nil
 }
 
 // checkVersions compares the daemon with this program, and with fix restarts one that is older or of another build.

@@ -18,7 +18,7 @@ const (
 	Fail Severity = "fail"
 )
 
-// Finding is the result of one check. Code is stable, Fix says what to type.
+// Finding is the result of one check. Code is stable. Fix says what to type; whatever does not pass has one.
 type Finding struct {
 	Code     string
 	Severity Severity
@@ -68,7 +68,18 @@ func Run(ctx context.Context, checks []Check, fix bool) []Finding {
 	return out
 }
 
-// FromError makes a failing finding of a fault: its text and its hint.
-func FromError(code, title string, err error) Finding {
-	return Finding{Code: code, Severity: Fail, Title: title, Detail: err.Error(), Fix: fault.HintOf(err)}
+// FromError makes a failing finding of an error: its text and its hint, or otherwise if it has none.
+func FromError(code, title string, err error, otherwise string) Finding {
+	return Finding{Code: code, Severity: Fail, Title: title, Detail: err.Error(), Fix: FixOf(err, otherwise)}
 }
+
+// FixOf is the hint of an error, or otherwise if it has none: whatever does not pass comes with something to type.
+func FixOf(err error, otherwise string) string {
+	if hint := fault.HintOf(err); hint != "" {
+		return hint
+	}
+	return otherwise
+}
+
+// ShowLog shows what the daemon did before: the fix of what nobody has foreseen.
+const ShowLog = "banger daemon logs"

@@ -239,7 +239,7 @@ func Check(s Sources) error {
 	for _, p := range s.parts(&Tools{}) {
 		at, err := parseSource(p.source)
 		if err != nil {
-			return fault.New(fault.Invalid, p.setting, "%q %s", p.source, err)
+			return fault.New(fault.Invalid, p.setting, "%q %s", p.source, err).WithHint("correct %s in config.toml", p.setting)
 		}
 		if filepath.IsAbs(at.at) {
 			if _, err := os.Stat(at.at); err != nil {

@@ -21,7 +21,7 @@ func (s *Service) followClock() {
 		s.watchers.Go(func() { s.setClocks(s.bg) }) // it may jump again before all are set
 	})
 	if s.bg.Err() == nil {
-		s.warn("the clocks of guests are not set after a sleep of the host: %v", err)
+		s.warn("banger daemon restart", "the clocks of guests are not set after a sleep of the host: %v", err)
 		s.log.Error("the host's clock is not watched", "err", err)
 	}
 }

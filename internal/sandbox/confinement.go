@@ -7,7 +7,6 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/console"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
-	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
@@ -56,9 +55,9 @@ func (s *Service) checkJail(ctx context.Context) (findings []doctor.Finding, jai
 	f := doctor.Finding{Code: code, Severity: doctor.Pass, Title: title, Detail: "each VM's program has a user id and a root directory of its own"}
 	switch {
 	case err != nil && s.cfg.Jailer == config.JailerOn:
-		f = doctor.FromError(code, title, err)
+		f = doctor.FromError(code, title, err, doctor.ShowLog)
 	case err != nil:
-		f.Severity, f.Detail, f.Fix = doctor.Warn, "none: "+why, fault.HintOf(err)
+		f.Severity, f.Detail, f.Fix = doctor.Warn, "none: "+why, doctor.FixOf(err, doctor.ShowLog)
 	case !jailed:
 		f.Detail = "none: " + why
 	}
@@ -81,7 +80,7 @@ func (s *Service) openLogKeeper() {
 		s.log.Error("the log of a running VM cannot be bounded", "path", path, "err", err)
 	})
 	if err != nil {
-		s.warn("logs of running VMs are not bounded: %v", err)
+		s.warn("sudo sysctl fs.inotify.max_user_instances=1024, then banger daemon restart", "logs of running VMs are not bounded: %v", err)
 		s.log.Error("logs of running VMs are not bounded", "err", err)
 		return
 	}

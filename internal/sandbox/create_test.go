@@ -171,7 +171,7 @@ func TestADamagedBundleIsNamed(t *testing.T) {
 				}
 				wants(t, "create", err, code, named, "make install")
 				r.nothing()
-				if found := r.s.Doctor(r.ctx(), false); found[0].Code != "bundle" || found[0].Severity != "fail" || found[0].Fix == "" {
+				if found := r.findings(); found[0].Code != "bundle" || found[0].Severity != "fail" || found[0].Fix == "" {
 					t.Errorf("doctor: %+v", found[0])
 				}
 			})

@@ -116,7 +116,7 @@ func (d *systemDisk) Machine(_ context.Context, v *vm.VM, spec *vmm.Spec) error 
 // Check makes the blank template, once: it needs mke2fs.
 func (d *systemDisk) Check(ctx context.Context) []doctor.Finding {
 	if err := d.service.ensureBlanks(ctx); err != nil {
-		return []doctor.Finding{doctor.FromError("mke2fs", "Blank disks", err)}
+		return []doctor.Finding{doctor.FromError("mke2fs", "Blank disks", err, seeDir(d.service.paths.Templates()))}
 	}
 	return []doctor.Finding{{Code: "mke2fs", Severity: doctor.Pass, Title: "Blank disks", Detail: "can be made"}}
 }

@@ -45,12 +45,12 @@ func (s *Service) checkState(context.Context) []doctor.Finding {
 	dir := s.paths.State
 	fs, err := disk.FilesystemOf(dir)
 	if err != nil {
-		return []doctor.Finding{doctor.FromError("disk", "Room for VMs", err)}
+		return []doctor.Finding{doctor.FromError("disk", "Room for VMs", err, seeDir(dir))}
 	}
 	room := doctor.Finding{Code: "disk", Severity: doctor.Pass, Title: "Room for VMs",
 		Detail: fmt.Sprintf("%s of %s free in %s", size(fs.Free), size(fs.Total), dir)}
 	if err := disk.CheckRoom(dir, 0); err != nil {
-		room = doctor.FromError("disk", room.Title, err)
+		room = doctor.FromError("disk", room.Title, err, seeDir(dir))
 	} else if fs.Free < scarce {
 		room.Severity, room.Fix = doctor.Warn, fmt.Sprintf("free space on it (df -h %s), or delete a VM (banger vm list)", dir)
 	}
@@ -64,6 +64,9 @@ func (s *Service) checkState(context.Context) []doctor.Finding {
 	return []doctor.Finding{room, kind, s.checkPrivate()}
 }
 
+// seeDir is the fix of a directory that something is the matter with, nobody knows what.
+func seeDir(dir string) string { return "see it: ls -ld " + dir + "; df -h " + dir }
+
 // size is a size for people: whole units below ten would hide too much.
 func size(n int64) string { return fmt.Sprintf("%.1f GiB", float64(n)/float64(vm.GiB)) }
 
@@ -72,7 +75,7 @@ func (s *Service) checkPrivate() doctor.Finding {
 	f := doctor.Finding{Code: "state-mode", Severity: doctor.Pass, Title: "Privacy of VMs", Detail: "only this user may look into " + s.paths.State}
 	st, err := os.Stat(s.paths.State)
 	if err != nil {
-		return doctor.FromError(f.Code, f.Title, err)
+		return doctor.FromError(f.Code, f.Title, err, seeDir(s.paths.State))
 	}
 	if open := st.Mode().Perm() & 0o077; open != 0 {
 		f.Severity, f.Fix = doctor.Warn, "chmod 700 "+s.paths.State
@@ -97,7 +100,7 @@ func (s *Service) checkLingering(context.Context) []doctor.Finding {
 func (s *Service) checkBuilds(context.Context) []doctor.Finding {
 	f := doctor.Finding{Code: "image-build", Severity: doctor.Pass, Title: "Image builds", Detail: "their sources are named and pinned; what is not here is fetched by a build"}
 	if err := imagebuild.Check(s.sources()); err != nil {
-		f = doctor.FromError(f.Code, f.Title, err)
+		f = doctor.FromError(f.Code, f.Title, err, doctor.ShowLog)
 		f.Severity = doctor.Warn
 	}
 	return []doctor.Finding{f}
@@ -165,7 +168,7 @@ func (s *Service) checkWarnings(context.Context) []doctor.Finding {
 	defer s.warnMu.Unlock()
 	var out []doctor.Finding
 	for _, w := range s.warnings {
-		out = append(out, doctor.Finding{Code: "state", Severity: doctor.Warn, Title: "State directory", Detail: w})
+		out = append(out, doctor.Finding{Code: "state", Severity: doctor.Warn, Title: "State directory", Detail: w.text, Fix: w.fix})
 	}
 	return out
 }

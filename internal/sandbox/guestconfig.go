@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
@@ -131,11 +132,15 @@ AcceptEnv LANG LC_* COLORTERM
 // Check looks for the SSH key.
 func (g *guestConfig) Check(context.Context) []doctor.Finding {
 	key, err := g.service.images.identity()
-	if err == nil {
-		_, err = os.Stat(key)
+	fix := seeDir(g.service.paths.State)
+	for _, half := range []string{key, key + ".pub"} {
+		if err == nil {
+			_, err = os.Stat(half)
+			fix = bundle.Repair(filepath.Dir(key)) // a key of the state directory was made by identity
+		}
 	}
 	if err != nil {
-		return []doctor.Finding{doctor.FromError("ssh-key", "SSH key of the installation", err)}
+		return []doctor.Finding{doctor.FromError("ssh-key", "SSH key of the installation", err, fix)}
 	}
 	return []doctor.Finding{{Code: "ssh-key", Severity: doctor.Pass, Title: "SSH key of the installation", Detail: key}}
 }

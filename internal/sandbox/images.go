@@ -792,7 +792,11 @@ func (c *imageCapability) Check(ctx context.Context) []doctor.Finding {
 		err = c.images.refresh(ctx)
 	}
 	if err != nil {
-		f := doctor.FromError("bundle", "Runtime bundle", err)
+		fix := doctor.ShowLog
+		if b != nil {
+			fix = bundle.Repair(b.Dir())
+		}
+		f := doctor.FromError("bundle", "Runtime bundle", err, fix)
 		// The one fault of a bundle that is mended without building anything: a key that others may read, which ssh refuses.
 		if key, keyErr := c.images.identity(); keyErr == nil {
 			if st, statErr := os.Stat(key); statErr == nil && st.Mode().Perm()&0o077 != 0 {

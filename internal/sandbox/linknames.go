@@ -13,7 +13,6 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
-	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
@@ -189,7 +188,7 @@ func (l *linkNames) check() []doctor.Finding {
 	for a, err := range l.faults {
 		out = append(out, doctor.Finding{Code: "guest dns", Severity: doctor.Warn, Title: "DNS for guests",
 			Detail: "not answered at " + a.String() + ": " + err.Error(),
-			Fix:    fault.HintOf(err)})
+			Fix:    doctor.FixOf(err, doctor.ShowLog)})
 	}
 	slices.SortFunc(out, func(a, b doctor.Finding) int { return strings.Compare(a.Detail, b.Detail) })
 	return out

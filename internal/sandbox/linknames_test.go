@@ -77,7 +77,7 @@ func TestLinkWhosePortIsTaken(t *testing.T) {
 		t.Errorf("%q, %v", st.Warnings, err)
 	}
 	found := false
-	for _, f := range r.s.Doctor(r.ctx(), false) {
+	for _, f := range r.findings() {
 		found = found || f.Code == "guest dns" && strings.Contains(f.Detail, "192.0.2.1")
 	}
 	if !found {

@@ -47,7 +47,7 @@ func (s *Service) publishPorts(v vm.VM, m *machine) {
 			return
 		case fault.Is(err, fault.VersionSkew):
 			s.log.Warn("the ports of a VM are not published: its agent does not tell of them", "vm", v.ID, "err", err)
-			s.warn("the ports of %s are not published until `banger vm restart %s`: an older banger started it", v.Name, v.Name)
+			s.warn("banger vm restart "+v.Name, "the ports of %s are not published until `banger vm restart %s`: an older banger started it", v.Name, v.Name)
 			return
 		}
 		if time.Since(began) > mostAskPorts {

@@ -504,7 +504,7 @@ func (c *machineCapability) Check(ctx context.Context) []doctor.Finding {
 	s := c.machines.service
 	var out []doctor.Finding
 	if err := s.driver.Check(ctx); err != nil {
-		out = append(out, doctor.FromError("vmm", "Virtual machine monitor", err))
+		out = append(out, doctor.FromError("vmm", "Virtual machine monitor", err, doctor.ShowLog))
 	} else {
 		out = append(out, doctor.Finding{Code: "vmm", Severity: doctor.Pass, Title: "Virtual machine monitor", Detail: strings.TrimSpace(s.driver.Name() + " " + s.vmmVersion())})
 	}

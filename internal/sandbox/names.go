@@ -9,7 +9,6 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/dns"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
-	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 )
 
@@ -55,7 +54,7 @@ func (s *Service) checkDNS(ctx context.Context) doctor.Finding {
 	f := doctor.Finding{Code: "dns", Severity: doctor.Pass, Title: "Names of VMs"}
 	switch {
 	case s.dnsFault != nil:
-		f.Severity, f.Detail, f.Fix = doctor.Warn, s.dnsFault.Error(), fault.HintOf(s.dnsFault)
+		f.Severity, f.Detail, f.Fix = doctor.Warn, s.dnsFault.Error(), doctor.FixOf(s.dnsFault, doctor.ShowLog)
 		return f
 	case s.dns == nil:
 		f.Detail = "none: dns_listen_addr is empty"

@@ -96,7 +96,7 @@ func (s *Service) restoreNetworks(ctx context.Context, rebooted bool) {
 			}
 		}
 		if err := n.Restore(ctx, attached); err != nil { // VMs that run are no worse off than before
-			s.warn("what is left of the %s network could not be taken in: %v", n.Kind(), err)
+			s.warn(doctor.FixOf(err, "banger daemon restart"), "what is left of the %s network could not be taken in: %v", n.Kind(), err)
 			s.log.Error("what is left of a network could not be taken in", "network", n.Kind(), "err", err)
 		}
 	}
@@ -171,7 +171,7 @@ func (c *networkCapability) Observe(ctx context.Context, v *vm.VM) (bool, error)
 		return false, lookErr
 	}
 	if runs {
-		c.service.warn("the network of %s does not answer; `banger vm restart %s` makes it anew", v.Name, v.Name)
+		c.service.warn("banger vm restart "+v.Name, "the network of %s does not answer; `banger vm restart %s` makes it anew", v.Name, v.Name)
 		c.service.log.Error("a VM's network does not answer", "vm", v.ID, "err", err)
 	}
 	return runs, nil

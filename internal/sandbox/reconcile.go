@@ -11,6 +11,7 @@ import (
 
 	"git.thaloco.com/thaloco/banger/internal/console"
 	"git.thaloco.com/thaloco/banger/internal/disk"
+	"git.thaloco.com/thaloco/banger/internal/doctor"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/operation"
@@ -63,7 +64,7 @@ func (s *Service) Reconcile(ctx context.Context, bootID string) error {
 		op, interrupted := pending[v.ID]
 		delete(pending, v.ID)
 		if err := s.settle(ctx, v, op, interrupted, rebooted); err != nil {
-			s.warn("%s could not be reconciled: %v", v.Name, err)
+			s.warn(doctor.FixOf(err, "banger daemon restart"), "%s could not be reconciled: %v", v.Name, err)
 			s.log.Error("a VM could not be reconciled", "vm", v.ID, "name", v.Name, "err", err)
 		}
 	}
@@ -289,10 +290,14 @@ func (s *Service) endInterrupted(ctx context.Context, op operation.Operation, f 
 	return nil
 }
 
-func (s *Service) warn(format string, args ...any) {
+// warning is something found while the daemon ran that is no error of any command.
+type warning struct{ text, fix string }
+
+// warn has the daemon's status and doctor tell of something, until the daemon ends. fix says what to type.
+func (s *Service) warn(fix, format string, args ...any) {
 	s.warnMu.Lock()
 	defer s.warnMu.Unlock()
-	s.warnings = append(s.warnings, fmt.Sprintf(format, args...))
+	s.warnings = append(s.warnings, warning{fmt.Sprintf(format, args...), fix})
 }
 
 // sweep removes what is left of VMs that have no record: VMMs (no crash leaves one, a database that
@@ -317,11 +322,11 @@ func (s *Service) sweep(ctx context.Context) error {
 	if sw, ok := s.driver.(vmm.Sweeper); ok {
 		ended, err := sw.Sweep(ctx, s.store.InstallationID(), filepath.Join(s.paths.State, "run"), func(id string) bool { return known[id] })
 		for _, id := range ended {
-			s.warn("the VMM of a VM that is not in the database was ended (id %s); its disks are kept", vm.ID(id).Short())
+			s.warn("its disks: ls -l "+s.vmDir(vm.ID(id)), "the VMM of a VM that is not in the database was ended (id %s); its disks are kept", vm.ID(id).Short())
 			s.log.Warn("a VMM without a record was ended", "vm", id)
 		}
 		if err != nil { // what runs on is no obstacle to the VMs that are known
-			s.warn("VMMs without a record could not be swept: %v", err)
+			s.warn(doctor.FixOf(err, "banger daemon restart"), "VMMs without a record could not be swept: %v", err)
 			s.log.Error("VMMs without a record could not be swept", "err", err)
 		}
 	}
@@ -345,7 +350,9 @@ func (s *Service) sweep(ctx context.Context) error {
 	}
 	for _, n := range dirs {
 		if !known[n] {
-			s.warn("%s belongs to no VM in the database; it is kept: move it away if you do not want its disks", filepath.Join(s.paths.State, "vms", n))
+			dir, aside := filepath.Join(s.paths.State, "vms", n), filepath.Join(s.paths.State, "kept")
+			s.warn(fmt.Sprintf("mkdir -p %s && mv %s %s/, then banger daemon restart", aside, dir, aside),
+				"%s belongs to no VM in the database; it is kept: move it away if you do not want its disks", dir)
 		}
 	}
 	return nil

@@ -24,7 +24,7 @@ func (r *rig) warned(text string) bool {
 		r.t.Fatal(err)
 	}
 	return slices.ContainsFunc(st.Warnings, func(w string) bool { return strings.Contains(w, text) }) &&
-		slices.ContainsFunc(r.s.Doctor(r.ctx(), false), func(f doctor.Finding) bool { return f.Severity == doctor.Warn && strings.Contains(f.Detail, text) })
+		slices.ContainsFunc(r.findings(), func(f doctor.Finding) bool { return f.Severity == doctor.Warn && strings.Contains(f.Detail, text) })
 }
 
 func TestMachinesOutliveTheDaemon(t *testing.T) {

@@ -80,7 +80,7 @@ type Service struct {
 	watchers sync.WaitGroup
 
 	warnMu   sync.Mutex
-	warnings []string
+	warnings []warning
 }
 
 // New returns a Service over an open store, which it closes in the end. Call Reconcile before the

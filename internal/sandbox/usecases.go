@@ -722,7 +722,9 @@ func (s *Service) Status(ctx context.Context) (Status, error) {
 		st.DNS = s.dns.Addr().String()
 	}
 	s.warnMu.Lock()
-	st.Warnings = append(st.Warnings, s.warnings...)
+	for _, w := range s.warnings {
+		st.Warnings = append(st.Warnings, w.text)
+	}
 	s.warnMu.Unlock()
 	if n := s.networkNotice; n != nil {
 		st.Warnings = append(st.Warnings, "network of VMs: "+n.Detail)

@@ -104,7 +104,8 @@ func Skew(a Answer) error {
 func unreachable(ctx context.Context, socket string, err error) error {
 	switch {
 	case ctx.Err() != nil:
-		return fault.Wrap(err, fault.CodeOf(ctx.Err()), Subject, "it could not be reached in time")
+		return fault.Wrap(err, fault.CodeOf(ctx.Err()), Subject, "it could not be reached in time").
+			WithHint("sudo systemctl restart banger-helper@%d.socket", os.Geteuid())
 	case errors.Is(err, fs.ErrNotExist):
 		return fault.Wrap(err, fault.Unavailable, Subject, "it is not installed for user %d", os.Geteuid()).WithHint("%s", InstallCommand())
 	case errors.Is(err, fs.ErrPermission):

@@ -471,7 +471,7 @@ func (n *Network) has(slot int) bool {
 func (n *Network) Check(ctx context.Context) []doctor.Finding {
 	const title = "Network of VMs"
 	if err := n.host.Check(ctx); err != nil {
-		return []doctor.Finding{doctor.FromError("network", title, err)}
+		return []doctor.Finding{doctor.FromError("network", title, err, doctor.ShowLog)}
 	}
 	detail := n.o.Bridge + ", " + n.o.Plan.Host4().String()
 	if n.o.Plan.IPv6.IsValid() {
@@ -480,7 +480,7 @@ func (n *Network) Check(ctx context.Context) []doctor.Finding {
 	out := []doctor.Finding{{Code: "network", Severity: doctor.Pass, Title: title, Detail: detail}}
 	obstacles, err := n.host.Obstacles()
 	if err != nil {
-		return append(out, doctor.FromError(doctor.Firewall, "Firewall of the host", err))
+		return append(out, doctor.FromError(doctor.Firewall, "Firewall of the host", err, "sudo nft list ruleset"))
 	}
 	for _, o := range obstacles {
 		out = append(out, doctor.Finding{Code: doctor.Firewall, Severity: doctor.Warn, Title: "Firewall of the host",

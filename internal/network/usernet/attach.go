@@ -164,8 +164,8 @@ func (a *Attacher) Check(context.Context) []doctor.Finding {
 	f := doctor.Finding{Code: "network", Severity: doctor.Pass, Title: "Network of VMs",
 		Detail: "without privilege: out through the daemon's user, in by " + loopbackOf(a.o.Plan.Installation).String()}
 	if _, err := dns.HostResolvers(); err != nil {
-		f = doctor.FromError("network", f.Title, fault.Wrap(err, fault.Unavailable, "/etc/resolv.conf", "guests would resolve no names").
-			WithHint("see it: cat /etc/resolv.conf"))
+		f = doctor.FromError("network", f.Title, fault.Wrap(err, fault.Unavailable, "/etc/resolv.conf", "guests would resolve no names"),
+			"see it: cat /etc/resolv.conf")
 	}
 	return []doctor.Finding{f}
 }
