@@ -1,6 +1,7 @@
 // Command bangerd-fake is the daemon for tests that boot nothing: everything is real but the
 // machines, which are records in the directory BANGER_FAKE_WORLD (see fakevmm). Its guests run an
-// SSH server that knows a few commands.
+// SSH server that knows a few commands. Beside what goes wrong with fake machines, the line "<who> impostor" in
+// the faults file has that server show another host key than the VM's.
 //
 // It is never installed. BANGER_TEST_API_REVISION makes it speak another revision of the API.
 package main

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -33,6 +35,11 @@ func dial(_ context.Context, g *fakevmm.Guest, port int) (net.Conn, error) {
 		server, err := sshConfig(g.Spec())
 		if err != nil {
 			return nil, err
+		}
+		if _, ok := g.Fault("impostor"); ok {
+			if err := disguise(server); err != nil {
+				return nil, err
+			}
 		}
 		serve = func(c net.Conn) { serveSSH(c, server) }
 	case 8080, 8443:
@@ -103,6 +110,20 @@ func sshConfig(spec vmm.Spec) (*ssh.ServerConfig, error) {
 	return server, nil
 }
 
+// disguise gives the server a host key that is nobody's, in place of the VM's.
+func disguise(server *ssh.ServerConfig) error {
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return err
+	}
+	signer, err := ssh.NewSignerFromKey(key)
+	if err != nil {
+		return err
+	}
+	server.AddHostKey(signer) // there is one of each kind
+	return nil
+}
+
 func serveSSH(conn net.Conn, config *ssh.ServerConfig) {
 	defer conn.Close()
 	_, channels, requests, err := ssh.NewServerConn(conn, config)
@@ -125,6 +146,7 @@ func serveSSH(conn net.Conn, config *ssh.ServerConfig) {
 
 func serveSession(conn net.Conn, channel ssh.Channel, requests <-chan *ssh.Request) {
 	defer channel.Close()
+	terminal := false
 	for r := range requests {
 		var command string
 		switch r.Type {
@@ -135,7 +157,11 @@ func serveSession(conn net.Conn, channel ssh.Channel, requests <-chan *ssh.Reque
 			}
 		case "shell":
 			command = "shell"
+			if terminal {
+				command = "login"
+			}
 		default:
+			terminal = terminal || r.Type == "pty-req"
 			_ = r.Reply(r.Type == "env" || r.Type == "pty-req", nil)
 			continue
 		}
@@ -168,7 +194,11 @@ func run(c ssh.Channel, command string) int {
 	case "cat":
 		_, _ = io.Copy(c, c)
 		return 0
-	case "shell":
+	case "shell": // until there is no more input
+		fmt.Fprintln(c, "welcome")
+		_, _ = io.Copy(io.Discard, c)
+		return 0
+	case "login": // nobody types
 		fmt.Fprintln(c, "welcome")
 		return 0
 	}
