@@ -5,6 +5,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -19,6 +20,9 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"git.thaloco.com/thaloco/banger/internal/operation"
+	"git.thaloco.com/thaloco/banger/internal/store"
+	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/test/fakeinstall"
 )
 
@@ -65,6 +69,7 @@ func TestScripts(t *testing.T) {
 			"until":      untilCmd,
 			"killdaemon": killDaemonCmd,
 			"daemons":    daemonsCmd,
+			"twin":       twinCmd,
 		},
 	})
 }
@@ -117,6 +122,26 @@ func killDaemonCmd(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("usage: killdaemon, with one daemon running; there are %d", len(pids))
 	}
 	ts.Check(fakeinstall.End(pids[0], syscall.SIGKILL))
+}
+
+// twinCmd puts a VM on record that is as another one, but for its name and what follows the first eight digits of its id:
+// twin NEW OLD. Ids are random; no script makes enough VMs for two that begin alike. The daemon must not run.
+func twinCmd(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 || len(install.Daemons(ts.Getenv("WORK"))) > 0 {
+		ts.Fatalf("usage: twin NEW OLD, with no daemon running")
+	}
+	ctx := context.Background()
+	records, err := store.Open(ctx, filepath.Join(ts.Getenv("XDG_STATE_HOME"), "banger", "banger.db"))
+	ts.Check(err)
+	v, ok := records.VMByName(args[1])
+	if !ok {
+		_ = records.Close()
+		ts.Fatalf("there is no VM %s", args[1])
+	}
+	v.ID, v.Name = v.ID[:8]+vm.ID(strings.Repeat("0", 24)), args[0]
+	_, err = records.AdmitVM(ctx, v, operation.Operation{ID: operation.NewID(), Kind: operation.Create, State: operation.Succeeded,
+		VMID: string(v.ID), VMName: v.Name, CreatedAt: time.Now()})
+	ts.Check(errors.Join(err, records.Close()))
 }
 
 // daemonsCmd checks how many daemons the script has running: daemons N
