@@ -36,6 +36,7 @@ type unitPlace struct {
 	User            bool
 	XDGRuntime      string // XDG_RUNTIME_DIR of the programs, where the manager does not set it itself
 	Needs           string // unit that makes Runtime's parent, "" if that is there
+	Linger          string // directory with a file for each user who lingers (systemd's logind)
 }
 
 // word quotes a word of a command for a unit (systemd.service(5), "COMMAND LINES"; specifiers are systemd.unit(5)'s).
@@ -132,7 +133,7 @@ func (a *app) unitsHere() (dir string, p unitPlace, err error) {
 	if err != nil {
 		return "", p, fault.Wrap(err, fault.Internal, "", "cannot find out where banger lies: %v", err)
 	}
-	p = unitPlace{Banger: exe, Bangerd: at.daemon, Runtime: "%t/banger", User: os.Geteuid() != 0}
+	p = unitPlace{Banger: exe, Bangerd: at.daemon, Runtime: "%t/banger", User: os.Geteuid() != 0, Linger: "/var/lib/systemd/linger"}
 	if !p.User {
 		// The host's manager has /run as %t, and root's shells a directory of their own: the socket is where shells look.
 		p.Runtime = strings.ReplaceAll(filepath.Dir(at.socket), "%", "%%")
@@ -184,7 +185,7 @@ func (a *app) installUnits(ctx context.Context, dir string, p unitPlace) error {
 		if err != nil {
 			return fault.Wrap(err, fault.Internal, "", "who is this? %v", err)
 		}
-		if _, err := os.Stat(filepath.Join("/var/lib/systemd/linger", u.Username)); err != nil {
+		if _, err := os.Stat(filepath.Join(p.Linger, u.Username)); err != nil {
 			view.Lingers = false
 			view.Warnings = append(view.Warnings, fmt.Sprintf("%s does not linger: the daemon begins with the first login, and the end of the last one powers VMs off; sudo loginctl enable-linger %s", u.Username, u.Username))
 		}

@@ -2,8 +2,10 @@ package cli
 
 import (
 	"bytes"
+	"encoding/json"
 	"flag"
 	"os"
+	"os/user"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -86,7 +88,7 @@ func TestInstallUnits(t *testing.T) {
 	a := &app{stdout: &out, stderr: &errs, now: time.Now, place: func() (place, error) {
 		return place{socket: filepath.Join(tools, "run", "bangerd.sock"), stateDir: tools, daemon: bangerd}, nil
 	}}
-	p := unitPlace{Banger: filepath.Join(tools, "banger"), Bangerd: bangerd, Runtime: "%t/banger", User: true}
+	p := unitPlace{Banger: filepath.Join(tools, "banger"), Bangerd: bangerd, Runtime: "%t/banger", User: true, Linger: filepath.Join(tools, "linger")}
 	if err := os.Mkdir(filepath.Join(tools, "run"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -123,6 +125,50 @@ func TestInstallUnits(t *testing.T) {
 	}
 	if !strings.Contains(said, "enabled in "+dir) || !strings.Contains(said, "VMs run on") {
 		t.Errorf("said %q", said)
+	}
+
+	// Who does not linger is told what comes of it and what to type; who does, and root, whose units are the host's, are not.
+	me, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	install := func(p unitPlace, asJSON bool) (said string, view unitsView) {
+		t.Helper()
+		out.Reset()
+		errs.Reset()
+		a.json = asJSON
+		if err := a.installUnits(t.Context(), dir, p); err != nil {
+			t.Fatal(err)
+		}
+		a.json = false
+		if asJSON {
+			if err := json.Unmarshal(out.Bytes(), &view); err != nil {
+				t.Errorf("%v: %s", err, out.String())
+			}
+		}
+		return errs.String(), view
+	}
+	warning := me.Username + " does not linger: the daemon begins with the first login, and the end of the last one powers VMs off; sudo loginctl enable-linger " + me.Username
+	if said, _ := install(p, false); said != warning+"\n" {
+		t.Errorf("who does not linger is told %q", said)
+	}
+	if said, view := install(p, true); said != "" || view.Lingers || len(view.Warnings) != 1 || view.Warnings[0] != warning {
+		t.Errorf("who does not linger is told %q, %+v", said, view)
+	}
+	root := p
+	root.User = false
+	if err := os.MkdirAll(filepath.Join(p.Linger, me.Username), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	lingering := p
+	root.Linger = filepath.Join(tools, "none")
+	for _, p := range []unitPlace{lingering, root} {
+		if said, _ := install(p, false); said != "" {
+			t.Errorf("%+v: told %q", p, said)
+		}
+		if said, view := install(p, true); said != "" || !view.Lingers || len(view.Warnings) != 0 {
+			t.Errorf("%+v: told %q, %+v", p, said, view)
+		}
 	}
 
 	// systemd refuses: its words are passed on.
