@@ -26,6 +26,7 @@ var realStages = []struct{ name, label string }{
 	{"image", "stage image"},
 	{"system disk", "stage system disk"},
 	{"work disk", "stage work disk"},
+	{"network", "stage network"},
 	{"guest config", "stage guest config"},
 	{"vmm", "stage vmm: QEMU's start"},
 	{"firmware", "guest: firmware and early kernel, until its clock starts"},

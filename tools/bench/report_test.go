@@ -69,3 +69,44 @@ func TestRefreshKeepsTheOtherTable(t *testing.T) {
 		t.Error("a page without a place for the table is accepted")
 	}
 }
+
+// benchReport has every figure of bench, all as good as need be.
+func benchReport() *report {
+	r := newReport(quickPlan, ".")
+	for _, name := range []string{"create.programs", "create.programs_cli", "real.programs"} {
+		r.count(name, 0)
+	}
+	r.judge()
+	for _, name := range r.missing {
+		r.Figures[name] = figure{P50: 1, P95: 1, Samples: 3, Unit: "ms"}
+	}
+	r.missing, r.Thresholds, r.Goals = nil, nil, nil
+	return r
+}
+
+// TestBenchIsJudged: a figure that is over its threshold fails, and one that is printed as missing, whatever it is for.
+func TestBenchIsJudged(t *testing.T) {
+	good := benchReport()
+	if wrong := good.judge(); len(wrong) != 0 || strings.Contains(good.table(), "missing") {
+		t.Errorf("good figures fail: %v\n%s", wrong, good.table())
+	}
+	slow := benchReport()
+	slow.Figures["real.warm.host"] = figure{P50: 1000, Unit: "ms"}
+	if wrong := strings.Join(slow.judge(), "\n"); !strings.Contains(wrong, "real create: 66.67 times") {
+		t.Errorf("a slow create: %q", wrong)
+	}
+	stages := 0
+	for _, f := range good.rows() {
+		r := benchReport()
+		delete(r.Figures, f.name)
+		if wrong := strings.Join(r.judge(), "\n"); !strings.Contains(wrong, "no figure: "+f.name) || !strings.Contains(r.table(), "| "+f.label+" | missing |") {
+			t.Errorf("%s is missing, and that is said: %q", f.name, wrong)
+		}
+		if strings.HasPrefix(f.name, "real.") {
+			stages++
+		}
+	}
+	if stages != 2*len(realStages)+1 {
+		t.Errorf("the table has %d lines of real creates", stages)
+	}
+}
