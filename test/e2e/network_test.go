@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"syscall"
@@ -269,6 +270,34 @@ func userNetwork(t *testing.T, h *host) {
 		}
 	}
 	h.containers("web", at)
+
+	// A network manager that would have every interface by DHCP (without banger's file it takes the address away) leaves this one
+	// alone, and what waits for it waits for nothing. The guest has no udev, whose word systemd-networkd waits for: "I" in its database.
+	if r := h.tryInput(`set -e
+cat >/etc/systemd/network/50-all.network <<END
+[Match]
+Name=*
+[Network]
+DHCP=yes
+END
+mkdir -p /etc/systemd/system/systemd-networkd.service.d
+cat >/etc/systemd/system/systemd-networkd.service.d/udev.conf <<'END'
+[Service]
+ExecStartPre=+/bin/sh -c "mkdir -p /run/udev/data; for i in /sys/class/net/*/ifindex; do echo I:1 >/run/udev/data/n$$(cat $$i); done"
+END
+systemctl unmask systemd-networkd-wait-online
+systemctl enable --quiet systemd-networkd
+`, "vm", "exec", "web", "--", "sh"); r.code != 0 {
+		t.Fatal(r)
+	}
+	h.do("vm", "restart", "web")
+	if got := h.in("web", "systemctl is-system-running --wait; timeout 20 systemctl start systemd-networkd-wait-online && systemctl is-active systemd-networkd; networkctl list --no-legend eth0; ip -o -4 addr show dev eth0 | awk '{print $4}'; ip route show default"); !regexp.MustCompile(
+		`^running\nactive\n *\d+ eth0 \S+ +\S+ +unmanaged\n172\.16\.\S+\ndefault via 172\.16\.88\.1 dev eth0 .*$`).MatchString(got) {
+		t.Errorf("beside systemd-networkd: %q", got)
+	}
+	if got := get("http://server.example:8080/"); got != "the world, to "+hostAddr {
+		t.Errorf("out, beside systemd-networkd: %q", got)
+	}
 	h.do("vm", "stop", "web")
 	if c, err := net.Dial("tcp", at+":3000"); err == nil {
 		_ = c.Close()
