@@ -177,6 +177,12 @@ func TestLeaveAlone(t *testing.T) {
 			t.Errorf("no line %q in %q", want, got)
 		}
 	}
+	// systemd.service(5): an empty ExecStart= takes away what the unit says itself, without which a second one of a unit that is not
+	// oneshot is refused, and one of a oneshot unit is run after the wait.
+	dropIn, err := os.ReadFile(filepath.Join(run, "systemd/system/systemd-networkd-wait-online.service.d/banger.conf"))
+	if err != nil || !strings.HasSuffix(string(dropIn), "\n[Service]\nExecStart=\nExecStart=/bin/true\n") {
+		t.Errorf("systemd would wait for the network: %q, %v", dropIn, err)
+	}
 }
 
 // TestAddTunnel makes the interface of a machine without a network device, which then is configured like any other.
