@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -180,11 +181,10 @@ func (t Tool) Fill(ctx context.Context, out *os.File, f Format) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		code := fault.Internal
 		if strings.Contains(string(msg), "No space left") || strings.Contains(string(msg), "Could not allocate") {
-			code = fault.Exhausted
+			return fault.Wrap(err, fault.Exhausted, out.Name(), "mke2fs failed: %s", firstLine(msg)).WithHint("free space on its disk (df -h %s)", filepath.Dir(out.Name()))
 		}
-		return fault.Wrap(err, code, out.Name(), "mke2fs failed: %s", firstLine(msg))
+		return fault.Wrap(err, fault.Internal, out.Name(), "mke2fs failed: %s", firstLine(msg))
 	}
 	return out.Sync()
 }

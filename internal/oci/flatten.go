@@ -57,10 +57,7 @@ func (img *Image) Flatten(ctx context.Context, tool ext4.Tool, rootfs, seed stri
 		return out, err
 	}
 	defer func() {
-		for _, t := range targets {
-			err = errors.Join(err, t.close(err == nil))
-		}
-		if err != nil {
+		if err = finish(targets, err); err != nil {
 			err = classify(ctx, err, img.Reference)
 		}
 	}()
@@ -116,15 +113,23 @@ func (t *target) make(ctx context.Context, tool ext4.Tool) (err error) {
 	return nil
 }
 
-// close makes the file durable, or removes it.
-func (t *target) close(keep bool) error {
-	if t.f == nil {
-		return nil
+// finish makes the files durable, or removes them all: after an error of who filled them, and if one cannot be made durable.
+func finish(targets []*target, err error) error {
+	for _, t := range targets {
+		if err == nil {
+			err = t.f.Sync()
+		}
 	}
-	if keep {
-		return errors.Join(t.f.Sync(), t.f.Close())
+	made := slices.DeleteFunc(slices.Clone(targets), func(t *target) bool { return t.f == nil })
+	for _, t := range made {
+		err = errors.Join(err, t.f.Close())
 	}
-	return errors.Join(t.f.Close(), os.Remove(t.file))
+	if err != nil {
+		for _, t := range made {
+			err = errors.Join(err, os.Remove(t.file))
+		}
+	}
+	return err
 }
 
 // stat is a node's mode as stat(2) has it.

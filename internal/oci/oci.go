@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -224,7 +225,11 @@ func classify(ctx context.Context, err error, subject string) error {
 	var unknown *net.DNSError
 	switch {
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
-		return fault.Wrap(err, fault.Exhausted, subject, "the disk is full").WithHint("free space on it, then pull again: what was fetched is kept")
+		full := fault.Wrap(err, fault.Exhausted, subject, "the disk is full").WithHint("free space on it, then pull again: what was fetched is kept")
+		if at := (*os.PathError)(nil); errors.As(err, &at) { // layers and images may lie on disks of their own
+			full.Hint = fmt.Sprintf("free space on it (df -h %s), then pull again: what was fetched is kept", filepath.Dir(at.Path))
+		}
+		return full
 	case errors.Is(err, io.ErrUnexpectedEOF):
 		return fault.Wrap(err, fault.Corrupt, subject, "a layer of the image is cut short")
 	case errors.As(err, &unknown):

@@ -606,7 +606,7 @@ func TestWrongDigests(t *testing.T) {
 	}
 }
 
-// TestFlattenLeavesNothing when a layer has changed since it was checked, or there is no room for it.
+// TestFlattenLeavesNothing when a layer has changed since it was checked, or it is called off. TestFullDisk is about room.
 func TestFlattenLeavesNothing(t *testing.T) {
 	h, p := newHub(t), newPuller(t)
 	ref := h.push(t, "x:1", imageOf(t, tarOf(t, m("root/", ""), m("root/f", noise(8, 100_000)))))
