@@ -328,6 +328,14 @@ func (s *Service) importFrom(ctx context.Context, h *operation.Handle, path, nam
 		return err
 	}
 	defer end()
+	// How much of what it says are holes is not known, but it holds no less than it takes.
+	fi, err := in.Stat()
+	if err == nil {
+		err = disk.CheckRoom(s.paths.State, fi.Size())
+	}
+	if err != nil {
+		return err
+	}
 	dir, err := os.MkdirTemp(s.paths.Images(), importPrefix)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err = os.MkdirAll(s.paths.Images(), 0o700); err == nil {
