@@ -279,11 +279,26 @@ func put(out *tar.Writer, name string, mode, size int64, r io.Reader) error {
 	return err
 }
 
-// maxProgram and maxTree bound what is unpacked of an archive, in bytes: archives can unpack to any size.
+// maxProgram and maxTree bound what is read of an archive, in bytes: archives can unpack to any size.
 const (
 	maxProgram = 1 << 30
 	maxTree    = 256 << 20
 )
+
+// measured is the next member of an archive, as long as it and those before it are within a bound. total counts them, with the block that
+// each has for its header: files of nothing are not nothing.
+func measured(archive *tar.Reader, total *int64, most int64) (*tar.Header, error) {
+	h, err := archive.Next()
+	if err != nil {
+		return nil, err
+	}
+	const block = 512
+	if h.Size > most-block-*total { // not the sum, which may be more than an int64 takes
+		return nil, fmt.Errorf("it unpacks to more than %d bytes", most)
+	}
+	*total += block + h.Size
+	return h, nil
+}
 
 // program puts a program into out: what was fetched, or the file of that name in it.
 func (f fetched) program(ctx context.Context, out *tar.Writer, name, to string) error {
@@ -298,8 +313,8 @@ func (f fetched) program(ctx context.Context, out *tar.Writer, name, to string) 
 		}
 		return put(out, to, 0o755, plain.size, plain)
 	}
-	for {
-		h, err := archive.Next()
+	for total := int64(0); ; {
+		h, err := measured(archive, &total, maxProgram)
 		if errors.Is(err, io.EOF) {
 			return fault.New(fault.Invalid, f.setting, "there is no program %s in %s", name, f.from).WithHint("correct %s in config.toml, or remove it to have the pinned one", f.setting)
 		}
@@ -308,9 +323,6 @@ func (f fetched) program(ctx context.Context, out *tar.Writer, name, to string) 
 		}
 		if base := h.Name[strings.LastIndexByte(h.Name, '/')+1:]; h.Typeflag != tar.TypeReg || base != name || h.Mode&0o111 == 0 {
 			continue
-		}
-		if h.Size > maxProgram {
-			return f.damaged(fmt.Errorf("%s has %d bytes", h.Name, h.Size))
 		}
 		head := make([]byte, min(h.Size, 20))
 		if _, err := io.ReadFull(archive, head); err != nil {
@@ -351,7 +363,7 @@ func (f fetched) tree(ctx context.Context, out *tar.Writer, to, want string) err
 	var files []file
 	var total int64
 	for {
-		h, err := archive.Next()
+		h, err := measured(archive, &total, maxTree)
 		if errors.Is(err, io.EOF) {
 			break
 		}
@@ -360,9 +372,6 @@ func (f fetched) tree(ctx context.Context, out *tar.Writer, to, want string) err
 		}
 		if h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeSymlink {
 			continue
-		}
-		if total += h.Size; total > maxTree {
-			return f.damaged(fmt.Errorf("it unpacks to more than %d bytes", int64(maxTree)))
 		}
 		name := strings.TrimPrefix(h.Name, "./")
 		if name == "" || strings.HasPrefix(name, "/") || slices.Contains(strings.Split(name, "/"), "..") {

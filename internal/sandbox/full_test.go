@@ -123,7 +123,9 @@ func TestImagesOnAFullDisk(t *testing.T) {
 			return r.s.RegisterImage(r.ctx(), RegisterRequest{Name: "mine", Rootfs: root})
 		},
 		"import": func() (operation.Operation, error) { return r.s.ImportImage(r.ctx(), exported, "mine") },
-		"pull":   func() (operation.Operation, error) { return r.s.PullImage(r.ctx(), "docker-archive:"+container, "mine") },
+		"pull": func() (operation.Operation, error) {
+			return r.s.PullImage(r.ctx(), "docker-archive:"+container, "mine")
+		},
 		"build": func() (operation.Operation, error) {
 			op, log, err := r.s.BuildImage(r.ctx(), BuildRequest{Name: "mine", From: "base"})
 			if err != nil && log != "" {
