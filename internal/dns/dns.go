@@ -84,9 +84,9 @@ func listenHinting(addr string) (net.Listener, net.PacketConn, error) {
 func newServer(tcp net.Listener, udp net.PacketConn, h dns.Handler) *Server {
 	s := &Server{done: make(chan error, 2)}
 	s.addr = tcp.Addr().(*net.TCPAddr).AddrPort()
-	s.udp = &dns.Server{PacketConn: udp, Handler: h, UDPSize: udpSize, ReadTimeout: ioTimeout, WriteTimeout: ioTimeout, MsgAcceptFunc: accept}
+	s.udp = &dns.Server{PacketConn: udp, Handler: h, UDPSize: udpSize, ReadTimeout: ioTimeout, WriteTimeout: ioTimeout, MsgAcceptFunc: Accept}
 	s.tcp = &dns.Server{Listener: netutil.LimitListener(tcp, maxConns), Handler: h, ReadTimeout: ioTimeout, WriteTimeout: ioTimeout,
-		IdleTimeout: func() time.Duration { return connIdle }, MaxTCPQueries: maxPerConn, MsgAcceptFunc: accept}
+		IdleTimeout: func() time.Duration { return connIdle }, MaxTCPQueries: maxPerConn, MsgAcceptFunc: Accept}
 	for _, srv := range []*dns.Server{s.udp, s.tcp} {
 		began := make(chan struct{})
 		srv.NotifyStartedFunc = func() { close(began) }
@@ -142,9 +142,9 @@ func (s *Server) Close() error {
 	return err
 }
 
-// accept looks at a header before the rest is unpacked. What is no query gets no answer: it might be one
-// of a server like this, and the two would go on forever.
-func accept(h dns.Header) dns.MsgAcceptAction {
+// Accept looks at a header before the rest is unpacked, in each server of a Handler of this package. What is no query gets no
+// answer: it might be one of a server like this, and the two would go on forever.
+func Accept(h dns.Header) dns.MsgAcceptAction {
 	const response, opcodeShift, opcodeMask = 1 << 15, 11, 0xf // RFC 1035 4.1.1
 	switch {
 	case h.Bits&response != 0:
@@ -163,8 +163,22 @@ type authority struct {
 	id     string // "": it has no probe
 }
 
+// asks says whether a message has a question, and answers one that has none: of a header with nothing behind it the library makes
+// such a message, whatever number of questions it promised to Accept.
+func asks(w dns.ResponseWriter, q *dns.Msg) bool {
+	if len(q.Question) == 1 {
+		return true
+	}
+	write(w, q, new(dns.Msg).SetRcodeFormatError(q))
+	return false
+}
+
 // ServeDNS answers one query.
-func (a *authority) ServeDNS(w dns.ResponseWriter, q *dns.Msg) { write(w, q, a.answer(q)) }
+func (a *authority) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
+	if asks(w, q) {
+		write(w, q, a.answer(q))
+	}
+}
 
 // write sends a reply to a query, as much of it as whoever asked takes.
 func write(w dns.ResponseWriter, q, m *dns.Msg) {

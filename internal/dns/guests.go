@@ -62,6 +62,9 @@ func ServeGuests(tcp net.Listener, udp net.PacketConn, g *Guests) *Server {
 
 // ServeDNS answers one query.
 func (g *Guests) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
+	if !asks(w, q) {
+		return
+	}
 	// The address alone: guests are known by it, whatever port or zone.
 	at, err := netip.ParseAddrPort(w.RemoteAddr().String())
 	from := at.Addr().Unmap().WithZone("")

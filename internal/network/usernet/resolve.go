@@ -46,13 +46,13 @@ func (n *Network) serveDNS() error {
 		if err != nil {
 			return fmt.Errorf("DNS for the guest at %s: %w", a.gateway, err)
 		}
-		serve(&dns.Server{PacketConn: udp, Handler: handler, UDPSize: dns.MaxMsgSize})
+		serve(&dns.Server{PacketConn: udp, Handler: handler, UDPSize: dns.MaxMsgSize, MsgAcceptFunc: names.Accept})
 		tcp, err := gonet.ListenTCP(n.stack, at, a.protocol)
 		if err != nil {
 			return fmt.Errorf("DNS for the guest at %s over TCP: %w", a.gateway, err)
 		}
 		serve(&dns.Server{Listener: tcp, Handler: handler, ReadTimeout: dnsTime, WriteTimeout: dnsTime,
-			IdleTimeout: func() time.Duration { return dnsTime }, MaxTCPQueries: maxQueries})
+			IdleTimeout: func() time.Duration { return dnsTime }, MaxTCPQueries: maxQueries, MsgAcceptFunc: names.Accept})
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -627,4 +628,100 @@ func isEchoReply(frame []byte, from netip.Addr) bool {
 	h := header.IPv6(packet)
 	return addrOf(h.SourceAddress()) == from && h.NextHeader() == 58 &&
 		header.ICMPv6(h.Payload()).Type() == header.ICMPv6EchoReply && header.ICMPv6(h.Payload()).Sequence() == 7
+}
+
+// upstream plays a resolver of the host's over UDP. wrong counts what is no query of a name that is not the host's to know.
+func upstream(t testing.TB) (at string, wrong *atomic.Int32) {
+	t.Helper()
+	wrong = &atomic.Int32{}
+	s := &dns.Server{Net: "udp", Addr: "127.0.0.1:0", MsgAcceptFunc: func(dns.Header) dns.MsgAcceptAction { return dns.MsgAccept },
+		Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+			if q.Opcode != dns.OpcodeQuery || len(q.Question) != 1 || strings.HasSuffix(strings.ToLower(q.Question[0].Name), ".vm.") {
+				wrong.Add(1)
+			}
+			_ = w.WriteMsg(new(dns.Msg).SetReply(q))
+		})}
+	began := make(chan struct{})
+	s.NotifyStartedFunc = func() { close(began) }
+	go func() { _ = s.ListenAndServe() }()
+	<-began
+	t.Cleanup(func() { _ = s.Shutdown() })
+	return s.PacketConn.LocalAddr().String(), wrong
+}
+
+// asking sends what a guest may send to the server at the gateway, and then asks it for the guest's own name.
+func (r *rig) asking(t testing.TB, packet []byte) {
+	t.Helper()
+	at := netip.AddrPortFrom(r.cfg.Gateway4, dnsPort)
+	udp, err := r.guest.dialUDP(at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer udp.Close()
+	_, _ = udp.Write(packet[:min(len(packet), MTU-28)])
+	tcp, err := r.guest.dial(at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	packet = packet[:min(len(packet), dns.MaxMsgSize)]
+	_, _ = tcp.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(packet))), packet...))
+	again, err := r.guest.dialUDP(at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	c := dns.Client{Net: "udp", Timeout: patience}
+	m, _, err := c.ExchangeWithConn(new(dns.Msg).SetQuestion("web.vm.", dns.TypeA), &dns.Conn{Conn: again})
+	if err != nil || len(m.Answer) != 1 || m.Answer[0].(*dns.A).A.String() != guest4.Addr().String() {
+		t.Errorf("after %x: %v, %v", packet, m, err)
+	}
+}
+
+// queries are what a guest sends that means ill, and what one asks. FuzzGuests of package dns has more of them.
+func queries(t testing.TB) (all [][]byte) {
+	t.Helper()
+	for _, name := range []string{"web.vm.", "other.vm.", "example.com."} {
+		whole, err := new(dns.Msg).SetQuestion(name, dns.TypeA).Pack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		notify := slices.Clone(whole)
+		notify[2] |= dns.OpcodeNotify << 3
+		all = append(all, whole, whole[:12], whole[:len(whole)-3], notify, append(whole[:12:12], 0xc0, 12, 0, 1, 0, 1))
+	}
+	return append(all, nil)
+}
+
+// TestHostileQueries: no packet to its resolver ends the program that is a guest's network, and nothing but queries goes out.
+func TestHostileQueries(t *testing.T) {
+	r := newRig(t, Settings{NAT: true})
+	at, wrong := upstream(t)
+	r.outside.mu.Lock()
+	r.outside.resolvers = []string{at}
+	r.outside.mu.Unlock()
+	for _, packet := range queries(t) {
+		r.asking(t, packet)
+		if wrong.Swap(0) != 0 {
+			t.Errorf("the host's resolver was asked for what it is not to know after %x", packet)
+		}
+	}
+}
+
+// FuzzQueries is TestHostileQueries with whatever comes.
+func FuzzQueries(f *testing.F) {
+	for _, packet := range queries(f) {
+		f.Add(packet)
+	}
+	r := newRig(f, Settings{NAT: true})
+	at, wrong := upstream(f)
+	r.outside.mu.Lock()
+	r.outside.resolvers = []string{at}
+	r.outside.mu.Unlock()
+	f.Fuzz(func(t *testing.T, packet []byte) {
+		r.asking(t, packet)
+		if wrong.Swap(0) != 0 {
+			t.Errorf("the host's resolver was asked for what it is not to know after %x", packet)
+		}
+	})
 }
