@@ -283,11 +283,12 @@ func (m *model) portLines(w int) (c content) {
 	for i, p := range u.sorted() {
 		c.items = append(c.items, len(c.lines))
 		web := ""
-		if p.GetScheme() != "" {
+		switch {
+		case p.GetScheme() != "":
 			web = client.WebText(p.GetScheme(), p.GetStatus(), p.GetTitle())
-		} else if p.GetLoopback() {
+		case p.GetLoopback():
 			web = "for the guest alone"
-		} else if p.GetUnreachable() {
+		case p.GetUnreachable():
 			web = "not reachable by the network"
 		}
 		text := fit(fmt.Sprintf("%d/%s", p.GetPort(), p.GetProtocol()), 10) + fit(p.GetProcess(), 14) + " "
