@@ -34,6 +34,9 @@ func TestUnits(t *testing.T) {
 	// The daemon's end and its next start leave VMs alone, whoever starts it.
 	before := user.show("back").PID
 	user.do("~/.local/bin/banger daemon stop && ~/.local/bin/banger daemon restart && systemctl --user restart bangerd.service")
+	// One that is killed is back by itself.
+	user.do(`old=$(systemctl --user show --value -p MainPID bangerd.service); kill -KILL $old
+for i in $(seq 300); do new=$(systemctl --user show --value -p MainPID bangerd.service); [ $new = 0 ] || [ $new = $old ] || exit 0; sleep 0.2; done; systemctl --user status bangerd.service; exit 1`)
 	user.wantStates("back running, stays running")
 	if after := user.show("back").PID; after != before {
 		t.Errorf("back ran as process %d and runs as %d", before, after)
