@@ -163,8 +163,8 @@ var (
 var inTheLab = []suite{
 	{Suite: Suites[0], user: "user", tests: ofKVM, least: 36, most: 36},
 	{Suite: Suites[0], user: "root", tests: append([]string{"TestJailedLinuxConformance"}, ofKVM...), skipped: true, most: 72},
-	{Suite: Suites[1], user: "user", tests: ofVMMs, skipped: true, most: 54},
-	{Suite: Suites[1], user: "root", tests: ofRoot, skipped: true, most: 7},
+	{Suite: Suites[1], user: "user", tests: ofVMMs, skipped: true, most: 55},
+	{Suite: Suites[1], user: "root", tests: ofRoot, skipped: true, most: 25},
 }
 
 // TestFirecracker runs the project's own tests with real Firecracker in the lab, as an ordinary user in group kvm.
