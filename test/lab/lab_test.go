@@ -163,7 +163,7 @@ var (
 var inTheLab = []suite{
 	{Suite: Suites[0], user: "user", tests: ofKVM, least: 36, most: 36},
 	{Suite: Suites[0], user: "root", tests: append([]string{"TestJailedLinuxConformance"}, ofKVM...), skipped: true, most: 72},
-	{Suite: Suites[1], user: "user", tests: ofVMMs, skipped: true, most: 55},
+	{Suite: Suites[1], user: "user", tests: ofVMMs, skipped: true, most: 54},
 	{Suite: Suites[1], user: "root", tests: ofRoot, skipped: true, most: 25},
 }
 
