@@ -6,7 +6,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -14,7 +13,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +20,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/ext4"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/test/ownmounts"
 )
 
 // An ordinary user's PATH on Debian lacks the directories of debugfs and its kin.
@@ -643,26 +642,6 @@ func TestRemoveAndRoom(t *testing.T) {
 	}
 }
 
-// TestFullDisk runs itself again in a mount namespace of its own, where a small tmpfs fills up.
-func TestFullDisk(t *testing.T) {
-	if os.Getenv("BANGER_TEST_FULL_DISK") != "" {
-		fullDisk(t)
-		return
-	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestFullDisk$", "-test.v")
-	cmd.Env = append(os.Environ(), "BANGER_TEST_FULL_DISK="+t.TempDir())
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	if uid := os.Getuid(); uid != 0 {
-		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
-		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
-		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
-	}
-	out, err := cmd.CombinedOutput()
-	if err != nil || !bytes.Contains(out, []byte("full disk: 6 cases")) {
-		t.Fatalf("%v\n%s", err, out)
-	}
-}
-
 // actingContext does something at the moment a copy begins.
 type actingContext struct {
 	context.Context
@@ -671,11 +650,12 @@ type actingContext struct {
 
 func (c actingContext) Err() error { c.act(); return nil }
 
-func fullDisk(t *testing.T) {
-	dir := os.Getenv("BANGER_TEST_FULL_DISK")
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		t.Fatal(err)
+// TestFullDisk is about a small tmpfs that fills up.
+func TestFullDisk(t *testing.T) {
+	if !ownmounts.Inside(t) {
+		return
 	}
+	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=4m"); err != nil {
 		t.Fatal(err)
 	}
@@ -724,7 +704,9 @@ func fullDisk(t *testing.T) {
 	exhaustedAndClean("new disk", err, "filler images")
 	_, err = Templates{Dir: dir}.Ensure(ctx, "banger-work", vm.GiB)
 	exhaustedAndClean("template", err, "filler images")
-	fmt.Printf("full disk: %d cases\n", cases)
+	if cases != 6 {
+		t.Errorf("full disk: %d cases", cases)
+	}
 }
 
 func TestErrorsKeepTheirCause(t *testing.T) {

@@ -1,61 +1,34 @@
 package oci
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/ext4"
 	"git.thaloco.com/thaloco/banger/internal/fault"
+	"git.thaloco.com/thaloco/banger/test/ownmounts"
 )
 
-// TestFullDisk runs itself again in a mount namespace of its own, where a tmpfs has no room, or loses it.
+// TestFullDisk is about a tmpfs that has no room, or loses it.
 func TestFullDisk(t *testing.T) {
-	if os.Getenv("BANGER_TEST_FULL_DISK") != "" {
-		fullDisk(t)
+	if !ownmounts.Inside(t) {
 		return
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestFullDisk$", "-test.v")
-	cmd.Env = append(os.Environ(), "BANGER_TEST_FULL_DISK="+t.TempDir())
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	if uid := os.Getuid(); uid != 0 {
-		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
-		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
-		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
-	}
-	out, err := cmd.CombinedOutput()
-	if err != nil || !bytes.Contains(out, []byte("full disk: 6 cases")) {
-		t.Fatalf("%v\n%s", err, out)
-	}
-}
-
-func fullDisk(t *testing.T) {
-	dir := os.Getenv("BANGER_TEST_FULL_DISK")
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		t.Fatal(err)
-	}
+	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Unmount(dir, unix.MNT_DETACH)
-	// room changes how many bytes can still be written, without writing any.
 	room := func(left uint64) {
-		var st unix.Statfs_t
-		err := unix.Statfs(dir, &st)
-		if err == nil {
-			err = unix.Mount("tmpfs", dir, "tmpfs", unix.MS_REMOUNT, fmt.Sprintf("size=%d", (st.Blocks-st.Bfree)*uint64(st.Bsize)+left))
-		}
-		if err != nil {
+		if err := ownmounts.Leave(dir, left); err != nil {
 			t.Error(err) // not Fatal: a server calls it as well
 		}
 	}
@@ -147,7 +120,9 @@ func fullDisk(t *testing.T) {
 	if _, err := img.Flatten(t.Context(), mke2fs, filepath.Join(out, "rootfs"), filepath.Join(out, "seed"), nil); err != nil {
 		t.Errorf("with room again: %v", err)
 	}
-	fmt.Printf("full disk: %d cases\n", cases)
+	if cases != 6 {
+		t.Errorf("full disk: %d cases", cases)
+	}
 }
 
 // TestNeitherFilesystemIsKept that another one could not be made durable beside: the kernel may say so only then.

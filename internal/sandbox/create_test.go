@@ -5,11 +5,9 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -21,6 +19,7 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 	"git.thaloco.com/thaloco/banger/test/fakeguest"
+	"git.thaloco.com/thaloco/banger/test/ownmounts"
 )
 
 func TestCreateChoosesDefaults(t *testing.T) {
@@ -245,37 +244,9 @@ func TestASeedLargerThanTheDiskIsRefused(t *testing.T) {
 	r.check()
 }
 
-// ownMounts runs a test again, in a mount namespace of its own, where it may mount what it likes: there it is true, and the
-// test does its work.
-func ownMounts(t *testing.T) bool {
-	t.Helper()
-	const inside, done = "BANGER_TEST_OWN_MOUNTS", "own mounts: done"
-	if os.Getenv(inside) != "" {
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { fmt.Println(done) }) // a test that was skipped, or not found, would pass as well
-		return true
-	}
-	t.Parallel()
-	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
-	cmd.Env = append(os.Environ(), inside+"=1")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	if uid := os.Getuid(); uid != 0 {
-		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
-		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
-		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
-	}
-	out, err := cmd.CombinedOutput()
-	if err != nil || !strings.Contains(string(out), done) {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	return false
-}
-
 // TestFullDisk has the state directory on a small tmpfs.
 func TestFullDisk(t *testing.T) {
-	if !ownMounts(t) {
+	if !ownmounts.Inside(t) {
 		return
 	}
 	r := newRig(t)

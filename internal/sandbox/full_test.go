@@ -20,17 +20,13 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/image"
 	"git.thaloco.com/thaloco/banger/internal/operation"
 	"git.thaloco.com/thaloco/banger/internal/vm"
+	"git.thaloco.com/thaloco/banger/test/ownmounts"
 )
 
 // leave changes a tmpfs to one on which so many bytes can still be written.
 func leave(t *testing.T, dir string, bytes uint64) {
 	t.Helper()
-	var st unix.Statfs_t
-	err := unix.Statfs(dir, &st)
-	if err == nil {
-		err = unix.Mount("tmpfs", dir, "tmpfs", unix.MS_REMOUNT, fmt.Sprintf("size=%d", (st.Blocks-st.Bfree)*uint64(st.Bsize)+bytes))
-	}
-	if err != nil {
+	if err := ownmounts.Leave(dir, bytes); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -84,7 +80,7 @@ func (r *rig) packed(name, content string) string {
 // TestImagesOnAFullDisk: no way by which an image comes fills the disk up, and one that finds it full leaves nothing. An image
 // still goes out to another disk.
 func TestImagesOnAFullDisk(t *testing.T) {
-	if !ownMounts(t) {
+	if !ownmounts.Inside(t) {
 		return
 	}
 	r := newBuilder(t)
