@@ -57,18 +57,21 @@ func (c cell) render(color bool) string {
 	return s
 }
 
-// table prints aligned columns. Trailing space is left out, so that output can be compared.
-func table(w io.Writer, color bool, header []string, rows [][]cell) error {
-	all := rows
-	if header != nil {
-		head := make([]cell, len(header))
-		for i, h := range header {
-			head[i] = cell{text: h, color: dim}
-		}
-		all = append([][]cell{head}, rows...)
+// withHeader are the lines of a table, the header first if there is one.
+func withHeader(header []string, rows [][]cell) [][]cell {
+	if header == nil {
+		return rows
 	}
-	var widths []int
-	for _, row := range all {
+	head := make([]cell, len(header))
+	for i, h := range header {
+		head[i] = cell{text: h, color: dim}
+	}
+	return append([][]cell{head}, rows...)
+}
+
+// columnWidths are those of the widest cells, in characters.
+func columnWidths(lines [][]cell) (widths []int) {
+	for _, row := range lines {
 		for i, c := range row {
 			if i == len(widths) {
 				widths = append(widths, 0)
@@ -76,12 +79,22 @@ func table(w io.Writer, color bool, header []string, rows [][]cell) error {
 			widths[i] = max(widths[i], utf8.RuneCountInString(c.text))
 		}
 	}
+	return widths
+}
+
+// gap is what is between two columns, in characters.
+const gap = 2
+
+// table prints aligned columns. Trailing space is left out, so that output can be compared.
+func table(w io.Writer, color bool, header []string, rows [][]cell) error {
+	all := withHeader(header, rows)
+	widths := columnWidths(all)
 	var b strings.Builder
 	for _, row := range all {
 		for i, c := range row {
 			b.WriteString(c.render(color))
 			if i < len(row)-1 {
-				b.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text)+2))
+				b.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text)+gap))
 			}
 		}
 		b.WriteByte('\n')
@@ -92,23 +105,23 @@ func table(w io.Writer, color bool, header []string, rows [][]cell) error {
 
 // fit leaves out columns of a table, those of least first, until it is as wide as a terminal. A width of 0 has room for all.
 func fit(width int, header []string, rows [][]cell, least ...string) ([]string, [][]cell) {
+	widths := columnWidths(withHeader(header, rows))
+	total := -gap // none behind the last
+	for _, w := range widths {
+		total += w + gap
+	}
 	for _, name := range least {
-		total := -2 // no gap behind the last
-		for i, h := range header {
-			widest := utf8.RuneCountInString(h)
-			for _, row := range rows {
-				widest = max(widest, utf8.RuneCountInString(row[i].text))
-			}
-			total += widest + 2
-		}
 		if width == 0 || total <= width {
 			break
 		}
-		if i := slices.Index(header, name); i >= 0 {
-			header = slices.Delete(slices.Clone(header), i, i+1)
-			for r, row := range rows {
-				rows[r] = slices.Delete(row, i, i+1)
-			}
+		i := slices.Index(header, name)
+		if i < 0 {
+			continue
+		}
+		total -= widths[i] + gap
+		widths, header = slices.Delete(widths, i, i+1), slices.Delete(header, i, i+1)
+		for r, row := range rows {
+			rows[r] = slices.Delete(row, i, i+1)
 		}
 	}
 	return header, rows
