@@ -55,24 +55,27 @@ func (u *upstream) all() string {
 	return strings.Join(u.asked, "\n")
 }
 
+// start serves on loopback until the test ends, and says where.
+func start(t testing.TB, h dns.Handler) string {
+	t.Helper()
+	tcp, udp, err := listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newServer(tcp, udp, h)
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s.Addr().String()
+}
+
 // guests is a server for guests that stand for VMs by loopback addresses: shop and db are of a group, spy is of none, only shop has NAT.
 func guests(t *testing.T) (at string, u *upstream) {
 	t.Helper()
-	start := func(h dns.Handler) *Server {
-		tcp, udp, err := listen("127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		s := newServer(tcp, udp, h)
-		t.Cleanup(func() {
-			if err := s.Close(); err != nil {
-				t.Error(err)
-			}
-		})
-		return s
-	}
 	u = &upstream{ids: map[uint16]bool{}, release: make(chan struct{}), held: make(chan struct{}, 1000)}
-	resolver := start(u).Addr().String()
+	resolver := start(t, u)
 	shop, db, spy := netip.MustParseAddr("127.0.9.1"), netip.MustParseAddr("127.0.9.2"), netip.MustParseAddr("127.0.9.3")
 	all := map[string]netip.Addr{"shop": shop, "db": db, "spy": spy}
 	of := func(from netip.Addr) (Guest, bool) {
@@ -87,7 +90,7 @@ func guests(t *testing.T) (at string, u *upstream) {
 		}}, len(see) > 0
 	}
 	g := NewGuests(of, func() ([]string, error) { return []string{"127.0.0.1:1", resolver}, nil }, slog.New(slog.DiscardHandler))
-	return start(g).Addr().String(), u
+	return start(t, g), u
 }
 
 // guestAsks is a query from an address that stands for a guest's.

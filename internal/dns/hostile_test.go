@@ -88,20 +88,7 @@ func TestHostilePackets(t *testing.T) {
 func told(t testing.TB, forward bool) (at string, wrongly *atomic.Int32) {
 	t.Helper()
 	wrongly = &atomic.Int32{}
-	start := func(h dns.Handler) string {
-		tcp, udp, err := listen("127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		s := newServer(tcp, udp, h)
-		t.Cleanup(func() {
-			if err := s.Close(); err != nil {
-				t.Error(err)
-			}
-		})
-		return s.Addr().String()
-	}
-	resolver := start(dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+	resolver := start(t, dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
 		if !forward || len(q.Question) != 1 || under(q.Question[0].Name) {
 			wrongly.Add(1)
 		}
@@ -115,7 +102,7 @@ func told(t testing.TB, forward bool) (at string, wrongly *atomic.Int32) {
 			return []netip.Addr{netip.MustParseAddr("10.9.0.7")}
 		}}, from != netip.MustParseAddr("127.0.9.3")
 	}
-	return start(NewGuests(of, func() ([]string, error) { return []string{resolver}, nil }, slog.New(slog.DiscardHandler))), wrongly
+	return start(t, NewGuests(of, func() ([]string, error) { return []string{resolver}, nil }, slog.New(slog.DiscardHandler))), wrongly
 }
 
 // stillAnswers wants the name of a VM to be answered, and nothing to have reached the host's resolver that was not to.
