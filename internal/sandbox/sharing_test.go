@@ -12,6 +12,13 @@ import (
 )
 
 func TestSharing(t *testing.T) {
+	// occupy takes all slots.
+	occupy := func(t *testing.T, all *sync.WaitGroup, ask func(context.Context) (int, error)) {
+		for range sharesAtOnce {
+			all.Go(func() { _, _ = ask(t.Context()) })
+			synctest.Wait()
+		}
+	}
 	// Each sub-test's answer is a number that grows with each call, after hold.
 	rig := func() (ask func(context.Context) (int, error), hold chan struct{}, calls func() int) {
 		s, hold := newSharing[int](), make(chan struct{})
@@ -70,10 +77,7 @@ func TestSharing(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			ask, hold, _ := rig()
 			var all sync.WaitGroup
-			for range sharesAtOnce {
-				all.Go(func() { _, _ = ask(t.Context()) })
-				synctest.Wait()
-			}
+			occupy(t, &all, ask)
 			ctx, cancel := context.WithCancel(t.Context())
 			all.Go(func() {
 				if _, err := ask(ctx); !fault.Is(err, fault.Cancelled) || !errors.Is(err, context.Canceled) {
@@ -98,10 +102,7 @@ func TestSharing(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			ask, hold, _ := rig()
 			var all sync.WaitGroup
-			for range sharesAtOnce {
-				all.Go(func() { _, _ = ask(t.Context()) })
-				synctest.Wait()
-			}
+			occupy(t, &all, ask)
 			_, err := ask(t.Context())
 			wants(t, "behind calls that hang", err, fault.Timeout, "those who asked before have no answer in 5s", "banger vm show web")
 			close(hold)

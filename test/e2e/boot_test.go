@@ -282,21 +282,22 @@ func TestConfiguredArtifacts(t *testing.T) {
 
 	for _, c := range []struct {
 		name     string
+		prepare  func(*testing.T) // nil: nothing
 		settings []string
 		look     string // in the guest
 		want     string
 	}{
-		{"default_kernel and default_modules_dir", []string{
+		{"default_kernel and default_modules_dir", nil, []string{
 			"default_kernel = " + strconv.Quote(kernel), "default_modules_dir = " + strconv.Quote(modules),
 		}, "uname -r; modprobe dummy && lsmod | grep -c '^dummy '", version + "\n1"},
-		{"default_rootfs", []string{"default_rootfs = " + strconv.Quote(rootfs)}, "cat note; stat -c '%U %a' . note; ls -A | grep -c banger-seed || true", "of the image\nroot 700\nroot 644\n0"},
-		{"default_initrd", []string{"default_initrd = " + strconv.Quote(bundleFile("initrd.img"))}, "hostname", "own"},
-		{"vsock_agent_path", []string{"vsock_agent_path = " + strconv.Quote(agent)},
+		{"default_rootfs", withHome, []string{"default_rootfs = " + strconv.Quote(rootfs)}, "cat note; stat -c '%U %a' . note; ls -A | grep -c banger-seed || true", "of the image\nroot 700\nroot 644\n0"},
+		{"default_initrd", nil, []string{"default_initrd = " + strconv.Quote(bundleFile("initrd.img"))}, "hostname", "own"},
+		{"vsock_agent_path", nil, []string{"vsock_agent_path = " + strconv.Quote(agent)},
 			"grep -qsa own-agent /proc/[0-9]*/exe && echo the own agent runs", "the own agent runs"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if c.name == "default_rootfs" {
-				withHome(t)
+			if c.prepare != nil {
+				c.prepare(t)
 			}
 			h := newHost(t, c.settings...)
 			h.create("own", "--memory", "512M")
