@@ -34,7 +34,8 @@ import (
 )
 
 const (
-	// putTime bounds what a start of a VM waits for its group: a few milliseconds where systemd is well.
+	// putTime bounds what a start of a VM waits for systemd's greeting, and again for its group: a few milliseconds
+	// where systemd is well.
 	putTime = time.Second
 	// emptyTime bounds the wait for a group to be empty after its process was seen to end.
 	emptyTime = 2 * time.Second
@@ -101,30 +102,61 @@ func (h *Host) prefix() string { return "banger-" + h.owner + "-" }
 func (h *Host) owns(group string) bool { return strings.HasPrefix(path.Base(group), h.prefix()) }
 
 // Put moves a process into a group of its own with these limits, unless it is in one already. A failure
-// is told by Group, and the process runs on where it is. It takes a second at most.
+// is told by Group, and the process runs on where it is. It takes two seconds at most.
 func (h *Host) Put(ctx context.Context, id, description string, l Limits, pid int) {
-	ctx, cancel := context.WithTimeout(ctx, putTime)
-	defer cancel()
-	err := func() error {
-		group, err := h.of(pid)
-		if err != nil || h.owns(group) {
-			return err
-		}
-		w, err := h.way()
-		if err != nil {
-			return err
-		}
-		name := fmt.Sprintf("%s%s-%d", h.prefix(), id, pid)
+	if group, err := h.of(pid); err == nil && h.owns(group) {
+		return // systemd is not greeted for each VM that a daemon finds running
+	}
+	h.Begin(ctx, id, description, l)(ctx, pid)
+}
+
+// Begin is Put for a process that is about to be started: it returns at once, and systemd is greeted meanwhile. put has to be
+// called once, with the process, or with 0 if none was started.
+func (h *Host) Begin(ctx context.Context, id, description string, l Limits) (put func(ctx context.Context, pid int)) {
+	w, failed := h.way()
+	var m *manager
+	greeted := make(chan struct{})
+	go func() {
+		defer close(greeted)
 		if w.manager != "" {
-			return startScope(ctx, w.manager, w.uid, h.behalf, name+".scope", description, l, pid)
+			ctx, cancel := context.WithTimeout(ctx, putTime)
+			defer cancel()
+			m, failed = greet(ctx, w.manager, w.uid)
 		}
-		if len(w.missing) > 0 {
-			if err := write(filepath.Join(w.parent, "cgroup.subtree_control"), "+"+strings.Join(w.missing, " +")); err != nil {
+	}()
+	return func(ctx context.Context, pid int) {
+		<-greeted
+		if m != nil {
+			defer m.close()
+		}
+		if pid == 0 {
+			return
+		}
+		ctx, cancel := context.WithTimeout(ctx, putTime)
+		defer cancel()
+		h.note(id, func() error {
+			group, err := h.of(pid)
+			if err != nil || h.owns(group) {
 				return err
 			}
-		}
-		return makeGroup(filepath.Join(w.parent, name), l, pid)
-	}()
+			name := fmt.Sprintf("%s%s-%d", h.prefix(), id, pid)
+			switch {
+			case failed != nil:
+				return failed
+			case m != nil:
+				return m.startScope(ctx, h.behalf, name+".scope", description, l, pid)
+			case len(w.missing) > 0:
+				if err := write(filepath.Join(w.parent, "cgroup.subtree_control"), "+"+strings.Join(w.missing, " +")); err != nil {
+					return err
+				}
+			}
+			return makeGroup(filepath.Join(w.parent, name), l, pid)
+		}())
+	}
+}
+
+// note keeps why a VM has no group, for Group.
+func (h *Host) note(id string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err == nil {

@@ -188,10 +188,12 @@ func sleeper(t *testing.T, h *Host, id string) (*process.Process, string) {
 	p, err := process.Start(t.Context(), process.Command{
 		Path: "/bin/sleep", Args: []string{"sleep", "60"}, Dir: dir,
 		Log: filepath.Join(dir, "log"), Pidfile: filepath.Join(dir, "pid"), Marker: "60",
-		Cgroup: func(_ context.Context, pid int) {
-			group = filepath.Join(h.root, fmt.Sprintf("%s%s-%d", h.prefix(), id, pid))
-			if err := makeGroup(group, ForVM(1, 128, 0), pid); err != nil {
-				t.Error(err)
+		Cgroup: func(context.Context) func(context.Context, int) {
+			return func(_ context.Context, pid int) {
+				group = filepath.Join(h.root, fmt.Sprintf("%s%s-%d", h.prefix(), id, pid))
+				if err := makeGroup(group, ForVM(1, 128, 0), pid); err != nil {
+					t.Error(err)
+				}
 			}
 		},
 	})
@@ -280,10 +282,13 @@ func TestRealPut(t *testing.T) {
 		p, err := process.Start(ctx, process.Command{
 			Path: "/bin/sleep", Args: []string{"sleep", "60"}, Dir: dir,
 			Log: filepath.Join(dir, "log"), Pidfile: filepath.Join(dir, "pid"), Marker: "60",
-			Cgroup: func(ctx context.Context, pid int) {
-				began := time.Now()
-				h.Put(ctx, "aaaaaaaaaaaa", "banger test", limits, pid)
-				took = time.Since(began)
+			Cgroup: func(ctx context.Context) func(context.Context, int) {
+				put := h.Begin(ctx, "aaaaaaaaaaaa", "banger test", limits)
+				return func(ctx context.Context, pid int) {
+					began := time.Now()
+					put(ctx, pid)
+					took = time.Since(began)
+				}
 			},
 		})
 		if err != nil {

@@ -21,38 +21,47 @@ type property struct {
 	Value dbus.Variant
 }
 
-// startScope has a manager of systemd put a process into a transient scope, and waits until it has. The
-// connection is made for this alone: it needs no bus, and nothing to restore when systemd is replaced.
-func startScope(ctx context.Context, socket string, uid, of int, name, description string, l Limits, pid int) error {
+// manager is a connection to a manager of systemd, made for one scope: it needs no bus, and nothing to restore when systemd
+// is replaced.
+type manager struct{ conn *dbus.Conn }
+
+// greet connects to the manager with that socket, as the user uid.
+func greet(ctx context.Context, socket string, uid int) (*manager, error) {
 	var d net.Dialer
 	raw, err := d.DialContext(ctx, "unix", socket)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if deadline, ok := ctx.Deadline(); ok {
 		if err := raw.SetDeadline(deadline); err != nil { // for the greeting, which knows no context
-			return errors.Join(err, raw.Close())
+			return nil, errors.Join(err, raw.Close())
 		}
 	}
 	conn, err := dbus.NewConn(raw)
 	if err != nil {
-		return errors.Join(err, raw.Close())
+		return nil, errors.Join(err, raw.Close())
 	}
-	defer conn.Close()
 	if err := conn.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(uid))}); err != nil {
-		return fmt.Errorf("systemd: %w", err)
+		return nil, errors.Join(fmt.Errorf("systemd: %w", err), conn.Close())
 	}
 	if err := raw.SetDeadline(time.Time{}); err != nil {
-		return err
+		return nil, errors.Join(err, conn.Close())
 	}
+	return &manager{conn}, nil
+}
+
+func (m *manager) close() { _ = m.conn.Close() }
+
+// startScope has systemd put a process into a transient scope, and waits until it has.
+func (m *manager) startScope(ctx context.Context, of int, name, description string, l Limits, pid int) error {
 	// A private connection is sent every signal, asked or not. Listening first: the job may be over before
 	// its name is here.
 	signals := make(chan *dbus.Signal, 64)
-	conn.Signal(signals)
+	m.conn.Signal(signals)
 
 	var job dbus.ObjectPath
-	manager := conn.Object("org.freedesktop.systemd1", "/org/freedesktop/systemd1")
-	err = manager.CallWithContext(ctx, "org.freedesktop.systemd1.Manager.StartTransientUnit", 0,
+	systemd := m.conn.Object("org.freedesktop.systemd1", "/org/freedesktop/systemd1")
+	err := systemd.CallWithContext(ctx, "org.freedesktop.systemd1.Manager.StartTransientUnit", 0,
 		name, "fail", properties(of, description, l, pid), []struct {
 			Name       string
 			Properties []property

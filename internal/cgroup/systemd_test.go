@@ -3,7 +3,9 @@ package cgroup
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -14,9 +16,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// manager plays systemd on its private socket for one connection: the greeting (the D-Bus
+// fakeManager plays systemd on its private socket for one connection: the greeting (the D-Bus
 // specification's "Authentication Protocol"), one call, which it hands out, and what answer sends.
-func manager(t *testing.T, h *Host, answer func(send func(*dbus.Message), call *dbus.Message)) (calls <-chan []any) {
+func fakeManager(t *testing.T, h *Host, answer func(send func(*dbus.Message), call *dbus.Message)) (calls <-chan []any) {
 	t.Helper()
 	files(t, h.run, "systemd/system/x", "")
 	l, err := net.Listen("unix", filepath.Join(h.run, "systemd/private"))
@@ -53,6 +55,9 @@ func manager(t *testing.T, h *Host, answer func(send func(*dbus.Message), call *
 				if _, err := fmt.Fprintf(conn, "%s\r\n", reply); err != nil {
 					return err
 				}
+			}
+			if _, err := in.Peek(1); errors.Is(err, io.EOF) {
+				return nil // nothing is asked for
 			}
 			call, err := dbus.DecodeMessage(in)
 			if err != nil {
@@ -126,7 +131,7 @@ func TestScope(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := fake(t, "/")
-			calls := manager(t, h, c.answer)
+			calls := fakeManager(t, h, c.answer)
 			h.Put(t.Context(), "aaaaaaaaaaaa", "banger VM calm-otter", Limits{Memory: 1 << 30, CPUs: 2.5, Tasks: 100}, os.Getpid())
 			want := []any{unit, "fail", [][]any{
 				{"Description", dbus.MakeVariant("banger VM calm-otter")},
@@ -146,6 +151,21 @@ func TestScope(t *testing.T) {
 				t.Errorf("why %q, want %q", got, c.why)
 			}
 		})
+	}
+}
+
+// TestNothingStarted: where no process is started after all, systemd is asked for nothing, and nothing is said of a group.
+func TestNothingStarted(t *testing.T) {
+	h := fake(t, "/")
+	calls := fakeManager(t, h, nil)
+	h.Begin(t.Context(), "aaaaaaaaaaaa", "banger VM calm-otter", Limits{Memory: 1 << 30})(t.Context(), 0)
+	if call, asked := <-calls; asked {
+		t.Errorf("asked for %v", call)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.why) != 0 {
+		t.Errorf("why: %v", h.why)
 	}
 }
 

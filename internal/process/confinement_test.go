@@ -60,24 +60,35 @@ func TestConfinement(t *testing.T) {
 	}
 }
 
-// The cgroup is told the pid of a process that runs, once, after its pidfile was written.
+// The cgroup is begun before the process is, and is told the pid of one that runs, once, after its pidfile was written.
 func TestCgroup(t *testing.T) {
 	c := newCommand(t)
 	var pids []int
-	c.Cgroup = func(_ context.Context, pid int) {
-		if r, err := readPidfile(c.Pidfile); err != nil || r.PID != pid {
-			t.Errorf("pidfile when the cgroup is made: %+v, %v; want process %d", r, err, pid)
+	c.Cgroup = func(context.Context) func(context.Context, int) {
+		if r, err := readPidfile(c.Pidfile); err != nil || r.PID != starting {
+			t.Errorf("pidfile when the cgroup is begun: %+v, %v; want it to say that one starts", r, err)
 		}
-		pids = append(pids, pid)
+		return func(_ context.Context, pid int) {
+			if r, err := readPidfile(c.Pidfile); err != nil || r.PID != pid {
+				t.Errorf("pidfile when the process is put into it: %+v, %v; want process %d", r, err, pid)
+			}
+			pids = append(pids, pid)
+		}
 	}
 	p := start(t, c)
 	if diff := cmp.Diff([]int{p.PID()}, pids); diff != "" {
 		t.Errorf("told (-want +got):\n%s", diff)
 	}
+	pids = nil
 	c = newCommand(t)
 	c.Path = "/nonexistent/program"
-	c.Cgroup = func(context.Context, int) { t.Error("told of a program that did not start") }
+	c.Cgroup = func(context.Context) func(context.Context, int) {
+		return func(_ context.Context, pid int) { pids = append(pids, pid) }
+	}
 	if _, err := Start(t.Context(), c); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("%v, want not exist", err)
+	}
+	if diff := cmp.Diff([]int{0}, pids); diff != "" {
+		t.Errorf("told of a program that did not start (-want +got):\n%s", diff)
 	}
 }

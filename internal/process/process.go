@@ -40,9 +40,10 @@ type Command struct {
 	Cgroup  Cgroup     // nil: the daemon's own
 }
 
-// Cgroup puts a process that was just started into a control group of its own. It returns when that is
-// done, or is known not to work, which is for it to remember and no reason to end the program.
-type Cgroup func(ctx context.Context, pid int)
+// Cgroup begins to make a control group for a process that is about to be started, and returns at once. put is called once, with
+// the process that was just started, or with 0 if none was. It returns when the process is in the group, or when that is known not
+// to work, which is for it to remember and no reason to end the program.
+type Cgroup func(ctx context.Context) (put func(ctx context.Context, pid int))
 
 // record is the pidfile's content. The start time and the boot tell the process apart from a later
 // one with the same pid.
@@ -107,6 +108,11 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 	if err := writePidfile(c.Pidfile, r); err != nil {
 		return nil, errors.Join(err, Forget(c.Pidfile))
 	}
+	pid := 0 // of what runs when this returns
+	if c.Cgroup != nil {
+		put := c.Cgroup(ctx)
+		defer func() { put(ctx, pid) }()
+	}
 	p, err := fork(c, append([]*os.File{null, log, log}, c.Files...))
 	if err != nil {
 		return nil, errors.Join(err, Forget(c.Pidfile))
@@ -117,9 +123,7 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 		defer cancel()
 		return nil, errors.Join(err, p.Kill(kill), Forget(c.Pidfile))
 	}
-	if c.Cgroup != nil {
-		c.Cgroup(ctx, p.pid)
-	}
+	pid = p.pid
 	return p, nil
 }
 

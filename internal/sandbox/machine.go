@@ -19,7 +19,6 @@ import (
 	"git.thaloco.com/thaloco/banger/internal/guest/boot"
 	"git.thaloco.com/thaloco/banger/internal/lifecycle"
 	"git.thaloco.com/thaloco/banger/internal/operation"
-	"git.thaloco.com/thaloco/banger/internal/process"
 	"git.thaloco.com/thaloco/banger/internal/vm"
 	"git.thaloco.com/thaloco/banger/internal/vmm"
 )
@@ -346,7 +345,10 @@ func (ms *machines) identity(v *vm.VM) vmm.Spec {
 func (c *machineCapability) spec(ctx context.Context, v *vm.VM) (vmm.Spec, error) {
 	spec := c.machines.identity(v)
 	spec.VCPU, spec.MemoryMiB = v.Spec.VCPU, v.Spec.MemoryMiB
-	spec.Cgroup = c.machines.confine(v)
+	id, description, limits := c.machines.group(v)
+	spec.Cgroup = func(ctx context.Context) func(context.Context, int) {
+		return c.machines.service.cgroups.Begin(ctx, id, description, limits)
+	}
 	// TERM: systemd asks the console for its size and colours, and waits for an answer, unless it is a
 	// dumb one (systemd's src/basic/terminal-util.c); a log file answers nothing.
 	//
@@ -369,12 +371,9 @@ func (c *machineCapability) spec(ctx context.Context, v *vm.VM) (vmm.Spec, error
 	return spec, nil
 }
 
-// confine puts the VMM of a VM into a control group of its own.
-func (ms *machines) confine(v *vm.VM) process.Cgroup {
-	s := ms.service
-	id, name := v.ID.Short(), v.Name
-	limits := cgroup.ForVM(v.Spec.VCPU, v.Spec.MemoryMiB, s.driver.Features().OverheadMiB)
-	return func(ctx context.Context, pid int) { s.cgroups.Put(ctx, id, "banger VM "+name, limits, pid) }
+// group is the control group of a VM's VMM.
+func (ms *machines) group(v *vm.VM) (id, description string, l cgroup.Limits) {
+	return v.ID.Short(), "banger VM " + v.Name, cgroup.ForVM(v.Spec.VCPU, v.Spec.MemoryMiB, ms.service.driver.Features().OverheadMiB)
 }
 
 // Prepare starts the VMM, or takes in the one that runs.
@@ -425,8 +424,9 @@ func (ms *machines) observe(ctx context.Context, v *vm.VM) (bool, error) {
 	// Its daemon may have been killed between the start and this, or knew nothing of it. What another kind
 	// of VMM needs is not known here: a bound too low would end the VM.
 	if d := ms.service.driver; v.VMM == "" || d.Name() == v.VMM && d.Features().Accel == v.Accel {
-		put, pid := ms.confine(v), m.PID()
-		ms.service.watchers.Go(func() { put(ms.service.bg, pid) })
+		id, description, limits := ms.group(v)
+		pid := m.PID()
+		ms.service.watchers.Go(func() { ms.service.cgroups.Put(ms.service.bg, id, description, limits, pid) })
 	}
 	return true, ms.add(v, m)
 }

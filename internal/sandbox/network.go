@@ -67,8 +67,8 @@ func (s *Service) networkHost() NetworkHost {
 			s.networkNotice = &doctor.Finding{Code: "network", Severity: doctor.Warn, Title: "Network of VMs", Detail: why, Fix: fix}
 		},
 		LinkUp: s.links.up, LinkDown: s.links.down, Confine: func(v vm.VM) process.Cgroup {
-			return func(ctx context.Context, pid int) {
-				s.cgroups.Put(ctx, networkGroup(v.ID), "network of banger VM "+v.Name, networkLimits, pid)
+			return func(ctx context.Context) func(context.Context, int) {
+				return s.cgroups.Begin(ctx, networkGroup(v.ID), "network of banger VM "+v.Name, networkLimits)
 			}
 		}}
 }

@@ -67,7 +67,7 @@ type Spec struct {
 
 	// Cgroup goes into process.Command; nil: no control group of its own. It is no description: records of a
 	// Spec leave it out.
-	Cgroup func(ctx context.Context, pid int) `json:"-"`
+	Cgroup func(ctx context.Context) (put func(ctx context.Context, pid int)) `json:"-"`
 }
 
 // State is what a driver knows of a machine's execution.

@@ -1,6 +1,7 @@
 package firecracker
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -10,12 +11,11 @@ import (
 	"net/http"
 	"regexp"
 	"strconv"
-	"sync"
 
 	"git.thaloco.com/thaloco/banger/internal/vmm/rundir"
 )
 
-// maxAnswer bounds what is read of one answer, in bytes. The largest, of a machine with many drives,
+// maxAnswer bounds what is read of one answer, its head included, in bytes. The largest, of a machine with many drives,
 // has some thousands.
 const maxAnswer = 1 << 20
 
@@ -78,59 +78,33 @@ func (e *refusal) Error() string {
 	return e.Message
 }
 
-// client speaks to one Firecracker over its socket. Close it: its connections are kept meanwhile.
+// client speaks to one Firecracker over one connection, one request after the other. http.Transport would have two
+// goroutines pass on each of them, and a machine takes a dozen before its guest runs. Not safe for concurrent use.
+// Close it.
 type client struct {
-	http http.Client
-	kept *http.Transport
-
-	// The transport dials in goroutines of its own, which may outlive the request that wanted a connection.
-	over    context.Context // ends with close
-	end     context.CancelFunc
-	mu      sync.Mutex
-	closed  bool
-	dialing sync.WaitGroup
+	conn    net.Conn
+	bounded *io.LimitedReader // of conn: what may still be read of an answer
+	answers *bufio.Reader     // of bounded
 }
 
-// newClient returns a client for the API socket in dir, which must stay open until it is closed.
-func newClient(dir *rundir.Dir) *client {
-	c := &client{}
-	c.over, c.end = context.WithCancel(context.Background())
-	c.kept = &http.Transport{
-		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return c.dial(ctx, dir) },
-		DisableCompression:     true,
-		MaxResponseHeaderBytes: 16 << 10,
+// dial connects to the API socket in dir.
+func dial(ctx context.Context, dir *rundir.Dir) (*client, error) {
+	conn, err := dir.Dial(ctx, apiSocket)
+	if err != nil {
+		return nil, err
 	}
-	c.http.Transport = c.kept
-	return c
+	return newClient(conn), nil
 }
 
-func (c *client) dial(ctx context.Context, dir *rundir.Dir) (net.Conn, error) {
-	c.mu.Lock()
-	if c.closed {
-		c.mu.Unlock()
-		return nil, net.ErrClosed
-	}
-	c.dialing.Add(1)
-	c.mu.Unlock()
-	defer c.dialing.Done()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(c.over, cancel)()
-	return dir.Dial(ctx, apiSocket)
+func newClient(conn net.Conn) *client {
+	bounded := &io.LimitedReader{R: conn}
+	return &client{conn: conn, bounded: bounded, answers: bufio.NewReader(bounded)}
 }
 
-// close returns when nothing uses the directory any more.
-func (c *client) close() {
-	c.mu.Lock()
-	c.closed = true
-	c.mu.Unlock()
-	c.end()
-	c.dialing.Wait()
-	c.kept.CloseIdleConnections()
-}
+func (c *client) close() { _ = c.conn.Close() }
 
-// do makes one request and stores the answer in result unless that is nil. A *refusal is Firecracker's;
-// any other error means that nobody answered, or ctx's error.
+// do makes one request and stores the answer in result unless that is nil. A *refusal is Firecracker's, and the
+// next request may be made; any other error means that nobody answered, or is ctx's, and ends the connection.
 func (c *client) do(ctx context.Context, method, path string, body, result any) error {
 	var content io.Reader
 	if body != nil {
@@ -147,27 +121,41 @@ func (c *client) do(ctx context.Context, method, path string, body, result any) 
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	answer, err := c.http.Do(req)
-	if err != nil {
-		return err
+	stop := context.AfterFunc(ctx, c.close)
+	status, b, err := c.roundTrip(req)
+	if !stop() {
+		return ctx.Err()
 	}
-	defer answer.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer))
-	if err != nil {
+	switch {
+	case err != nil:
+		c.close()
 		return fmt.Errorf("%s %s: %w", method, path, err)
-	}
-	if answer.StatusCode/100 != 2 {
-		r := &refusal{Status: answer.StatusCode}
+	case status/100 != 2:
+		r := &refusal{Status: status}
 		_ = json.Unmarshal(b, r) // what is no JSON has no message; the status is left
 		return r
-	}
-	if result == nil {
+	case result == nil:
 		return nil
 	}
 	if err := json.Unmarshal(b, result); err != nil {
 		return fmt.Errorf("%s %s: the answer is not what it should be: %w", method, path, err)
 	}
 	return nil
+}
+
+// roundTrip sends a request and reads its answer to the end.
+func (c *client) roundTrip(req *http.Request) (status int, body []byte, err error) {
+	c.bounded.N = maxAnswer
+	if err := req.Write(c.conn); err != nil {
+		return 0, nil, err
+	}
+	answer, err := http.ReadResponse(c.answers, req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer answer.Body.Close()
+	body, err = io.ReadAll(answer.Body)
+	return answer.StatusCode, body, err
 }
 
 type version struct{ major, minor int }

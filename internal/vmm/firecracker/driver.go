@@ -261,11 +261,16 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 		return nil, err
 	}
 	logged := console.Size(spec.Log)
+	put := func(context.Context, int) {}
+	if spec.Cgroup != nil {
+		put = spec.Cgroup(ctx)
+	}
 	s, err := d.startJailed(ctx, dir, spec, files)
 	if s == nil && err == nil {
 		s, err = d.startPlain(ctx, dir, spec, files, path)
 	}
 	if err != nil {
+		put(ctx, 0)
 		return nil, err
 	}
 	defer s.close()
@@ -280,9 +285,7 @@ func (d *Driver) launch(ctx context.Context, dir *rundir.Dir, spec vmm.Spec) (_ 
 	grouped := make(chan struct{})
 	go func() {
 		defer close(grouped)
-		if spec.Cgroup != nil {
-			spec.Cgroup(ctx, p.PID())
-		}
+		put(ctx, p.PID())
 	}()
 	failed := d.configure(ctx, spec, s, grouped)
 	<-grouped // bounded by itself
@@ -358,10 +361,11 @@ func (d *Driver) configure(ctx context.Context, spec vmm.Spec, s *started, group
 		case <-ctx.Done():
 		}
 	}()
-	if err := s.socket.wait(ctx); err != nil {
+	conn, err := s.socket.dial(ctx)
+	if err != nil {
 		return err
 	}
-	c := newClient(s.sockets)
+	c := newClient(conn)
 	defer c.close()
 	var v versionInfo
 	if err := c.do(ctx, http.MethodGet, "/version", nil, &v); err != nil {

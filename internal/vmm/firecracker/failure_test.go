@@ -439,10 +439,11 @@ func halfConfigure(ctx context.Context, s vmm.Spec) error {
 		return err
 	}
 	defer socket.close()
-	if err := socket.wait(ctx); err != nil {
+	conn, err := socket.dial(ctx)
+	if err != nil {
 		return err
 	}
-	c := newClient(dir)
+	c := newClient(conn)
 	defer c.close()
 	for _, r := range requests(s, layout{})[:2] {
 		if err := c.do(ctx, r.method, r.path, r.body, nil); err != nil {

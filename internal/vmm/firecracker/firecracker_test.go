@@ -247,11 +247,12 @@ func TestAskedWhileItEnds(t *testing.T) {
 					}
 					defer dir.Close()
 					for ctx.Err() == nil {
-						c := newClient(dir)
 						one, stop := context.WithTimeout(ctx, time.Second)
-						_ = c.do(one, "GET", "/", nil, nil) // it is there, or not
+						if c, err := dial(one, dir); err == nil {
+							_ = c.do(one, "GET", "/", nil, nil) // it is there, or not
+							c.close()
+						}
 						stop()
-						c.close()
 					}
 				})
 			}

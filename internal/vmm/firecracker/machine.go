@@ -331,9 +331,11 @@ func (m *machine) Resize(ctx context.Context, drive vmm.Drive, _ int64) error {
 		return fault.Wrap(err, fault.Unavailable, m.spec.Name, "its run directory cannot be opened")
 	}
 	defer dir.Close()
-	c := newClient(dir)
-	defer c.close()
-	err = c.do(ctx, http.MethodPatch, "/drives/"+string(drive.Role), drivePatch{ID: string(drive.Role), Path: m.layout().drive(drive)}, nil)
+	c, err := dial(ctx, dir)
+	if err == nil {
+		defer c.close()
+		err = c.do(ctx, http.MethodPatch, "/drives/"+string(drive.Role), drivePatch{ID: string(drive.Role), Path: m.layout().drive(drive)}, nil)
+	}
 	var r *refusal
 	switch {
 	case err == nil:

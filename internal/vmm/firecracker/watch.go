@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"time"
 
@@ -34,10 +35,10 @@ func watchFor(dir *rundir.Dir, name string) (*pathWatch, error) {
 
 func (w *pathWatch) close() { _ = w.events.Close() }
 
-// wait returns when the socket takes connections, or with ctx's error. A path that is bound and does not
+// dial returns a connection to the socket as soon as it takes one, or ctx's error. A path that is bound and does not
 // listen yet refuses, for the microseconds between two system calls, and nothing tells when it does:
 // hence the pause.
-func (w *pathWatch) wait(ctx context.Context) error {
+func (w *pathWatch) dial(ctx context.Context) (net.Conn, error) {
 	const pause = time.Millisecond
 	stop := context.AfterFunc(ctx, func() { _ = w.events.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -45,12 +46,12 @@ func (w *pathWatch) wait(ctx context.Context) error {
 		conn, err := w.dir.Dial(ctx, w.name)
 		switch {
 		case err == nil:
-			return conn.Close()
+			return conn, nil
 		case ctx.Err() != nil:
-			return ctx.Err()
+			return nil, ctx.Err()
 		case errors.Is(err, unix.ENOENT):
 			if _, err := w.events.Read(make([]byte, 4096)); err != nil && ctx.Err() == nil {
-				return err
+				return nil, err
 			}
 		case errors.Is(err, unix.ECONNREFUSED):
 			select {
@@ -58,7 +59,7 @@ func (w *pathWatch) wait(ctx context.Context) error {
 			case <-time.After(pause):
 			}
 		default:
-			return err
+			return nil, err
 		}
 	}
 }
