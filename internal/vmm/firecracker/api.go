@@ -20,8 +20,8 @@ import (
 const maxAnswer = 1 << 20
 
 // The requests' bodies, with the names of Firecracker's API (src/firecracker/swagger/firecracker.yaml in
-// its source). Only what is used: Firecracker refuses a field that it does not know. All of these are
-// older than the oldest version that is accepted, and none has been taken away up to 1.16.
+// its source). Only what is used: Firecracker refuses a field that it does not know. All but those that name a version are
+// older than the oldest one that is accepted, and none has been taken away up to 1.16.
 type (
 	machineConfig struct {
 		VCPU      int   `json:"vcpu_count"`
@@ -40,10 +40,11 @@ type (
 		CacheType string `json:"cache_type"`
 		IOEngine  string `json:"io_engine"`
 	}
-	networkInterface struct { // no MTU: the field is younger than the oldest version; the guest is told otherwise
+	networkInterface struct {
 		ID  string `json:"iface_id"`
 		MAC string `json:"guest_mac"`
 		TAP string `json:"host_dev_name"`
+		MTU int    `json:"mtu,omitempty"` // since withMTU
 	}
 	vsockDevice struct {
 		CID    uint32 `json:"guest_cid"`
@@ -164,8 +165,13 @@ func (v version) atLeast(w version) bool {
 	return v.major > w.major || v.major == w.major && v.minor >= w.minor
 }
 
-// oldest is the first Firecracker that is accepted: the oldest one that was run.
-var oldest = version{1, 12}
+var (
+	// oldest is the first Firecracker that is accepted: the oldest one that was run.
+	oldest = version{1, 12}
+	// withMTU is the first that tells a guest's driver the MTU (firecracker#5828), which the guest cannot exceed then. Guests of
+	// older ones learn it from their configuration alone.
+	withMTU = version{1, 16}
+)
 
 var (
 	// versionLine is the first line of --version: "Firecracker v1.12.1".

@@ -40,8 +40,8 @@ type request struct {
 	about        string
 }
 
-// requests are the calls that make a machine, in order, but for the one that starts it.
-func requests(s vmm.Spec, at layout) []request {
+// requests are the calls that make a machine of a Firecracker of that version, in order, but for the one that starts it.
+func requests(s vmm.Spec, at layout, v version) []request {
 	out := []request{
 		{http.MethodPut, "/machine-config", machineConfig{VCPU: s.VCPU, MemoryMiB: s.MemoryMiB}, "its CPUs and memory"},
 		{http.MethodPut, "/boot-source", bootSource{Kernel: at.kernel(s), Initrd: at.initrd(s), BootArgs: cmdline(s)}, "the kernel " + s.Kernel + " with the initrd " + s.Initrd},
@@ -53,8 +53,11 @@ func requests(s vmm.Spec, at layout) []request {
 		if n.Socket != "" { // by vsock
 			continue
 		}
-		id := fmt.Sprintf("net%d", i)
-		out = append(out, request{http.MethodPut, "/network-interfaces/" + id, networkInterface{ID: id, MAC: n.MAC, TAP: n.TAP}, "the network device " + n.TAP})
+		device := networkInterface{ID: fmt.Sprintf("net%d", i), MAC: n.MAC, TAP: n.TAP}
+		if v.atLeast(withMTU) {
+			device.MTU = n.MTU
+		}
+		out = append(out, request{http.MethodPut, "/network-interfaces/" + device.ID, device, "the network device " + n.TAP})
 	}
 	return append(out,
 		request{http.MethodPut, "/vsock", vsockDevice{CID: s.CID, Socket: at.socket(agentSocket)}, "its vsock"},

@@ -38,11 +38,19 @@ func TestRequests(t *testing.T) {
 	for _, a := range arguments(spec) {
 		fmt.Fprintln(&out, a)
 	}
-	for _, at := range []layout{{}, {jailed: true}} {
-		if at.jailed {
-			fmt.Fprintln(&out, "\nin a jail:")
+	for _, c := range []struct {
+		title   string
+		layout  layout
+		version version
+	}{
+		{"", layout{}, oldest},
+		{"\nin a jail:", layout{jailed: true}, oldest},
+		{"\n1.16:", layout{}, version{1, 16}},
+	} {
+		if c.title != "" {
+			fmt.Fprintln(&out, c.title)
 		}
-		for _, r := range requests(spec, at) {
+		for _, r := range requests(spec, c.layout, c.version) {
 			b, err := json.Marshal(r.body)
 			if err != nil {
 				t.Fatal(err)

@@ -367,15 +367,16 @@ func (d *Driver) configure(ctx context.Context, spec vmm.Spec, s *started, group
 	}
 	c := newClient(conn)
 	defer c.close()
-	var v versionInfo
-	if err := c.do(ctx, http.MethodGet, "/version", nil, &v); err != nil {
+	var says versionInfo
+	if err := c.do(ctx, http.MethodGet, "/version", nil, &says); err != nil {
 		return err
 	}
-	if got, ok := parseVersion(v.Version); !ok || !got.atLeast(oldest) { // another one than was looked at
-		return fault.New(fault.Unsupported, spec.Name, "its Firecracker says that it is version %.40q, at least %d.%d is needed", v.Version, oldest.major, oldest.minor).
+	v, ok := parseVersion(says.Version)
+	if !ok || !v.atLeast(oldest) { // another one than was looked at
+		return fault.New(fault.Unsupported, spec.Name, "its Firecracker says that it is version %.40q, at least %d.%d is needed", says.Version, oldest.major, oldest.minor).
 			WithHint("%s", fix)
 	}
-	for _, r := range requests(spec, s.layout) {
+	for _, r := range requests(spec, s.layout, v) {
 		if err := c.do(ctx, r.method, r.path, r.body, nil); err != nil {
 			return refusedBy(spec, err, r.about)
 		}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -198,6 +199,38 @@ FIRECRACKER_TEST_STAGE='%[1]s' exec '%[2]s' "$@"`, c.stage, self))
 	}
 }
 
+// TestYoungFields: a field that older versions do not know, and would refuse, is sent to those that say they are younger.
+func TestYoungFields(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for version, want := range map[string]string{
+		"1.12.1": `{"iface_id":"net0","guest_mac":"02:00:00:00:00:01","host_dev_name":"tap0"}`,
+		"1.15.9": `{"iface_id":"net0","guest_mac":"02:00:00:00:00:01","host_dev_name":"tap0"}`,
+		"1.16.0": `{"iface_id":"net0","guest_mac":"02:00:00:00:00:01","host_dev_name":"tap0","mtu":1420}`,
+		"2.0.0":  `{"iface_id":"net0","guest_mac":"02:00:00:00:00:01","host_dev_name":"tap0","mtu":1420}`,
+	} {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			s := newSpec(t)
+			s.NICs = []vmm.NIC{{MAC: "02:00:00:00:00:01", MTU: 1420, TAP: "tap0"}}
+			d := driverOf(program(t, fmt.Sprintf(`[ "$1" = --version ] && { echo 'Firecracker v1.12.1'; exit 0; }
+FIRECRACKER_TEST_STAGE='is %s' exec '%s' "$@"`, version, self)))
+			m, err := d.Start(t.Context(), s)
+			if err == nil {
+				own(t, m)
+				t.Fatal("it started")
+			}
+			var r *refusal
+			if !errors.As(err, &r) || r.Message != want {
+				t.Errorf("%v\nwas sent, want %s", err, want)
+			}
+			wantNothing(t, s)
+		})
+	}
+}
+
 // standIn is a Firecracker that goes wrong at a stage.
 func standIn(stage string) {
 	leave := func() {
@@ -241,6 +274,11 @@ func standIn(stage string) {
 				fmt.Fprint(w, "<html>")
 			case stage == "another version":
 				fmt.Fprint(w, `{"firecracker_version":"1.11.0"}`)
+			case strings.HasPrefix(stage, "is ") && r.URL.Path == "/version":
+				fmt.Fprintf(w, `{"firecracker_version":%q}`, strings.TrimPrefix(stage, "is "))
+			case strings.HasPrefix(stage, "is ") && strings.HasPrefix(r.URL.Path, "/network-interfaces/"):
+				body, _ := io.ReadAll(r.Body)
+				refuse(string(body))
 			case stage == "no kvm" && starts:
 				refuse("Start microvm error: Internal error while starting microVM: Error creating KVM object: Permission denied (os error 13)\nMake sure the user launching the firecracker process is configured on the /dev/kvm file's ACL.")
 			case stage == "no memory" && starts:
@@ -445,7 +483,7 @@ func halfConfigure(ctx context.Context, s vmm.Spec) error {
 	}
 	c := newClient(conn)
 	defer c.close()
-	for _, r := range requests(s, layout{})[:2] {
+	for _, r := range requests(s, layout{}, oldest)[:2] {
 		if err := c.do(ctx, r.method, r.path, r.body, nil); err != nil {
 			return err
 		}
