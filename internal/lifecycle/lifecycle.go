@@ -8,9 +8,9 @@
 //
 //	absent -> preparing -> ready -> cleaning -> absent
 //
-// Up records preparing before and ready after each Prepare, in the list's order. Down records
-// cleaning before and absent after each Cleanup, in reverse. A record that says preparing or
-// cleaning after a restart is a crash in the middle: Settle says what is left to do, and Up takes
+// Up records preparing before and ready after each Prepare, in the list's order; several steps may share a record of either kind.
+// Down records cleaning before and absent after each Cleanup, in reverse. A record that says preparing or
+// cleaning after a restart is a crash in the middle, or before: Settle says what is left to do, and Up takes
 // such steps down before it goes on.
 package lifecycle
 
@@ -75,6 +75,12 @@ type Durable interface {
 	Durable()
 }
 
+// Waiting steps make nothing that stays, and take long: what was made before one is on record as ready when it begins, so that a
+// crash meanwhile does not take it down.
+type Waiting interface {
+	Waiting()
+}
+
 // Observer is a step that can look whether its resource, recorded as ready, still is there, and
 // repair it without disturbing the guest. A step without it counts as there.
 type Observer interface {
@@ -123,12 +129,17 @@ func (e *StepError) Unwrap() error { return e.Err }
 type Engine struct {
 	steps   []Step
 	journal Journal
+	// atStep is called after every Prepare; the crash test ends the process in it.
+	atStep func()
 }
 
 // New returns an engine over the steps, in order.
 func New(journal Journal, steps ...Step) *Engine {
-	return &Engine{steps: steps, journal: journal}
+	return &Engine{steps: steps, journal: journal, atStep: func() {}}
 }
+
+// AtStep sets what is called after every Prepare that did not fail. For tests that end the process there.
+func (e *Engine) AtStep(f func()) { e.atStep = f }
 
 // Steps returns the list, in order.
 func (e *Engine) Steps() []Step { return e.steps }
@@ -149,17 +160,18 @@ func (e *Engine) Up(ctx context.Context, v *vm.VM, progress Progress) error {
 		return err
 	}
 	v.State = vm.Starting
-	// The ready record of one step and the preparing record of the next are one transaction: half
-	// as many waits for the disk. A crash before it finds preparing, and does the step again.
+	// What is made in any case is recorded as preparing in one transaction, and as ready in one with the next intent: each is a wait
+	// for the disk. A crash in between finds preparing, whether the step had begun or not: Cleanup takes either.
 	var done []StepRecord
+	intended := map[string]bool{}
 	anew := false // a step was made again: what stood on the old one is worth nothing
-	for _, s := range e.steps {
+	for i, s := range e.steps {
 		ready := have[s.Name()] == Ready || mutation == "ignored-preparing" && have[s.Name()] == Preparing
 		if ready && (durable(s) && observes(s) || !durable(s) && !anew) {
 			there, err := observe(ctx, s, v)
 			switch {
 			case err != nil && durable(s):
-				return e.undo(ctx, v, s, errors.Unwrap(err))
+				return e.undo(ctx, v, s, errors.Unwrap(err), done)
 			case err != nil: // it may run: nothing is taken down
 				return err
 			case there:
@@ -167,22 +179,33 @@ func (e *Engine) Up(ctx context.Context, v *vm.VM, progress Progress) error {
 			}
 		}
 		progress(s.Name())
-		if err := e.intend(ctx, v, done, StepRecord{s.Name(), Preparing}); err != nil {
-			return e.undo(ctx, v, s, err)
+		if suspended(ctx) {
+			return e.suspend(ctx, v, s, append(done, e.takenBack(i, intended)...))
+		}
+		if !intended[s.Name()] {
+			next := e.together(i, have)
+			if err := e.intend(ctx, v, done, next...); err != nil {
+				return e.undo(ctx, v, s, err, done)
+			}
+			done = nil
+			for _, n := range next {
+				intended[n.Step] = true
+			}
 		}
 		if err := s.Prepare(ctx, v); err != nil {
-			return e.undo(ctx, v, s, err)
+			return e.undo(ctx, v, s, err, append(done, e.takenBack(i+1, intended)...))
 		}
+		e.atStep()
 		anew = anew || !durable(s)
-		done = []StepRecord{{s.Name(), Ready}}
+		done = append(done, StepRecord{s.Name(), Ready})
 		if suspended(ctx) {
-			return e.suspend(ctx, v, s, done)
+			return e.suspend(ctx, v, s, append(done, e.takenBack(i+1, intended)...))
 		}
 	}
 	progress("")
 	v.State, v.Failure = vm.Running, nil
 	if err := e.journal.Save(context.WithoutCancel(ctx), *v, done...); err != nil {
-		return e.undo(ctx, v, e.steps[len(e.steps)-1], err)
+		return e.undo(ctx, v, e.steps[len(e.steps)-1], err, done)
 	}
 	return nil
 }
@@ -205,6 +228,7 @@ func (e *Engine) UpDurable(ctx context.Context, v *vm.VM, progress Progress) err
 			}
 			return &StepError{s.Name(), err}
 		}
+		e.atStep()
 		done = []StepRecord{{s.Name(), Ready}}
 	}
 	progress("")
@@ -231,15 +255,39 @@ func (e *Engine) clearTorn(ctx context.Context, v *vm.VM) error {
 	return nil
 }
 
+// together are the intents of the step at i and of those behind it that are made in any case, up to one that waits.
+func (e *Engine) together(i int, have map[string]StepState) []StepRecord {
+	next := []StepRecord{{e.steps[i].Name(), Preparing}}
+	for _, s := range e.steps[i+1:] {
+		if _, waits := s.(Waiting); waits {
+			break
+		}
+		if have[s.Name()] != Ready {
+			next = append(next, StepRecord{s.Name(), Preparing})
+		}
+	}
+	return next
+}
+
+// takenBack are records for the intents of the steps from the one at i on, which have not begun.
+func (e *Engine) takenBack(i int, intended map[string]bool) (records []StepRecord) {
+	for _, s := range e.steps[i:] {
+		if intended[s.Name()] {
+			records = append(records, StepRecord{s.Name(), Absent})
+		}
+	}
+	return records
+}
+
 // intend records what is about to be done, together with what was.
-func (e *Engine) intend(ctx context.Context, v *vm.VM, done []StepRecord, next StepRecord) error {
+func (e *Engine) intend(ctx context.Context, v *vm.VM, done []StepRecord, next ...StepRecord) error {
 	if suspended(ctx) {
 		return e.keep(ctx, v, done)
 	}
 	if mutation == "late-intent" {
 		return e.journal.Save(ctx, *v, done...)
 	}
-	return e.journal.Save(ctx, *v, append(done, next)...)
+	return e.journal.Save(ctx, *v, append(done, next...)...)
 }
 
 // suspend records what was done and stops without undoing.
@@ -257,12 +305,17 @@ func (e *Engine) keep(ctx context.Context, v *vm.VM, done []StepRecord) error {
 	return ErrSuspended
 }
 
-// undo takes down what Up made, from step at downwards, and returns why.
-func (e *Engine) undo(ctx context.Context, v *vm.VM, at Step, why error) error {
+// undo takes down what Up made, from step at downwards, and returns why. unsaved is what the journal does not know yet: what is
+// ready, and intents that are taken back.
+func (e *Engine) undo(ctx context.Context, v *vm.VM, at Step, why error, unsaved []StepRecord) error {
 	if suspended(ctx) {
 		return &StepError{at.Name(), ErrSuspended}
 	}
 	failed := &StepError{at.Name(), why}
+	if len(unsaved) > 0 {
+		// If that fails, what has not begun is cleaned up as if it had, and the journal's fault is told by what Down records.
+		_ = e.journal.Save(context.WithoutCancel(ctx), *v, unsaved...)
+	}
 	if err := e.Down(context.WithoutCancel(ctx), v, Hard, false, func(string) {}); err != nil {
 		return errors.Join(failed, fmt.Errorf("%w: %w", ErrNotUndone, err))
 	}

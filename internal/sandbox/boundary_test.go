@@ -37,7 +37,7 @@ func (r *rig) do(kind operation.Kind) (operation.Operation, error) {
 
 // boundaries runs a case with act called at the first boundary of its operation, then with act at
 // the second, and so on, until the operation has fewer. A boundary is a moment before or after a
-// commit. check finds no boundary armed.
+// commit, or after a step. check finds no boundary armed.
 func boundaries(t *testing.T, before []operation.Kind, kind operation.Kind, act func(r *rig), check func(t *testing.T, r *rig, op operation.Operation)) {
 	t.Helper()
 	var armed, did atomic.Bool

@@ -34,7 +34,7 @@ import (
 )
 
 // The signature test. A daemon process is ended at every boundary of every operation, where a
-// boundary is a moment before or after a commit of the production journal: that is, between any two
+// boundary is a moment before or after a commit of the production journal, or after a step: that is, between any two
 // things that are done to the host. The daemon that follows is ended at each of its boundaries as
 // well. Whatever happens, the next one must converge: records, journal, machines, files agree, what
 // a user wanted is so, no work disk is ever made anew, and one more daemon changes nothing.
@@ -109,13 +109,14 @@ func (c crashChild) open(ctx context.Context, count *int) (*Service, error) {
 		return nil, err
 	}
 	var mu sync.Mutex
-	st.AtCommit(func() {
+	boundary := func() {
 		mu.Lock()
 		defer mu.Unlock()
 		if *count++; *count == c.CrashAt {
 			os.Exit(crashExit) // as kill -9 does: nothing deferred runs
 		}
-	})
+	}
+	st.AtCommit(boundary)
 	world, err := fakevmm.Open(filepath.Join(c.Dir, "world"))
 	if err != nil {
 		return nil, err
@@ -129,6 +130,7 @@ func (c crashChild) open(ctx context.Context, count *int) (*Service, error) {
 	cfg.TmuxResurrectSource, cfg.TmuxContinuumSource = filepath.Join(c.Cache, "resurrect.tar"), filepath.Join(c.Cache, "continuum.tar")
 	s := New(st, Options{Driver: fakevmm.New(world, fakeguest.Agent(nil)), Config: cfg, Paths: p, Log: slog.New(slog.DiscardHandler),
 		Networks: fakeNetworks(filepath.Join(c.Dir, "network"))})
+	s.engine.AtStep(boundary)
 	boot := "boot-1"
 	if c.Reboot {
 		boot = "boot-2"

@@ -90,7 +90,7 @@ type rig struct {
 	driver   func(vmm.Driver) vmm.Driver // wraps the fake driver, if set
 	others   []vmm.Driver                // beside it
 	networks func(NetworkHost) []Network
-	commit   func() // called at every boundary of the journal, if set
+	commit   func() // called at every boundary of the journal and of steps, if set
 	s        *Service
 }
 
@@ -158,6 +158,9 @@ func (r *rig) open() error {
 	}
 	r.s = New(st, Options{Driver: d, Others: r.others, Config: r.cfg, Paths: r.paths, Host: r.host, Log: slog.New(slog.DiscardHandler),
 		Networks: r.networks})
+	if r.commit != nil {
+		r.s.engine.AtStep(r.commit)
+	}
 	return r.s.Reconcile(context.Background(), r.boot)
 }
 

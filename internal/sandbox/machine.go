@@ -533,6 +533,9 @@ type agentCapability struct{ machines *machines }
 
 func (c *agentCapability) Name() string { return stepAgent }
 
+// Waiting says that the guest boots meanwhile, which is not to be interrupted.
+func (c *agentCapability) Waiting() {}
+
 // Prepare waits until the guest's agent answers, the VMM ends, or boot_timeout passes. A guest that
 // does not come up is explained by what its console says.
 func (c *agentCapability) Prepare(ctx context.Context, v *vm.VM) error {
