@@ -153,6 +153,12 @@ bench-floor: build runtime lab ## hold a create on Firecracker against Firecrack
 	$(GO_BUILD) -o dist/bench ./tools/bench
 	@dist/bench -floor -json dist/bench-floor.json $(ARGS)
 
+.PHONY: bench-boot
+bench-boot: build runtime lab ## what command line, initrd and units cost a guest's boot, in the lab; BENCH_QUICK=1: fewer samples
+	@$(MKRUNTIME) -to dist/lab/stock stock
+	$(GO_BUILD) -o dist/bench ./tools/bench
+	@dist/bench -boot -json dist/bench-boot.json $(ARGS)
+
 # ---- housekeeping
 
 .PHONY: clean

@@ -84,7 +84,8 @@ type model struct {
 	stock   string // directory of the untrimmed guest
 }
 
-// measureBare makes the three machines in turn, without a network: Firecracker alone would need a TAP that banger made for it.
+// measureBare makes the three machines in turn, or those of measureBoot, without a network: Firecracker alone would need a TAP that
+// banger made for it.
 func measureBare(ctx context.Context, r *report, o options, dir string, say func(string, ...any)) (err error) {
 	s, err := newSite(filepath.Join(dir, "site"), o.banger, o.bangerd, config.NetworkNone, "BANGER_RUNTIME_DIR="+o.runtime)
 	if err != nil {
@@ -105,17 +106,23 @@ func measureBare(ctx context.Context, r *report, o options, dir string, say func
 	}
 	r.Machine.Firecracker, _, _ = strings.Cut(string(out), "\n")
 	r.Machine.Accel = "kvm"
-	kinds := []struct {
-		name string
-		run  func(context.Context, *report, string) error
-	}{
-		{kindBare, m.bare},
-		{kindBanger, s.sampleBanger},
-		{kindStock, m.untrimmed},
+	if o.boot {
+		return measureBoot(ctx, r, m, dir, say)
 	}
+	return r.inTurn(ctx, dir, []kind{{kindBare, m.bare}, {kindBanger, s.sampleBanger}, {kindStock, m.untrimmed}}, say)
+}
+
+// kind is a machine that is made in turn with others; run takes one sample of it, in a directory of its own.
+type kind struct {
+	name string
+	run  func(ctx context.Context, r *report, dir string) error
+}
+
+// inTurn takes the samples of all kinds, each of them first as often as the others.
+func (r *report) inTurn(ctx context.Context, dir string, kinds []kind, say func(string, ...any)) error {
 	for i := range r.plan.Boots {
 		for j := range kinds {
-			k := kinds[(i+j)%len(kinds)] // none is always the first
+			k := kinds[(i+j)%len(kinds)]
 			say("%s, %d of %d", k.name, i+1, r.plan.Boots)
 			sample := func() (stalled bool, err error) {
 				work, err := os.MkdirTemp(dir, k.name+"-")
@@ -285,12 +292,25 @@ func vsockOf(m *model) map[string]any {
 }
 
 // bare takes one sample of the floor: the model once more, with disks as new ones are.
-func (m *model) bare(ctx context.Context, r *report, dir string) (err error) {
+func (m *model) bare(ctx context.Context, r *report, dir string) error {
+	return m.boot(ctx, r, dir, variant{name: kindBare}, []string{boot.StageSSH, boot.StageUserspace}, r.rest)
+}
+
+// boot takes one sample of the model, or of what it is otherwise, until its guest has reached these stages, and calls then with its
+// process.
+func (m *model) boot(ctx context.Context, r *report, dir string, v variant, until []string, then func(ctx context.Context, kind string, pid int) error) (err error) {
+	source, err := v.source(m.config["boot-source"])
+	if err != nil {
+		return err
+	}
 	drives := slices.Clone(m.drives)
 	for i, d := range drives {
 		blank := m.blanks[d.ID]
 		if blank == "" {
 			continue
+		}
+		if vmm.Role(d.ID) == vmm.RoleSystem && v.system != "" {
+			blank = v.system
 		}
 		drives[i].Path = filepath.Join(dir, d.ID+".ext4")
 		if _, err := disk.Clone(ctx, blank, drives[i].Path); err != nil {
@@ -300,7 +320,7 @@ func (m *model) bare(ctx context.Context, r *report, dir string) (err error) {
 			return err
 		}
 	}
-	c, err := m.with(map[string]any{"drives": drives, "vsock": vsockOf(m)})
+	c, err := m.with(map[string]any{"drives": drives, "vsock": vsockOf(m), "boot-source": source})
 	if err != nil {
 		return err
 	}
@@ -330,7 +350,7 @@ func (m *model) bare(ctx context.Context, r *report, dir string) (err error) {
 		said, _ := os.ReadFile(log.Name())
 		return fmt.Errorf("%w; its console:\n%s", err, said[max(0, len(said)-2000):])
 	}
-	r.add(kindBare+".agent", time.Since(began))
+	r.add(v.name+".agent", time.Since(began))
 	defer sess.Close()
 	watch, err := sess.Client().WatchBoot(ctx, &agentv1.WatchBootRequest{})
 	if err != nil {
@@ -338,18 +358,18 @@ func (m *model) bare(ctx context.Context, r *report, dir string) (err error) {
 	}
 	defer watch.Close()
 	var stages []*bangerv1.Stage
-	for !slices.ContainsFunc(stages, named(boot.StageSSH)) || !slices.ContainsFunc(stages, named(boot.StageUserspace)) {
+	for slices.ContainsFunc(until, func(s string) bool { return !slices.ContainsFunc(stages, named(s)) }) {
 		if !watch.Receive() {
 			return errors.Join(watch.Err(), io.ErrUnexpectedEOF)
 		}
 		st := watch.Msg().GetStage()
 		if st.GetName() == boot.StageSSH {
-			r.add(kindBare+".ssh", time.Since(began))
+			r.add(v.name+".ssh", time.Since(began))
 		}
 		stages = append(stages, &bangerv1.Stage{Name: st.GetName(), AtMs: st.GetAtMs()})
 	}
-	r.addStages(kindBare, stages)
-	return r.rest(ctx, kindBare, cmd.Process.Pid)
+	r.addStages(v.name, stages)
+	return then(ctx, v.name, cmd.Process.Pid)
 }
 
 func named(name string) func(*bangerv1.Stage) bool {

@@ -21,7 +21,7 @@ const (
 
 // inLab runs `bench -bare` in the lab and returns its report. A command that a user typed ends the lab
 // with it.
-func inLab(ctx context.Context, p plan) (_ *report, err error) {
+func inLab(ctx context.Context, p plan, boot bool) (_ *report, err error) {
 	host, err := filepath.EvalSymlinks(lab.HostDir)
 	if err != nil {
 		return nil, fmt.Errorf("no lab: make lab builds it (%w)", err)
@@ -42,12 +42,15 @@ func inLab(ctx context.Context, p plan) (_ *report, err error) {
 		return nil, err
 	}
 	defer m.Kill()
-	quick := ""
+	quick, what := "", ""
 	if p.quick {
 		quick = "BENCH_QUICK=1 "
 	}
+	if boot {
+		what = " -boot"
+	}
 	var out bytes.Buffer
-	if err := m.Run(ctx, "root", "cd ~/banger && "+quick+"dist/bench -bare -stock /payload/stock", nil, &out, os.Stderr); err != nil {
+	if err := m.Run(ctx, "root", "cd ~/banger && "+quick+"dist/bench -bare"+what+" -stock /payload/stock", nil, &out, os.Stderr); err != nil {
 		return nil, fmt.Errorf("measuring in the lab: %w", err)
 	}
 	if err := json.Unmarshal(out.Bytes(), r); err != nil {
@@ -88,7 +91,7 @@ var floorStages = []struct{ name, label string }{
 	{"stock.pss", "untrimmed Debian: memory at rest, PSS of Firecracker and its guest"},
 }
 
-// judgeFloor is judge for the figures of inLab.
+// judgeFloor is judge for the figures of bench-floor.
 func (r *report) judgeFloor() []string {
 	for _, s := range floorStages {
 		r.p50(s.name) // a figure that is missing fails

@@ -48,7 +48,7 @@ type options struct {
 	runtime               string // bundle of the real creates
 	json, docs            string
 	only                  string
-	floor, bare           bool
+	floor, boot, bare     bool
 	stock                 string
 }
 
@@ -62,6 +62,7 @@ func main() {
 	flag.StringVar(&o.docs, "docs", "docs/benchmarks.md", "the page whose table is refreshed")
 	flag.StringVar(&o.only, "only", "", "measure only `fake` or `real`: for looking, the rest is missing then")
 	flag.BoolVar(&o.floor, "floor", false, "make bench-floor: hold a create on Firecracker against Firecracker alone, in the lab")
+	flag.BoolVar(&o.boot, "boot", false, "make bench-boot: what command line, initrd and units cost a guest's boot on Firecracker, in the lab")
 	flag.BoolVar(&o.bare, "bare", false, "measure that on this machine, which needs KVM, and print the figures as JSON")
 	flag.StringVar(&o.stock, "stock", "dist/lab/stock", "the untrimmed guest's `directory`, for -bare")
 	flag.Parse()
@@ -82,8 +83,11 @@ func run(ctx context.Context, o options) (err error) {
 	if os.Getenv("BENCH_QUICK") == "1" {
 		p = quickPlan
 	}
+	if !o.bare && o.boot {
+		return labBench(ctx, p, o, "make bench-boot", (*report).judgeBoot, (*report).tableOfBoot)
+	}
 	if o.floor {
-		return floor(ctx, p, o)
+		return labBench(ctx, p, o, "make bench-floor", (*report).judgeFloor, (*report).tableOfFloor)
 	}
 	needed := []*string{&o.banger, &o.bangerd, &o.runtime}
 	if o.bare {
@@ -157,21 +161,20 @@ func run(ctx context.Context, o options) (err error) {
 	return verdict(r, failed)
 }
 
-// floor is `make bench-floor`.
-func floor(ctx context.Context, p plan, o options) error {
-	r, err := inLab(ctx, p)
+// labBench is `make bench-floor` and `make bench-boot`.
+func labBench(ctx context.Context, p plan, o options, command string, judge func(*report) []string, table func(*report) string) error {
+	r, err := inLab(ctx, p, o.boot)
 	if err != nil {
 		return err
 	}
-	r.Command = strings.Replace(r.Command, "make bench", "make bench-floor", 1)
-	failed := r.judgeFloor()
+	r.Command = strings.Replace(r.Command, "make bench", command, 1)
+	failed := judge(r)
 	if err := r.writeJSON(o.json); err != nil {
 		return err
 	}
-	table := r.tableOfFloor()
-	fmt.Print(table)
+	fmt.Print(table(r))
 	if !p.quick {
-		if err := refresh(o.docs, "make bench-floor", table); err != nil {
+		if err := refresh(o.docs, command, table(r)); err != nil {
 			return err
 		}
 	}

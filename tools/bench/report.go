@@ -172,9 +172,9 @@ func (r *report) p50(name string) float64 {
 	return f.P50
 }
 
-// createTransactions is what a create commits: the admission, one for each of its seven steps, its end,
-// and the operation's.
-const createTransactions = 10
+// createTransactions is what a create commits: the admission, the intent of all that is made, what was made before the guest is
+// waited for, its end, and the operation's.
+const createTransactions = 5
 
 // bareCreate is the floor of a create at a level: a process, the copies, the transactions.
 func (r *report) bareCreate(level int) float64 {
@@ -292,13 +292,18 @@ func (r *report) thresholds(b *strings.Builder) {
 	}
 }
 
-// tableOfFloor renders the figures of inLab.
-func (r *report) tableOfFloor() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "`%s`: %s in the lab, Linux %s with %d CPUs, %s; load in it %s before, %s after.\n"+
+// lab says where the figures of inLab are from.
+func (r *report) lab() string {
+	return fmt.Sprintf("`%s`: %s in the lab, Linux %s with %d CPUs, %s; load in it %s before, %s after.\n"+
 		"The lab ran on %s, %d cores, Linux %s; load %s before, %s after; %s.\n\n",
 		r.Command, r.Machine.Firecracker, r.Machine.Kernel, r.Machine.Cores, r.Machine.Filesystem, r.Machine.LoadBefore, r.Machine.LoadAfter,
 		r.Host.CPU, r.Host.Cores, r.Host.Kernel, r.Host.LoadBefore, r.Host.LoadAfter, r.At.Format("2006-01-02 15:04 UTC"))
+}
+
+// tableOfFloor renders the figures of bench-floor.
+func (r *report) tableOfFloor() string {
+	var b strings.Builder
+	b.WriteString(r.lab())
 	b.WriteString("| what | p50 | p95 | samples |\n| --- | ---: | ---: | ---: |\n")
 	for _, s := range floorStages {
 		r.writeRow(&b, s.label, s.name)

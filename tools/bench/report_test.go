@@ -1,6 +1,8 @@
 package main
 
 import (
+	"encoding/json"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -92,7 +94,7 @@ func TestBenchIsJudged(t *testing.T) {
 	}
 	slow := benchReport()
 	slow.Figures["real.warm.host"] = figure{P50: 1000, Unit: "ms"}
-	if wrong := strings.Join(slow.judge(), "\n"); !strings.Contains(wrong, "real create: 66.67 times") {
+	if wrong := strings.Join(slow.judge(), "\n"); !strings.Contains(wrong, "real create: 100.00 times") {
 		t.Errorf("a slow create: %q", wrong)
 	}
 	stages := 0
@@ -108,5 +110,51 @@ func TestBenchIsJudged(t *testing.T) {
 	}
 	if stages != 2*len(realStages)+1 {
 		t.Errorf("the table has %d lines of real creates", stages)
+	}
+}
+
+// TestBootIsJudged: a figure that is missing fails and is printed as such; what banger makes may not be slower than with what it left out.
+func TestBootIsJudged(t *testing.T) {
+	report := func() *report {
+		r := newReport(quickPlan, ".")
+		r.Host = &machine{}
+		for _, v := range variants("", "", "", "") {
+			for _, c := range bootColumns {
+				r.Figures[v.name+"."+c.name] = figure{P50: 1000, Unit: "ms"}
+			}
+		}
+		return r
+	}
+	good := report()
+	good.Figures["quiet.ssh"] = figure{P50: 1230, Unit: "ms"}
+	if wrong := good.judgeBoot(); len(wrong) != 0 || strings.Contains(good.tableOfBoot(), "missing") {
+		t.Errorf("good figures fail: %v\n%s", wrong, good.tableOfBoot())
+	}
+	if want := "| without `quiet` | 1000 ms | +0 % | 1230 ms | +23 % |\n"; !strings.Contains(good.tableOfBoot(), want) {
+		t.Errorf("no line %q in\n%s", want, good.tableOfBoot())
+	}
+	slow := report()
+	slow.Figures[asMade+".agent"] = figure{P50: 1100, Unit: "ms"}
+	if wrong := strings.Join(slow.judgeBoot(), "\n"); !strings.Contains(wrong, "the agent has answered: 1.10") {
+		t.Errorf("slower than with everything: %q", wrong)
+	}
+	for _, v := range variants("", "", "", "") {
+		r := report()
+		delete(r.Figures, v.name+".ssh")
+		if wrong := strings.Join(r.judgeBoot(), "\n"); !strings.Contains(wrong, "no figure: "+v.name+".ssh") || !strings.Contains(r.tableOfBoot(), "missing") {
+			t.Errorf("%s is missing, and that is said: %q", v.name, wrong)
+		}
+	}
+}
+
+// TestSource: what a variant leaves out has to be there, whatever its value, and the rest stays as it was.
+func TestSource(t *testing.T) {
+	model := json.RawMessage(`{"kernel_image_path":"k","initrd_path":"i","boot_args":"quiet lsm=a,b quieter TERM=dumb"}`)
+	got, err := variant{without: []string{"quiet", "lsm"}, initrd: "j"}.source(model)
+	if want := (map[string]string{"kernel_image_path": "k", "initrd_path": "j", "boot_args": "quieter TERM=dumb"}); err != nil || !maps.Equal(got, want) {
+		t.Errorf("%v, %v, want %v", got, err, want)
+	}
+	if _, err := (variant{without: []string{"quiet", "loud"}}).source(model); err == nil || !strings.Contains(err.Error(), "loud") {
+		t.Errorf("a word that is not there: %v", err)
 	}
 }
