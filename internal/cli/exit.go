@@ -152,12 +152,21 @@ func (a *app) printError(err error) {
 	}
 }
 
-// without leaves out a subject that the line above has named already.
+// without leaves out a subject that the line above has named already. What ends in it, such as a path, is not it.
 func without(cause, subject string) string {
 	if subject == "" {
 		return cause
 	}
-	return strings.Replace(cause, subject+": ", "", 1)
+	prefix := subject + ": "
+	for at := 0; ; at++ {
+		i := strings.Index(cause[at:], prefix)
+		if i < 0 {
+			return cause
+		}
+		if at += i; at == 0 || strings.HasSuffix(cause[:at], ": ") || cause[at-1] == '\n' {
+			return cause[:at] + cause[at+len(prefix):]
+		}
+	}
 }
 
 // indent puts the lines after the first one under it: causes have several when several things went
