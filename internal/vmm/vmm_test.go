@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -119,5 +120,31 @@ func TestKVMUsable(t *testing.T) {
 				t.Errorf("%v, %q; want %v, %q", got, reason, c.want, c.reason)
 			}
 		})
+	}
+}
+
+// TestKVMOfOthers has a user open a /dev/kvm that is root's and a group's, as on a host where nobody was added to the group.
+func TestKVMOfOthers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can be somebody else")
+	}
+	device := filepath.Join(t.TempDir(), "kvm")
+	if err := os.WriteFile(device, nil, 0o660); err != nil {
+		t.Fatal(err)
+	}
+	// The thread's own, which is thrown away with its goroutine (setfsuid(2)).
+	type answer struct {
+		usable bool
+		reason string
+	}
+	said := make(chan answer)
+	go func() {
+		runtime.LockOSThread()
+		_, _ = unix.SetfsuidRetUid(65534)
+		usable, reason := kvmUsable(device, "/proc/cpuinfo", func(*os.File) error { return nil })
+		said <- answer{usable, reason}
+	}()
+	if got, want := <-said, "this user may not open "+device+" (sudo usermod -aG kvm $USER, then log in again)"; got.usable || got.reason != want {
+		t.Errorf("%+v, want %q", got, want)
 	}
 }
