@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -628,6 +629,22 @@ func TestGivenProgramsComeFirst(t *testing.T) {
 	o.firecracker = ""
 	b, _ = made(t, o)
 	holds(t, b, "1.13.0", "given: ")
+}
+
+// TestMakeGivesPrograms has make say what it would run (make -n).
+func TestMakeGivesPrograms(t *testing.T) {
+	for want, args := range map[string][]string{
+		" -firecracker '/opt/a b/firecracker' -jailer '/opt/jailer' all": {"FIRECRACKER=/opt/a b/firecracker", "JAILER=/opt/jailer"},
+		" -firecracker '' -jailer '' all":                                nil,
+	} {
+		cmd := exec.CommandContext(t.Context(), "make", append([]string{"-n", "-C", "../..", "runtime"}, args...)...)
+		cmd.Env = slices.DeleteFunc(os.Environ(), func(kv string) bool {
+			return strings.HasPrefix(kv, "FIRECRACKER=") || strings.HasPrefix(kv, "JAILER=") || strings.HasPrefix(kv, "MAKE")
+		})
+		if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), want) {
+			t.Errorf("%q: %v, no %q in\n%s", args, err, want, out)
+		}
+	}
 }
 
 func TestProgramsInPATH(t *testing.T) {
