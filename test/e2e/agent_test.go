@@ -190,6 +190,24 @@ http.server.ThreadingHTTPServer(("127.0.0.1", 3000), H).serve_forever()`)
 		if r := h.try("vm", "logs", "--vmm", name); !strings.HasPrefix(r.stdout, "banger: start ") || strings.Contains(r.stdout, "from the guest") {
 			t.Errorf("%s", r)
 		}
+		// One that has grown past its bound is cut back under the VMM, which goes on writing at the new end.
+		path := h.show(name).Log
+		f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+		if err == nil {
+			_, err = f.Write(bytes.Repeat([]byte("a line of a guest that says much\n"), 6<<20/33))
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.until("the log is cut back", callTime, func() bool { return must(os.Stat(path)).Size() < 4<<20 })
+		h.do("vm", "exec", name, "--", "sh", "-c", "echo after the cut > /dev/console")
+		h.until("the console goes on", callTime, func() bool {
+			return strings.Contains(h.try("vm", "logs", "--tail", "20", name).stdout, "after the cut")
+		})
+		if kept := must(os.ReadFile(path)); bytes.IndexByte(kept, 0) >= 0 || !bytes.Contains(kept, []byte("\na line of a guest that says much\n")) || len(kept) > 2<<20 {
+			t.Errorf("of the log there are %d bytes, with a hole at %d", len(kept), bytes.IndexByte(kept, 0))
+		}
 	})
 
 	t.Run("ssh-config", func(t *testing.T) {

@@ -88,11 +88,17 @@ func TestReadOnlyRootFilesystems(t *testing.T) {
 	}
 }
 
-// TestForeignInitrd boots with an initrd that Debian's own tools made, by initramfs-tools in a VM: banger's comes first, and
-// disks, agent and shutdown are as always.
-func TestForeignInitrd(t *testing.T) {
-	slow(t)
-	h := newHost(t)
+// foreignInitrd is an initrd that Debian's own tools made, by initramfs-tools: in a VM, which fetches them. In the lab, where nothing
+// is fetched, it is the one that the host itself was booted with.
+func foreignInitrd(t *testing.T, h *host) string {
+	t.Helper()
+	if underFirecracker() {
+		found := must(filepath.Glob("/boot/initrd.img-*"))
+		if len(found) != 1 {
+			t.Fatalf("the lab's own initrd: %v", found)
+		}
+		return found[0]
+	}
 	h.create("maker", "--nat")
 	made := h.tryFor(buildTime, "vm", "exec", "maker", "--", "sh", "-c", "set -e; export DEBIAN_FRONTEND=noninteractive\n"+
 		"apt-get -q -o Acquire::Retries=3 update; apt-get -q -y --no-install-recommends install initramfs-tools zstd\n"+
@@ -104,6 +110,15 @@ func TestForeignInitrd(t *testing.T) {
 	initrd := filepath.Join(t.TempDir(), "initrd.img")
 	h.do("vm", "cp", "maker:/root/initrd.img", initrd)
 	h.do("vm", "delete", "maker")
+	return initrd
+}
+
+// TestForeignInitrd boots with an initrd that Debian's own tools made: banger's comes first, and disks, agent and shutdown are as
+// always.
+func TestForeignInitrd(t *testing.T) {
+	slow(t)
+	h := newHost(t)
+	initrd := foreignInitrd(t, h)
 	h.do("image", "register", "--name", "foreign", "--rootfs", bundleFile("rootfs-docker.ext4"), "--work-seed", bundleFile("rootfs-docker.work-seed.ext4"), "--initrd", initrd)
 	h.create("guest", "--image", "foreign")
 	fi := must(os.Stat(initrd))
