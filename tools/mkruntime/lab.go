@@ -81,8 +81,7 @@ func makeLab(ctx context.Context, p *progress, o options) error {
 	if err != nil {
 		return err
 	}
-	key := contentKey("lab", labSuite, withBackports(labSuite), emulatorOptions, labEmulator, runtime.GOARCH, packages, string(script), labBlocks, ext4.MkfsArgs(ext4.Growing))
-	dir, _, err := c.get(ctx, "lab", key, false, func(dir string) ([]string, error) {
+	dir, _, err := c.get(ctx, "lab", labKey(packages, string(script)), false, func(dir string) ([]string, error) {
 		mode, err := debootstrapMode()
 		if err != nil {
 			return nil, err
@@ -96,6 +95,11 @@ func makeLab(ctx context.Context, p *progress, o options) error {
 		return err
 	}
 	return c.prune("lab")
+}
+
+// labKey names the host that these packages, labHostKernel's among them, and this customize.sh make.
+func labKey(packages []string, script string) string {
+	return contentKey("lab", labSuite, withBackports(labSuite), emulatorOptions, labEmulator, runtime.GOARCH, packages, script, labBlocks, ext4.MkfsArgs(ext4.Growing))
 }
 
 // buildLab makes the host's disk, its kernel and initrd, and the keys it is entered with, in dir.
