@@ -51,6 +51,9 @@ func TestLifeOfAVM(t *testing.T) {
 		if failed := h.in(name, "systemctl list-units --failed --no-legend --plain"); failed != "" {
 			t.Errorf("failed units:\n%s", failed)
 		}
+		if got := h.in(name, "cat /sys/class/misc/hw_random/rng_current; head -c 64 /dev/hwrng | wc -c"); got != "virtio_rng.0\n64" {
+			t.Errorf("the entropy device: %q", got)
+		}
 	})
 
 	t.Run("exit codes", func(t *testing.T) {
