@@ -75,7 +75,8 @@ func TestBrokenFirecracker(t *testing.T) {
 		})
 	}
 
-	// strace(1) traces it from beside, so that what is killed is the daemon's own child.
+	// strace(1) traces it from beside, so that what is killed is the daemon's own child. It counts the calls of each thread; which of
+	// them does what is so in 1.12.1.
 	dies := func(call, signal string, when int) {
 		put(fmt.Sprintf("#!/bin/sh\n[ \"$1\" = --version ] && exec %[1]s --version\n"+
 			"exec strace -D -qqq -f -o /dev/null -e trace=%[2]s -e inject=%[2]s:signal=%[3]s:when=%[4]d %[1]s \"$@\"\n", good, call, signal, when), 0o755)
