@@ -234,6 +234,9 @@ func TestFetchReachable(t *testing.T) {
 	if err != nil || len(without) != 2 || without[0].Tool() != "opencode" || without[1].Tool() != "tmux-resurrect" || !fault.Is(without[1].Err, fault.Unavailable) {
 		t.Fatalf("without %v, %v", without, err)
 	}
+	if why := without[1].Err.Error(); !strings.Contains(why, "cannot be fetched: ") || strings.Contains(why, "fatal:") || strings.Contains(why, "exit status") {
+		t.Errorf("git's own words for people: %s", why)
+	}
 	have := unpacked(t, tools)
 	if len(have) != 3 || have[misePath] != elf("mise") || have[profilePath] == "" || have[stampPath] != tools.Stamp() {
 		t.Errorf("the guest is given %v", have)

@@ -3,6 +3,7 @@ package imagebuild
 import (
 	"archive/tar"
 	"bufio"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
@@ -511,7 +512,8 @@ func (f Fetcher) git(ctx context.Context, s source, out fetched, say func(string
 				if ctx.Err() != nil {
 					message = "it did not come within " + patience.String()
 				}
-				return out, fault.Wrap(err, fault.Unavailable, out.setting, "%s cannot be fetched: %s", s.at, message).
+				why := cmp.Or(strings.TrimPrefix(message, "fatal: "), err.Error()) // git says more than its exit status does
+				return out, fault.New(fault.Unavailable, out.setting, "%s cannot be fetched: %s", s.at, why).
 					WithHint("set %s in config.toml to a place that this machine reaches: another URL, a local file or git repository (docs/images.md)", out.setting)
 			}
 		}

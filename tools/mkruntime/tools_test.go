@@ -121,7 +121,7 @@ func TestFetchTools(t *testing.T) {
 	o := options{manifest: "m.toml", patience: usualPatience}
 	s := imagebuild.Sources{Mise: server.URL + "/mise#sha256=" + strings.Repeat("0", 64), Opencode: script}
 	add, without, err := fetchTools(t.Context(), quiet(), o, s)
-	if err != nil || add.archive == nil || len(add.more) != 0 || len(without) != 1 || !strings.HasPrefix(without[0], "mise: mise_source: ") || !strings.Contains(without[0], "404") {
+	if err != nil || add.archive == nil || len(add.more) != 0 || len(without) != 1 || !strings.HasPrefix(without[0], "mise: "+server.URL+"/mise cannot be fetched: ") || !strings.Contains(without[0], "404") {
 		t.Errorf("%v, %q, %v", add.more, without, err)
 	}
 	s.Opencode += "#sha256=" + strings.Repeat("0", 64)
