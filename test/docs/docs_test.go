@@ -159,32 +159,46 @@ func TestSkips(t *testing.T) {
 	}
 }
 
-// A config.toml that a page shows is one that is accepted.
+// A config.toml that a page shows, or that lies in examples, is one that is accepted.
 func TestSettings(t *testing.T) {
+	accepted := func(where, text string) {
+		t.Helper()
+		file := filepath.Join(t.TempDir(), "config.toml")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		e := config.Environment{Home: "/home/user", UID: os.Geteuid(), Tmp: "/tmp", Getenv: func(name string) string {
+			if name == "BANGER_CONFIG" {
+				return file
+			}
+			return ""
+		}}
+		paths, err := config.ResolvePaths(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, warnings, err := config.Load(e, paths, vm.Host{CPUs: 4, MemoryMiB: 8192})
+		if err != nil || len(warnings) > 0 {
+			t.Errorf("%s: %v %v", where, err, warnings)
+		}
+	}
 	for _, p := range pages(t) {
 		for _, b := range p.blocks {
-			if b.lang != "toml" || b.skip != "" {
-				continue
-			}
-			file := filepath.Join(t.TempDir(), "config.toml")
-			if err := os.WriteFile(file, []byte(b.text), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			e := config.Environment{Home: "/home/user", UID: os.Geteuid(), Tmp: "/tmp", Getenv: func(name string) string {
-				if name == "BANGER_CONFIG" {
-					return file
-				}
-				return ""
-			}}
-			paths, err := config.ResolvePaths(e)
-			if err != nil {
-				t.Fatal(err)
-			}
-			_, warnings, err := config.Load(e, paths, vm.Host{CPUs: 4, MemoryMiB: 8192})
-			if err != nil || len(warnings) > 0 {
-				t.Errorf("%s: %v %v", b.at(), err, warnings)
+			if b.lang == "toml" && b.skip == "" {
+				accepted(b.at(), b.text)
 			}
 		}
+	}
+	examples, err := filepath.Glob(filepath.Join(root, "examples", "*.toml"))
+	if err != nil || len(examples) == 0 {
+		t.Fatalf("there are no examples (%v)", err)
+	}
+	for _, name := range examples {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		accepted(name, string(text))
 	}
 }
 

@@ -371,6 +371,18 @@ func TestRunitGuest(t *testing.T) {
 	h.until("the guest has powered itself off", bootTime, func() bool { return h.show("void").State == "stopped" })
 	h.disksAreClean(h.show("void"))
 	h.do("vm", "delete", "void")
+	// With the settings of the checked-in example it is what VMs are made of that name no image.
+	example := string(must(os.ReadFile(filepath.Join(checkout, "examples/void-exp.config.toml"))))
+	byDefault := newHost(t, strings.ReplaceAll(example, "/path/to/banger", own), `default_memory = "1G"`)
+	byDefault.env = slices.DeleteFunc(byDefault.env, func(kv string) bool { return strings.HasPrefix(kv, "BANGER_RUNTIME_DIR=") }) // the example names it
+	byDefault.create("void")
+	if got := byDefault.in("void", "cat /proc/1/comm; ls -d /root/.hushlogin"); got != "runit\n/root/.hushlogin" {
+		t.Errorf("by the example's settings: %q", got)
+	}
+	if got := byDefault.do("image", "show", "default"); !strings.Contains(got, filepath.Join(own, "packages.void")) {
+		t.Errorf("the default image is not the example's:\n%s", got)
+	}
+	byDefault.do("vm", "delete", "void")
 	if got := target("verify-void"); !strings.Contains(got, "ok: opencode is mise's") || !strings.Contains(got, "banger works here") {
 		t.Errorf("verify-void says\n%s", got)
 	}
