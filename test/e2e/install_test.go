@@ -108,10 +108,13 @@ func TestDebianPackages(t *testing.T) {
 		name := strings.TrimSpace(run(t, "dpkg-deb", "-f", deb, "Package"))
 		want := []string{"doc/" + name + "/copyright", "doc/" + name + "/changelog.gz"}
 		if name == "banger" {
-			want = append(want, "man/man1/banger.1.gz", "bash-completion/completions/banger", "zsh/vendor-completions/_banger")
+			want = append(want, "man/man1/banger.1.gz", "bash-completion/completions/banger", "zsh/vendor-completions/_banger", "fish/vendor_completions.d/banger.fish")
+			for _, unit := range []string{"bangerd.socket", "bangerd.service", "banger-guests.service"} {
+				want = append(want, "../lib/systemd/user/"+unit)
+			}
 		}
 		for _, file := range want {
-			if !strings.Contains(listing, "./usr/share/"+file) {
+			if !strings.Contains(listing, " ."+filepath.Join("/usr/share", file)+"\n") {
 				t.Errorf("%s lacks %s", name, file)
 			}
 		}
