@@ -136,3 +136,33 @@ func TestForeignInitrd(t *testing.T) {
 	h.do("vm", "start", "guest")
 	h.until("it is up again", time.Minute, func() bool { return h.in("guest", "cat /root/note") == "kept" })
 }
+
+// TestKernelOfAnotherRelease boots the default image with the kernel of another release of Debian as that release ships it, a
+// bzImage, its modules, and the initrd that its own tools made: those of the lab's host.
+func TestKernelOfAnotherRelease(t *testing.T) {
+	lab := filepath.Join(checkout, "dist/lab/host")
+	if _, err := os.Stat(lab); err != nil {
+		t.Skip("there is no kernel of another release: make lab brings one")
+	}
+	disk, dir := filepath.Join(lab, "disk.ext4"), t.TempDir()
+	fields := strings.Split(debugfs(t, disk, "ls -p /usr/lib/modules"), "/")
+	var version string
+	for _, f := range fields {
+		if strings.Contains(f, "-cloud-") {
+			version = f
+		}
+	}
+	run(t, "debugfs", "-R", "rdump /usr/lib/modules/"+version+" "+dir, disk)
+	h := newHost(t)
+	h.do("image", "register", "--name", "other", "--rootfs", bundleFile("rootfs-docker.ext4"), "--work-seed", bundleFile("rootfs-docker.work-seed.ext4"),
+		"--kernel", filepath.Join(lab, "vmlinuz"), "--modules", filepath.Join(dir, version), "--initrd", filepath.Join(lab, "initrd.img"))
+	if got := h.do("image", "show", "other"); !strings.Contains(got, version) {
+		t.Errorf("the image's kernel is not %s:\n%s", version, got)
+	}
+	h.create("guest", "--image", "other")
+	if got := h.in("guest", `uname -r; modprobe dummy && lsmod | grep -c '^dummy '; findmnt -no FSTYPE /; systemctl is-system-running --wait`); got != version+"\n1\noverlay\nrunning" {
+		t.Errorf("the guest says %q, want kernel %s", got, version)
+	}
+	h.do("vm", "stop", "guest")
+	h.disksAreClean(h.show("guest"))
+}
