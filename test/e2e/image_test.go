@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -121,21 +123,31 @@ docker run --rm own/image:1 /ldconfig --version | head -n 1`)
 	h.refused(4, []string{"image", "delete", "docker-dev"}, "in use by dd")
 }
 
+func shellScript(t *testing.T, dir, name, text string) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	write(t, path, "#!/bin/sh\n"+text+"\n")
+	return path
+}
+
+// toolsOfFiles are settings by which all tools of a build lie on this machine.
+func toolsOfFiles(t *testing.T, dir string) []string {
+	t.Helper()
+	return []string{
+		fmt.Sprintf("mise_source = %q", shellScript(t, dir, "mise", "echo mise of a file")),
+		fmt.Sprintf("opencode_source = %q", shellScript(t, dir, "opencode", "echo opencode of a file")),
+		fmt.Sprintf("tmux_resurrect_source = %q", pluginRepository(t, "resurrect")),
+		fmt.Sprintf("tmux_continuum_source = %q", pluginRepository(t, "continuum")),
+	}
+}
+
 // TestImageBuildOfFiles builds an image of what lies on this machine alone, which takes no network: so it runs in the lab as well, where
 // Firecracker runs the builder. A VM of it has what was built, in its root and in its work disk.
 func TestImageBuildOfFiles(t *testing.T) {
 	slow(t)
 	dir := t.TempDir()
-	script := func(name, text string) string {
-		path := filepath.Join(dir, name)
-		write(t, path, "#!/bin/sh\n"+text+"\n")
-		return path
-	}
-	h := newHost(t,
-		fmt.Sprintf("mise_source = %q", script("mise", "echo mise of a file")),
-		fmt.Sprintf("opencode_source = %q", script("opencode", "echo opencode of a file")),
-		fmt.Sprintf("tmux_resurrect_source = %q", pluginRepository(t, "resurrect")),
-		fmt.Sprintf("tmux_continuum_source = %q", pluginRepository(t, "continuum")))
+	script := func(name, text string) string { return shellScript(t, dir, name, text) }
+	h := newHost(t, toolsOfFiles(t, dir)...)
 	good := script("good", "set -e\nid -u > /opt/by-script\necho seeded > /root/seeded")
 	bad := script("bad", "echo about to fail >&2\nexit 7")
 
@@ -169,6 +181,74 @@ func TestImageBuildOfFiles(t *testing.T) {
 	}
 	h.do("vm", "delete", "of-files")
 	h.do("image", "delete", "files")
+}
+
+// TestImageBuildOfSteps builds an image of a file of several steps. Before that the last of them fails, and the VM is kept as it was asked for; then
+// it takes long, and Ctrl-C ends the build, of which nothing is left but the log.
+func TestImageBuildOfSteps(t *testing.T) {
+	slow(t)
+	dir := t.TempDir()
+	h := newHost(t, toolsOfFiles(t, dir)...)
+	steps := filepath.Join(dir, "steps.toml")
+	write(t, steps, "[[step]]\nname = \"note\"\nrun = \"echo by a line >/opt/note\"\n\n[[step]]\nscript = \"setup.sh\"\n")
+	build := []string{"image", "build", "--name", "steps", "--file", steps, "--size", "6G"}
+	logs := func(want int) {
+		t.Helper()
+		if logs := must(filepath.Glob(filepath.Join(h.state, "image-build", "*-steps-*.log"))); len(logs) != want {
+			t.Errorf("the logs are %v, want %d", logs, want)
+		}
+	}
+
+	shellScript(t, dir, "setup.sh", "exit 7")
+	r := h.tryFor(buildTime, append(build, "--keep-on-failure")...)
+	all := h.list()
+	if r.code != 1 || len(all) != 1 || !strings.Contains(r.stderr, "banger vm exec "+all[0].Name+" -- bash") {
+		t.Fatalf("%s\nVMs: %+v", r, all)
+	}
+	if got := h.sh(all[0].Name, "cat /opt/note"); got != "by a line" {
+		t.Errorf("the VM that was kept has %q", got)
+	}
+	h.do("vm", "delete", all[0].Name)
+	logs(1)
+
+	shellScript(t, dir, "setup.sh", "echo it takes long; sleep 1000")
+	ctx, cancel := context.WithTimeout(t.Context(), buildTime)
+	defer cancel()
+	cmd := h.command(ctx, build...)
+	lines := bufio.NewScanner(must(cmd.StderrPipe()))
+	must(0, cmd.Start())
+	var said []string
+	for lines.Scan() {
+		if said = append(said, lines.Text()); lines.Text() == "it takes long" {
+			must(0, cmd.Process.Signal(syscall.SIGINT))
+		}
+	}
+	if err := cmd.Wait(); cmd.ProcessState.ExitCode() != 130 {
+		t.Errorf("after Ctrl-C it ended with %v, and said\n%s", err, strings.Join(said, "\n"))
+	}
+	if left := h.list(); len(left) != 0 {
+		t.Errorf("VMs are left: %+v", left)
+	}
+	if left := names(filepath.Join(h.state, "vms")); len(left) != 0 {
+		t.Errorf("disks are left: %v", left)
+	}
+	h.refused(3, []string{"image", "show", "steps"}, "steps")
+	logs(2)
+
+	shellScript(t, dir, "setup.sh", "echo by a script >>/opt/note")
+	if r := h.tryFor(buildTime, build...); r.code != 0 || r.stdout != "steps: built\n" {
+		t.Fatalf("%s", r)
+	}
+	var img struct {
+		Size int64 `json:"size_bytes"`
+	}
+	if h.json(&img, "image", "show", "steps"); img.Size != 6<<30 {
+		t.Errorf("the root filesystem has %d bytes", img.Size)
+	}
+	h.create("of-steps", "--image", "steps")
+	if got := h.sh("of-steps", "cat /opt/note"); got != "by a line\nby a script" {
+		t.Errorf("the image has %q", got)
+	}
 }
 
 // TestImageBuildWithoutItsSources wants the setting named, and nothing left.
