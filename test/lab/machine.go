@@ -8,6 +8,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -54,6 +55,7 @@ type Options struct {
 	Console io.Writer // gets what the host prints on its serial console
 	Memory  int       // MiB
 	CPUs    int       // 0 is one. Guests of several are safe on a host of one alone (docs/lab.md)
+	Code    int       // MiB for what QEMU has translated, 0 is 1024. It is thrown away as a whole when there is no room for more
 }
 
 // Machine is a host that runs. Its methods may be called from several goroutines.
@@ -140,7 +142,7 @@ func (m *Machine) args() []string {
 		disk, snapshot = filepath.Join(m.opt.Host, "disk.ext4"), "on"
 	}
 	escape := func(path string) string { return strings.ReplaceAll(path, ",", ",,") }
-	args := []string{"-M", "q35", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "EPYC-Rome,+svm,+npt,-cx16",
+	args := []string{"-M", "q35", "-accel", fmt.Sprintf("tcg,thread=multi,tb-size=%d", cmp.Or(m.opt.Code, 1024)), "-cpu", "EPYC-Rome,+svm,+npt,-cx16",
 		"-smp", fmt.Sprint(max(1, m.opt.CPUs)), "-m", fmt.Sprint(m.opt.Memory), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio",
 		"-kernel", filepath.Join(m.opt.Host, "vmlinuz"), "-initrd", filepath.Join(m.opt.Host, "initrd.img"),
 		"-append", "console=ttyS0 quiet root=/dev/vda rw mitigations=off apparmor=0 net.ifnames=0 random.trust_cpu=on systemd.show_status=false",

@@ -34,7 +34,7 @@ type plan struct {
 	Lists   int   // samples of a list at each level
 	Starts  int   // samples of the programs' own start
 	Warm    int   // real creates after the first
-	Boots   int   // samples of each machine of bench-floor
+	Boots   int   // samples of each machine of bench-floor and bench-boot
 	quick   bool
 }
 
@@ -83,7 +83,12 @@ func run(ctx context.Context, o options) (err error) {
 	if os.Getenv("BENCH_QUICK") == "1" {
 		p = quickPlan
 	}
-	if !o.bare && o.boot {
+	if o.boot { // there are fourteen machines
+		if p.Boots = 3; p.quick {
+			p.Boots = 1
+		}
+	}
+	if o.boot && !o.bare {
 		return labBench(ctx, p, o, "make bench-boot", (*report).judgeBoot, (*report).tableOfBoot)
 	}
 	if o.floor {
