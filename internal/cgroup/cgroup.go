@@ -118,7 +118,7 @@ func (h *Host) Begin(ctx context.Context, id, description string, l Limits) (put
 	greeted := make(chan struct{})
 	go func() {
 		defer close(greeted)
-		if w.manager != "" {
+		if failed == nil && w.manager != "" { // it may be there, and not be one to ask
 			ctx, cancel := context.WithTimeout(ctx, putTime)
 			defer cancel()
 			m, failed = greet(ctx, w.manager, w.uid)

@@ -8,9 +8,11 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 	"github.com/google/go-cmp/cmp"
@@ -166,6 +168,30 @@ func TestNothingStarted(t *testing.T) {
 	defer h.mu.Unlock()
 	if len(h.why) != 0 {
 		t.Errorf("why: %v", h.why)
+	}
+}
+
+// TestNoScopeWithoutLingering: the manager of a user who does not linger is there, and is asked for nothing: its scopes would end with the
+// user's last session.
+func TestNoScopeWithoutLingering(t *testing.T) {
+	h := fake(t, "/")
+	h.user = func() (*user.User, error) { return &user.User{Uid: "1000", Username: "you"}, nil }
+	files(t, h.run, "systemd/system/x", "", "user/1000/systemd/x", "")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(h.run, "user/1000/systemd/private"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	h.Begin(t.Context(), "aaaaaaaaaaaa", "banger VM calm-otter", Limits{Memory: 1 << 30})(t.Context(), os.Getpid())
+	if err := l.SetDeadline(time.Now().Add(50 * time.Millisecond)); err != nil { // who has connected waits to be taken
+		t.Fatal(err)
+	}
+	if conn, err := l.Accept(); err == nil {
+		_ = conn.Close()
+		t.Error("the user's manager was asked")
+	}
+	if _, _, why := h.Group("aaaaaaaaaaaa", "/"); !strings.Contains(why, "does not linger") {
+		t.Errorf("why: %q", why)
 	}
 }
 
