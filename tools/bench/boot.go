@@ -253,9 +253,7 @@ func (r *report) tableOfBoot() string {
 		}
 		b.WriteString("\n")
 	}
-	if r.Stalls > 0 {
-		fmt.Fprintf(&b, "\nGuests that stood still and were made once more: %d.\n", r.Stalls)
-	}
+	r.stalls(&b)
 	r.thresholds(&b)
 	return b.String()
 }

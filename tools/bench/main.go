@@ -167,7 +167,7 @@ func run(ctx context.Context, o options) (err error) {
 }
 
 // labBench is `make bench-floor` and `make bench-boot`.
-func labBench(ctx context.Context, p plan, o options, command string, judge func(*report) []string, table func(*report) string) error {
+func labBench(ctx context.Context, p plan, o options, command string, judge func(*report) []string, render func(*report) string) error {
 	r, err := inLab(ctx, p, o.boot)
 	if err != nil {
 		return err
@@ -177,9 +177,10 @@ func labBench(ctx context.Context, p plan, o options, command string, judge func
 	if err := r.writeJSON(o.json); err != nil {
 		return err
 	}
-	fmt.Print(table(r))
+	table := render(r)
+	fmt.Print(table)
 	if !p.quick {
-		if err := refresh(o.docs, command, table(r)); err != nil {
+		if err := refresh(o.docs, command, table); err != nil {
 			return err
 		}
 	}

@@ -300,6 +300,13 @@ func (r *report) lab() string {
 		r.Host.CPU, r.Host.Cores, r.Host.Kernel, r.Host.LoadBefore, r.Host.LoadAfter, r.At.Format("2006-01-02 15:04 UTC"))
 }
 
+// stalls writes how many guests were made once more, if any were.
+func (r *report) stalls(b *strings.Builder) {
+	if r.Stalls > 0 {
+		fmt.Fprintf(b, "\nGuests that stood still and were made once more: %d.\n", r.Stalls)
+	}
+}
+
 // tableOfFloor renders the figures of bench-floor.
 func (r *report) tableOfFloor() string {
 	var b strings.Builder
@@ -308,9 +315,7 @@ func (r *report) tableOfFloor() string {
 	for _, s := range floorStages {
 		r.writeRow(&b, s.label, s.name)
 	}
-	if r.Stalls > 0 {
-		fmt.Fprintf(&b, "\nGuests that stood still and were made once more: %d.\n", r.Stalls)
-	}
+	r.stalls(&b)
 	r.thresholds(&b)
 	return b.String()
 }
