@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -215,12 +216,22 @@ func TestToolsComeFromEveryPlace(t *testing.T) {
 	if got := unpacked(t, tools)["root/.tmux/plugins/tmux-resurrect/resurrect.tmux"]; got != "two" {
 		t.Errorf("of the directory: %q", got)
 	}
-	// What lies damaged in the cache is fetched again.
+	// What lies damaged in the cache is fetched again, and what nobody has used for long makes room for it.
+	old := time.Now().Add(-2 * downloadYoung)
+	for i := range 2 * downloadsKept {
+		path := filepath.Join(f.Cache, "old-"+strconv.Itoa(i))
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chtimes(path, old, old)); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := os.WriteFile(filepath.Join(f.Cache, sum(mise)), []byte("rubbish"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := f.Fetch(context.Background(), sources, func(string) {}); err != nil || served != 2 {
 		t.Errorf("after damage: %v, asked %d times", err, served)
+	}
+	if have, err := os.ReadDir(f.Cache); err != nil || len(have) != downloadsKept {
+		t.Errorf("the cache keeps %d downloads, not %d: %v", len(have), downloadsKept, err)
 	}
 }
 

@@ -24,6 +24,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/ulikunitz/xz"
 
+	"git.thaloco.com/thaloco/banger/internal/cachedir"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 )
 
@@ -131,6 +132,9 @@ const (
 	// stallTime is how long a download may go without a byte.
 	stallTime = time.Minute
 	maxFetch  = 2 << 30 // bytes
+	// What the cache keeps: the sources of some images, each up to 60 MiB. One that is younger may be on its way into an image.
+	downloadsKept = 16
+	downloadYoung = 24 * time.Hour
 	// askTime bounds the question to npm about its settings: a second or two on a busy machine.
 	askTime = 30 * time.Second
 )
@@ -299,7 +303,11 @@ func (f Fetcher) fetch(ctx context.Context, setting, text string, say func(strin
 		return f.git(ctx, s, out, say)
 	}
 	out.path, out.content = filepath.Join(f.Cache, s.pin), s.pin
-	if sum, err := sumOf(ctx, out.path); err == nil && sum == s.pin { // a cache may be anything
+	there, err := f.have(ctx, out.path)
+	if err != nil {
+		return out, err
+	}
+	if sum, err := sumOf(ctx, out.path); there && err == nil && sum == s.pin { // a cache may be anything
 		say("have " + text)
 		return out, nil
 	}
@@ -314,6 +322,15 @@ func (f Fetcher) fetch(ctx context.Context, setting, text string, say func(strin
 	}
 	say("fetching " + url)
 	return out, f.download(ctx, url, s.pin, out)
+}
+
+// have says whether an entry of the cache is there, which is used then.
+func (f Fetcher) have(ctx context.Context, path string) (bool, error) {
+	there, err := cachedir.Use(ctx, path)
+	if err != nil {
+		return false, fault.Wrap(err, fault.CodeOf(err), path, "the cache cannot be used")
+	}
+	return there, nil
 }
 
 // splitPackage splits name@version; the name may begin with an @ itself.
@@ -457,8 +474,17 @@ func (f Fetcher) download(ctx context.Context, url, pin string, out fetched) (er
 	if err := checkSum(hex.EncodeToString(h.Sum(nil)), pin, out.setting, url); err != nil {
 		return err
 	}
-	if err := errors.Join(temp.Sync(), os.Rename(temp.Name(), out.path)); err != nil {
-		return fault.Wrap(err, fault.Internal, out.path, "the cache cannot be written")
+	return f.publish(ctx, temp, out.path)
+}
+
+// publish makes a file that was written under another name an entry of the cache, which keeps those that were used last.
+func (f Fetcher) publish(ctx context.Context, temp *os.File, path string) error {
+	err := errors.Join(temp.Sync(), os.Rename(temp.Name(), path))
+	if err == nil {
+		err = cachedir.Keep(ctx, f.Cache, downloadsKept, downloadYoung, nil)
+	}
+	if err != nil {
+		return fault.Wrap(err, fault.CodeOf(err), path, "the cache cannot be written")
 	}
 	return nil
 }
@@ -493,7 +519,10 @@ func (f Fetcher) git(ctx context.Context, s source, out fetched, say func(string
 	repository := s.at
 	if remote {
 		out.path, out.content = filepath.Join(f.Cache, "git-"+s.pin+".tar"), s.pin
-		if _, err := os.Stat(out.path); err == nil { // made whole or not at all
+		switch there, err := f.have(ctx, out.path); {
+		case err != nil:
+			return out, err
+		case there: // made whole or not at all
 			say("have " + out.from)
 			return out, nil
 		}
@@ -525,8 +554,8 @@ func (f Fetcher) git(ctx context.Context, s source, out fetched, say func(string
 	if !remote {
 		say("taking commit " + commit + " of " + s.at)
 		out.path, out.content = filepath.Join(f.Cache, "git-"+commit+".tar"), commit
-		if _, err := os.Stat(out.path); err == nil {
-			return out, nil
+		if there, err := f.have(ctx, out.path); there || err != nil {
+			return out, err
 		}
 	}
 	temp, err := os.CreateTemp(f.Cache, ".new-*")
@@ -539,10 +568,7 @@ func (f Fetcher) git(ctx context.Context, s source, out fetched, say func(string
 	if err != nil {
 		return out, fault.Wrap(err, fault.Corrupt, out.setting, "commit %s of %s cannot be read: %s", commit, s.at, message).WithHint("check it: git -C %s fsck", s.at)
 	}
-	if err := errors.Join(temp.Sync(), os.Rename(temp.Name(), out.path)); err != nil {
-		return out, fault.Wrap(err, fault.Internal, out.path, "the cache cannot be written")
-	}
-	return out, nil
+	return out, f.publish(ctx, temp, out.path)
 }
 
 // run runs a program and returns its first line. It asks nobody anything.

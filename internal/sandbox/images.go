@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/bundle"
+	"git.thaloco.com/thaloco/banger/internal/cachedir"
 	"git.thaloco.com/thaloco/banger/internal/config"
 	"git.thaloco.com/thaloco/banger/internal/disk"
 	"git.thaloco.com/thaloco/banger/internal/doctor"
@@ -183,7 +184,7 @@ func (im *images) refresh(ctx context.Context) error {
 	c := im.cfg
 	mark := b.mark + "|" + fingerprint(b.Path(bundle.RootFS), b.Path(bundle.WorkSeed),
 		c.DefaultRootfs, c.DefaultWorkSeed, c.DefaultKernel, c.DefaultInitrd, c.DefaultModulesDir, indexOf(c.DefaultModulesDir))
-	if mark == im.seen {
+	if mark == im.seen && im.complete() {
 		return nil
 	}
 	sources := map[string]source{}
@@ -250,6 +251,17 @@ func (im *images) refresh(ctx context.Context) error {
 	}
 	im.seen = mark // only when it is on record
 	return im.collect(ctx)
+}
+
+// complete says whether all that is to be captured is where it was: what was made of somebody's own kernel is in the cache, which
+// anyone may empty. Call it with mu held.
+func (im *images) complete() bool {
+	for _, src := range im.sources {
+		if !exists(src.path) {
+			return false
+		}
+	}
+	return true
 }
 
 // configured adds the key that names a file to an error about it.
@@ -350,13 +362,17 @@ func (im *images) makeKernel(ctx context.Context, files bootFiles) (ownKernel, e
 		return ownKernel{}, err
 	}
 	sum := sha256.Sum256([]byte(fingerprint(files.kernel, files.modules, indexOf(files.modules))))
-	out := filepath.Join(im.paths.Cache, "kernels", hex.EncodeToString(sum[:16]))
-	if err := os.MkdirAll(out, 0o700); err != nil {
-		return ownKernel{}, fault.Wrap(err, fault.Internal, out, "the cache cannot be written")
-	}
+	dir := filepath.Join(im.paths.Cache, "kernels")
+	out := filepath.Join(dir, hex.EncodeToString(sum[:16]))
 	own := ownKernel{vmlinux: filepath.Join(out, "vmlinux"), initrd: filepath.Join(out, "initrd.img"), modules: filepath.Join(out, "modules.ext4"), version: version}
-	if _, err := os.Stat(own.initrd); err == nil { // written last
+	if _, err := cachedir.Use(ctx, out); err != nil {
+		return own, uncached(err, out)
+	}
+	if exists(own.initrd) { // written last
 		return own, nil
+	}
+	if err := os.MkdirAll(out, 0o700); err != nil {
+		return own, uncached(err, out)
 	}
 	if err := writeCache(own.vmlinux, vmlinux); err != nil {
 		return own, err
@@ -372,7 +388,10 @@ func (im *images) makeKernel(ctx context.Context, files bootFiles) (ownKernel, e
 	if err != nil {
 		return own, err
 	}
-	return own, writeCache(own.initrd, initrd)
+	if err := writeCache(own.initrd, initrd); err != nil {
+		return own, err
+	}
+	return own, uncached(cachedir.Keep(ctx, dir, kernelsKept, cacheYoung, nil), dir)
 }
 
 // agentProgram reads the guest program.
@@ -421,18 +440,26 @@ func fingerprint(paths ...string) string {
 	return strings.Join(out, "|")
 }
 
+// What the cache keeps of what is made of kernels: a handful of the user's own, 90 MiB each, and initrds of 8 to 25 MiB, of which
+// every new guest program has one for each kernel. What was used within cacheYoung may be on its way to a VMM, or to a capture.
+const (
+	kernelsKept = 4
+	initrdsKept = 16
+	cacheYoung  = time.Hour
+)
+
 // writeCache writes a file of the cache whole or not at all.
 func writeCache(path string, b []byte) (err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return fault.Wrap(err, fault.Internal, path, "the cache cannot be written")
+		return uncached(err, path)
 	}
 	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
 	if err != nil {
-		return fault.Wrap(err, fault.Internal, path, "the cache cannot be written")
+		return uncached(err, path)
 	}
 	defer func() {
 		if err != nil {
-			err = fault.Wrap(errors.Join(err, os.Remove(f.Name())), fault.Internal, path, "the cache cannot be written")
+			err = uncached(errors.Join(err, os.Remove(f.Name())), path)
 		}
 	}()
 	_, werr := f.Write(b)
@@ -441,6 +468,14 @@ func writeCache(path string, b []byte) (err error) {
 		return err
 	}
 	return os.Rename(f.Name(), path)
+}
+
+// uncached is the error of a cache that cannot be used, nil for nil.
+func uncached(err error, path string) error {
+	if err == nil {
+		return nil
+	}
+	return fault.Wrap(err, fault.CodeOf(err), path, "the cache cannot be written")
 }
 
 // captureNeed is how many bytes capturing what a VM needs may take.
@@ -572,9 +607,10 @@ func (im *images) initrd(ctx context.Context, id string) (string, error) {
 		return "", fault.Wrap(err, fault.CodeOf(err), agentPath, "the guest program cannot be read").
 			WithHint("make build, or see vsock_agent_path in config.toml")
 	}
-	out := filepath.Join(im.paths.Cache, "initrd", id[:16]+"-"+agentID[:16]+".img")
-	if exists(out) {
-		return out, nil
+	dir := filepath.Join(im.paths.Cache, "initrd")
+	out := filepath.Join(dir, id[:16]+"-"+agentID[:16]+".img")
+	if there, err := cachedir.Use(ctx, out); there || err != nil {
+		return out, uncached(err, out)
 	}
 	agent, err := im.agentProgram()
 	if err != nil {
@@ -607,7 +643,10 @@ func (im *images) initrd(ctx context.Context, id string) (string, error) {
 	if err != nil {
 		return "", fault.Wrap(err, fault.Corrupt, ownPath, "no initrd can be made")
 	}
-	return out, writeCache(out, made)
+	if err := writeCache(out, made); err != nil {
+		return "", err
+	}
+	return out, uncached(cachedir.Keep(ctx, dir, initrdsKept, cacheYoung, nil), dir)
 }
 
 // collectUnused is collect for callers that do not hold mu.

@@ -9,8 +9,10 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"git.thaloco.com/thaloco/banger/internal/bundle"
 	"git.thaloco.com/thaloco/banger/internal/fault"
@@ -329,6 +331,19 @@ func TestSettingsOfTheImage(t *testing.T) {
 		r := newRig(t)
 		r.cfg.DefaultKernel, r.cfg.DefaultModulesDir = r.file("vmlinux", elfKernel()), moduleTree(r, "6.99.0-mine")
 		r.start()
+		if err := os.RemoveAll(filepath.Join(r.paths.Cache, "kernels")); err != nil { // before anything was captured of it
+			t.Fatal(err)
+		}
+		// What was used long ago makes room.
+		old := time.Now().Add(-2 * cacheYoung)
+		for i := range 2 * initrdsKept {
+			for _, kind := range []string{"initrd", "kernels"} {
+				path := filepath.Join(r.paths.Cache, kind, "old-"+strconv.Itoa(i))
+				if err := errors.Join(os.MkdirAll(path, 0o700), os.Chtimes(path, old, old)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
 		v := r.create("calm-otter")
 		m := r.machine(v).Spec
 		if got := r.read(m.Kernel); !strings.Contains(got, "Linux version 6.99.0-mine") {
@@ -342,6 +357,11 @@ func TestSettingsOfTheImage(t *testing.T) {
 		}
 		if initrd := r.read(m.Initrd); !kernel.IsOwn([]byte(initrd)) || !strings.Contains(initrd, "an agent") {
 			t.Error("the initrd is not one of ours")
+		}
+		for kind, kept := range map[string]int{"initrd": initrdsKept, "kernels": kernelsKept} {
+			if have, err := names(filepath.Join(r.paths.Cache, kind)); err != nil || len(have) != kept {
+				t.Errorf("%d are cached of %s, not %d: %v", len(have), kind, kept, err)
+			}
 		}
 		r.check()
 		// With an initrd of somebody else's besides.

@@ -596,8 +596,8 @@ type Pruned struct {
 	Layers oci.Swept // of pulled images, in the cache
 }
 
-// PruneImages removes captured content that nothing refers to, what was made of it in the cache, the layers of pulled images
-// there, and, if asked to, images that no VM was made from.
+// PruneImages removes captured content that nothing refers to, the layers of pulled images in the cache, and, if asked to, images
+// that no VM was made from.
 func (s *Service) PruneImages(ctx context.Context, r PruneRequest) (Pruned, error) {
 	im := s.images
 	unlock, err := im.mu.lock(ctx)

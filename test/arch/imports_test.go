@@ -64,6 +64,7 @@ var bans = []ban{
 	{"internal/cli", module + "internal/hostnet", nil, "the command line goes through the API, as any other program does"},
 	{"internal/cli", "modernc.org/sqlite", nil, "a CLI that starts in milliseconds links no database"},
 	{"internal/filelock", module, nil, "a lock does not know what it is for"},
+	{"internal/cachedir", module, []string{"internal/filelock"}, "a cache does not know what it keeps"},
 	{"internal/age", module, nil, "words about time are about nothing else"},
 	{"internal/tui", module, []string{"client", "api/banger/v1", "internal/age"}, "the screen goes through the client alone, as any other program does"},
 	{"internal/tui", "charm.land/lipgloss", nil, "it looks at the terminal when it is loaded, which every command would pay for"},

@@ -480,7 +480,7 @@ func makeRuntime(ctx context.Context, p *progress, o options, fresh bool) error 
 	if err := s.commit(b); err != nil {
 		return err
 	}
-	return errors.Join(c.prune("kernel"), c.prune("image"), c.prune(cacheKind))
+	return errors.Join(c.prune(ctx, "kernel"), c.prune(ctx, "image"), c.prune(ctx, cacheKind))
 }
 
 // makeRootfs builds the image afresh, with its work seed, if it is missing, or if it was made of another list of packages than

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -10,13 +9,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"git.thaloco.com/thaloco/banger/internal/bundle"
+	"git.thaloco.com/thaloco/banger/internal/cachedir"
 	"git.thaloco.com/thaloco/banger/internal/fault"
 	"git.thaloco.com/thaloco/banger/internal/filelock"
 )
@@ -121,9 +119,8 @@ func (c *cache) get(ctx context.Context, kind, key string, fresh bool, build fun
 	dir := filepath.Join(c.dir, kind+"-"+key)
 	if !fresh {
 		if files, err := readManifest(dir); err == nil {
-			// The time of use decides what prune keeps.
-			now := time.Now()
-			return dir, files, os.Chtimes(dir, now, now)
+			_, err := cachedir.Use(ctx, dir)
+			return dir, files, err
 		}
 	}
 	tmp, err := os.MkdirTemp(c.dir, ".tmp-"+kind+"-")
@@ -179,33 +176,8 @@ func readManifest(dir string) (map[string]bundle.Artifact, error) {
 }
 
 // prune removes all but the entries of a kind that were used last.
-func (c *cache) prune(kind string) error {
-	type entry struct {
-		path string
-		used time.Time
-	}
-	var found []entry
-	list, err := os.ReadDir(c.dir)
-	if err != nil {
-		return err
-	}
-	for _, e := range list {
-		if !strings.HasPrefix(e.Name(), kind+"-") {
-			continue
-		}
-		info, err := e.Info()
-		if err != nil {
-			return err
-		}
-		found = append(found, entry{filepath.Join(c.dir, e.Name()), info.ModTime()})
-	}
-	slices.SortFunc(found, func(a, b entry) int { return cmp.Compare(b.used.UnixNano(), a.used.UnixNano()) })
-	for _, e := range found[min(keepEntries, len(found)):] {
-		if err := os.RemoveAll(e.path); err != nil {
-			return err
-		}
-	}
-	return nil
+func (c *cache) prune(ctx context.Context, kind string) error {
+	return cachedir.Keep(ctx, c.dir, keepEntries, 0, func(name string) bool { return strings.HasPrefix(name, kind+"-") })
 }
 
 // tools are those that come with the bundle's kernel, which is built first if it is not there.

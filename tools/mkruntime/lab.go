@@ -94,7 +94,7 @@ func makeLab(ctx context.Context, p *progress, o options) error {
 	if err := replaceLink(dir, o.to); err != nil {
 		return err
 	}
-	return c.prune("lab")
+	return c.prune(ctx, "lab")
 }
 
 // labKey names the host that these packages, labHostKernel's among them, and this customize.sh make.

@@ -437,7 +437,7 @@ func TestCachePrunesAndCleansUp(t *testing.T) {
 	if _, _, err := c.get(t.Context(), "image", "a", false, nil); err != nil { // used again: now the newest
 		t.Fatal(err)
 	}
-	if err := c.prune("image"); err != nil {
+	if err := c.prune(t.Context(), "image"); err != nil {
 		t.Fatal(err)
 	}
 	left, _ := filepath.Glob(filepath.Join(c.dir, "image-*"))

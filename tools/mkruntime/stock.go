@@ -62,7 +62,7 @@ func makeStock(ctx context.Context, p *progress, o options) error {
 	if err := replaceLink(dir, o.to); err != nil {
 		return err
 	}
-	return c.prune("stock")
+	return c.prune(ctx, "stock")
 }
 
 func buildStock(ctx context.Context, p *progress, mode, dir string, tools toolchain) ([]string, error) {
