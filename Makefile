@@ -80,9 +80,9 @@ test-deps: ## install that, and what the tests take
 
 .PHONY: install uninstall
 install: build ## into $(PREFIX)/bin, the runtime bundle into $(PREFIX)/lib/banger
+	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' install
 	@mkdir -p '$(PREFIX)/bin'
 	@for p in banger bangerd banger-helper; do install -m 755 $$p '$(PREFIX)/bin/.new.'$$p; mv '$(PREFIX)/bin/.new.'$$p '$(PREFIX)/bin/'$$p; done
-	@$(MKRUNTIME) -to '$(PREFIX)/lib/banger' install
 	@$(MAKE) --no-print-directory shell-files SHARE='$(PREFIX)/share'
 	@echo "installed in $(PREFIX)/bin"
 

@@ -285,6 +285,9 @@ func TestMake(t *testing.T) {
 		two.refused([]string{target, "PREFIX=" + filepath.Join(dir, "none")}, "no runtime bundle", "make runtime")
 	}
 	nothing()
+	if _, err := os.Stat(filepath.Join(dir, "none")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("an install that is refused leaves something (%v)", err)
+	}
 	template := two.read("runtime-bundle.toml")
 	name := func(url, sum string) {
 		text := strings.Replace(template, `url = ""`, fmt.Sprintf("url = %q", url), 1)
