@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -85,6 +86,9 @@ func (c *Client) start(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 
+	if err := keptHome(c.opts.StateDir); err != nil {
+		return err
+	}
 	// The daemon checks whose it is and closes it to others.
 	if err := os.MkdirAll(c.opts.StateDir, 0o700); err != nil {
 		return fault.Wrap(err, fault.Permission, c.opts.StateDir, "the state directory cannot be made: %v", err).WithHint("%s", elsewhere)
@@ -108,6 +112,26 @@ func (c *Client) start(ctx context.Context) error {
 		c.opts.Starting()
 	}
 	return c.spawn(ctx)
+}
+
+// keptHome refuses a root who came by sudo(8) and still has the home of the user who called it, as with sudo -E: what root makes
+// there shuts that user out. SUDO_UID is that user.
+func keptHome(dir string) error {
+	user := os.Getenv("SUDO_UID")
+	if os.Geteuid() != 0 || user == "" || user == "0" {
+		return nil
+	}
+	var st unix.Stat_t
+	err := unix.Stat(dir, &st)
+	for errors.Is(err, unix.ENOENT) && dir != filepath.Dir(dir) {
+		dir = filepath.Dir(dir)
+		err = unix.Stat(dir, &st)
+	}
+	if err != nil || strconv.FormatUint(uint64(st.Uid), 10) != user {
+		return nil // which who uses it finds out
+	}
+	return fault.New(fault.Permission, dir, "belongs to the user who called sudo: what root made there would shut that user out").
+		WithHint("run banger without sudo, or with root's own home: sudo -H banger ...")
 }
 
 func (c *Client) logPath() string { return filepath.Join(c.opts.StateDir, "bangerd.log") }
