@@ -56,17 +56,21 @@ type Client struct {
 	Operations bangerv1connect.OperationServiceClient
 	Daemon     bangerv1connect.DaemonServiceClient
 
-	opts      Options
-	transport *http.Transport
-	starting  sync.Mutex
+	opts        Options
+	transport   *http.Transport
+	starting    sync.Mutex
+	quiet, most time.Duration // quietTime and aliveTime, but for tests
 }
+
+// url is the daemon's for HTTP: whatever it says, calls go to the socket.
+const url = "http://bangerd"
 
 // New makes a client. Nothing is dialled before the first call.
 func New(o Options) *Client {
 	if o.Revision == 0 {
 		o.Revision = bangerv1.Revision
 	}
-	c := &Client{opts: o}
+	c := &Client{opts: o, quiet: quietTime, most: aliveTime}
 	c.transport = &http.Transport{
 		DialContext:         func(ctx context.Context, _, _ string) (net.Conn, error) { return c.dial(ctx) },
 		MaxIdleConnsPerHost: 4,
@@ -74,12 +78,11 @@ func New(o Options) *Client {
 		DisableCompression:  true, // a unix socket is faster than gzip
 	}
 	httpClient := &http.Client{Transport: c.transport}
-	sent := interceptor{}
+	sent := interceptor{client: c}
 	if o.Revision != AnyRevision {
 		sent.revision = strconv.Itoa(o.Revision)
 	}
 	opt := connect.WithInterceptors(sent)
-	const url = "http://bangerd"
 	c.VMs = bangerv1connect.NewVMServiceClient(httpClient, url, opt)
 	c.Images = bangerv1connect.NewImageServiceClient(httpClient, url, opt)
 	c.Operations = bangerv1connect.NewOperationServiceClient(httpClient, url, opt)
@@ -90,8 +93,11 @@ func New(o Options) *Client {
 // Close releases idle connections. Calls in flight go on.
 func (c *Client) Close() { c.transport.CloseIdleConnections() }
 
-// interceptor sends the revision, if it has one, and turns errors into *Error.
-type interceptor struct{ revision string }
+// interceptor sends the revision, if it has one, turns errors into *Error, and gives no daemon that is stuck a call to wait for.
+type interceptor struct {
+	client   *Client
+	revision string
+}
 
 func (i interceptor) say(h http.Header) {
 	if i.revision != "" {
@@ -103,9 +109,15 @@ func (i interceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		i.say(req.Header())
 		for tries := 0; ; tries++ {
-			resp, err := next(ctx, req)
+			heard, stop := i.client.listen(ctx)
+			resp, err := next(heard, req)
+			stuck := context.Cause(heard)
+			stop()
 			if err == nil {
 				return resp, nil
+			}
+			if ctx.Err() == nil && stuck != nil {
+				return nil, stuck
 			}
 			err = FromConnect(err)
 			if !errors.Is(err, errLost) || !readOnly(req.Spec().Procedure) || tries == dyingTries || !pause(ctx, tries) {
