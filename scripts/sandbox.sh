@@ -25,7 +25,9 @@ source_key() {
     } | sha256sum
 }
 bundle_key() {
-    find packages.apt runtime-bundle.toml go.mod tools/mkruntime internal/bundle internal/ext4 internal/kernel -type f ! -name '*_test.go' -print0 |
+    find packages.apt runtime-bundle.toml go.mod tools/mkruntime \
+        internal/bundle internal/cachedir internal/ext4 internal/fault internal/filelock internal/imagebuild internal/kernel internal/vm \
+        -type f ! -name '*_test.go' -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
 }
 # fresh <stamp> <key>
