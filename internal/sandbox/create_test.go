@@ -82,6 +82,34 @@ func TestCreateWithoutStart(t *testing.T) {
 	r.check()
 }
 
+// TestMoreMemoryThanTheHostHas: who starts more VMs than the host has memory for is told so, by each that is too much.
+func TestMoreMemoryThanTheHostHas(t *testing.T) {
+	t.Parallel()
+	r := newRig(t).start() // 8 GiB
+	told := func(op operation.Operation) bool {
+		return slices.ContainsFunc(op.Notices, func(n string) bool { return strings.Contains(n, "9.0 GiB of memory, and this host has 8.0") })
+	}
+	create := func(name string, mib int64, noStart bool) operation.Operation {
+		t.Helper()
+		return r.done(r.s.Create(r.ctx(), CreateRequest{Name: name, NoStart: noStart, Spec: vm.Spec{MemoryMiB: mib}}))
+	}
+	if told(create("first", 4096, false)) || told(create("second", 4096, false)) || told(create("idle", 1024, true)) {
+		t.Error("what fits is too much")
+	}
+	third := create("third", 1024, false)
+	if !told(third) {
+		t.Errorf("9 GiB of VMs on a host of 8: %q", third.Notices)
+	}
+	id := vm.ID(third.VMID)
+	r.done(r.s.Stop(r.ctx(), id, false))
+	if op := r.done(r.s.Start(r.ctx(), id)); !told(op) {
+		t.Errorf("started again: %q", op.Notices)
+	}
+	if op := r.done(r.s.Start(r.ctx(), id)); told(op) {
+		t.Errorf("it runs already: %q", op.Notices)
+	}
+}
+
 // Every kind of bad input is refused at once: no operation, no record, no file.
 func TestBadInputChangesNothing(t *testing.T) {
 	t.Parallel()

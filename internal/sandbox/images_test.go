@@ -330,6 +330,7 @@ func TestSettingsOfTheImage(t *testing.T) {
 		t.Parallel()
 		r := newRig(t)
 		r.cfg.DefaultKernel, r.cfg.DefaultModulesDir = r.file("vmlinux", elfKernel()), moduleTree(r, "6.99.0-mine")
+		r.paths.Cache = filepath.Join(r.dir, "cache") // no other test's
 		r.start()
 		if err := os.RemoveAll(filepath.Join(r.paths.Cache, "kernels")); err != nil { // before anything was captured of it
 			t.Fatal(err)

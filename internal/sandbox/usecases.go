@@ -159,6 +159,7 @@ func (s *Service) create(ctx context.Context, h *operation.Handle, v *vm.VM) err
 		v.State = vm.Stopped
 		return s.store.Save(context.WithoutCancel(ctx), *v)
 	}
+	s.tellOfMemory(h, v)
 	err := s.engine.Up(ctx, v, h.Stage)
 	return s.endFailed(ctx, h, v, err, true)
 }
@@ -248,7 +249,23 @@ func (s *Service) start(ctx context.Context, h *operation.Handle, v *vm.VM) erro
 	if s.notice != "" {
 		h.Notice(s.notice)
 	}
+	s.tellOfMemory(h, v)
 	return s.bringUp(ctx, h, v)
+}
+
+// tellOfMemory says when the VMs that run, and v with them, may take more memory than the host has. It is no obstacle: few guests
+// use all of theirs, and what the kernel does about it otherwise comes as a surprise.
+func (s *Service) tellOfMemory(h *operation.Handle, v *vm.VM) {
+	all := v.Spec.MemoryMiB
+	for _, other := range s.store.VMs() {
+		if other.ID != v.ID && other.Desired == vm.WantRunning {
+			all += other.Spec.MemoryMiB
+		}
+	}
+	if has := s.host.MemoryMiB; has > 0 && all > has { // 0: not known
+		h.Notice(fmt.Sprintf("with it, the VMs that run may take %.1f GiB of memory, and this host has %.1f: where it runs short, the kernel ends one of them (banger vm stats shows what they use)",
+			float64(all)/1024, float64(has)/1024))
+	}
 }
 
 // bringUp records the wish and starts a VM that is down.
