@@ -35,7 +35,8 @@ func (a *app) execCommand() *cobra.Command {
 		Long: `Run a command in a VM as root, through the VM's agent: no SSH server, no network and no shell
 takes part in it. Input, output, signals and Ctrl-C pass through; the exit code is the command's, or 128
 and the signal that ended it, 127 if there is no such program in the guest, 126 if it cannot be run.
-It has a terminal if input and output here are one. If this program ends, the command gets SIGHUP.`,
+It has a terminal if input and output here are one. If this program ends, the command gets SIGHUP.
+In the first minute of a VM it waits until the guest's services have started.`,
 		Example: `  banger vm exec calm-otter -- uname -a
   banger vm exec --workdir /srv --env PORT=8080 calm-otter -- make run
   banger vm exec --user nobody calm-otter -- sh -c 'id && pwd'
@@ -81,6 +82,9 @@ func (a *app) exec(ctx context.Context, ref string, command client.Command, inte
 	}
 	v, err := a.running(ctx, c, ref)
 	if err != nil {
+		return err
+	}
+	if err := a.settle(ctx, c, v); err != nil {
 		return err
 	}
 	signals := make(chan os.Signal, 16)

@@ -76,6 +76,11 @@ func (a *app) ssh(ctx context.Context, ref string, command []string, reminds boo
 	if err := a.waitForSSH(ctx, c, v); err != nil {
 		return err
 	}
+	if len(command) > 0 {
+		if err := a.settle(ctx, c, v); err != nil {
+			return err
+		}
+	}
 	reminds = reminds && len(command) == 0
 	raw := len(command) == 0 && isatty.IsTerminal(a.stdin.Fd()) // as ssh makes it
 	leave := "Ctrl-C"

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -173,27 +174,11 @@ func awaitState(ctx context.Context, c *client.Client, v *bangerv1.VM, g goal) (
 	defer stream.Close()
 	deleted := fault.New(fault.NotFound, v.GetName(), "was deleted")
 	for stream.Receive() {
-		var now *bangerv1.VM
-		switch e := stream.Msg().GetEvent().(type) {
-		case *bangerv1.WatchResponse_Snapshot:
-			for _, candidate := range e.Snapshot.GetVms() {
-				if candidate.GetId() == v.GetId() {
-					now = candidate
-				}
-			}
-			if now == nil {
-				return nil, last, deleted
-			}
-		case *bangerv1.WatchResponse_Vm:
-			if now = e.Vm; now.GetId() != v.GetId() {
-				continue
-			}
-		case *bangerv1.WatchResponse_VmDeleted:
-			if e.VmDeleted == v.GetId() {
-				return nil, last, deleted
-			}
-			continue
-		default:
+		now, gone := watched(stream.Msg(), v.GetId())
+		switch {
+		case gone:
+			return nil, last, deleted
+		case now == nil:
 			continue
 		}
 		last = now.GetState()
@@ -209,4 +194,60 @@ func awaitState(ctx context.Context, c *client.Client, v *bangerv1.VM, g goal) (
 		err = errors.New("the daemon ended the watch")
 	}
 	return nil, last, client.FromConnect(err)
+}
+
+// watched is what a message of the daemon's watch says of a VM: how it is now, nil if nothing, or that it is gone.
+func watched(m *bangerv1.WatchResponse, id string) (now *bangerv1.VM, gone bool) {
+	switch e := m.GetEvent().(type) {
+	case *bangerv1.WatchResponse_Snapshot:
+		for _, v := range e.Snapshot.GetVms() {
+			if v.GetId() == id {
+				return v, false
+			}
+		}
+		return nil, true
+	case *bangerv1.WatchResponse_Vm:
+		if e.Vm.GetId() == id {
+			return e.Vm, false
+		}
+	case *bangerv1.WatchResponse_VmDeleted:
+		return nil, e.VmDeleted == id
+	}
+	return nil, false
+}
+
+// servicesTime is how long after a VM's start its guest's services are waited for: longer than one takes that boots well by
+// emulation, and no obstacle to who looks after a boot that hangs.
+const servicesTime = time.Minute
+
+// settle waits until the services of a guest that was started just now have started, so that a command finds what it asks for:
+// the agent takes commands long before systemd, D-Bus and Docker do. What else is wrong with the VM is the command's to find out.
+func (a *app) settle(ctx context.Context, c *client.Client, v *bangerv1.VM) error {
+	settled := func(v *bangerv1.VM) bool {
+		return v.GetState() != "running" && v.GetState() != "starting" ||
+			slices.ContainsFunc(v.GetBoot(), func(s *bangerv1.Stage) bool { return s.GetName() == "userspace" })
+	}
+	most := servicesTime - a.now().Sub(v.GetStartedAt().AsTime())
+	if settled(v) || most <= 0 {
+		return nil
+	}
+	bounded, cancel := context.WithTimeout(ctx, most)
+	defer cancel()
+	p := a.progress(v.GetName(), false)
+	defer p.end()
+	p.wait("waiting for its services to start, at most %s", formatTook(most.Round(time.Second)))
+	stream, err := c.Daemon.Watch(bounded, &bangerv1.WatchRequest{})
+	if err != nil {
+		return client.FromConnect(err)
+	}
+	defer stream.Close()
+	for stream.Receive() {
+		if now, gone := watched(stream.Msg(), v.GetId()); gone || now != nil && settled(now) {
+			break
+		}
+	}
+	if ctx.Err() != nil {
+		return errInterrupted
+	}
+	return nil
 }

@@ -40,6 +40,11 @@ func TestLifeOfAVM(t *testing.T) {
 		}
 	}
 
+	// The agent takes commands long before there are any services: the first one waits for them.
+	if r := h.try("vm", "exec", name, "--", "systemctl", "is-active", "dbus.socket", "docker.socket"); r.stdout != "active\nactive\n" {
+		t.Errorf("the first command: %s", r)
+	}
+
 	t.Run("enter", func(t *testing.T) {
 		h := h.with(t)
 		if got := h.in(name, "hostname; id -un; pwd; cat /proc/1/comm"); got != name+"\nroot\n/root\nsystemd" {

@@ -28,7 +28,8 @@ func Boot() []string {
 }
 
 // Agent plays the guest program of a fake machine that reports these stages of its boot. A guest that
-// reports none makes the daemon write nothing at moments of its own. A nil dial refuses every port.
+// reports none makes the daemon write nothing at moments of its own. A nil dial refuses every port. While the faults file has the line
+// "<who> services" the guest's services are still starting.
 func Agent(dial Dial, reports ...string) fakevmm.Agent {
 	return func(ctx context.Context, g *fakevmm.Guest, conn net.Conn) {
 		defer conn.Close()
@@ -42,13 +43,26 @@ func Agent(dial Dial, reports ...string) fakevmm.Agent {
 		}
 		stages := &agentd.Stages{}
 		for i, name := range reports {
-			stages.Reach(agentd.Stage{Name: name, At: time.Duration(i+1) * time.Millisecond})
+			st := agentd.Stage{Name: name, At: time.Duration(i+1) * time.Millisecond}
+			if _, late := g.Fault("services"); late && name == boot.StageUserspace {
+				go func() {
+					if g.UntilHealed(ctx, "services") == nil {
+						stages.Reach(st)
+					}
+				}()
+				continue
+			}
+			stages.Reach(st)
 		}
 		guest := &agentd.Guest{
 			Version: "fake",
 			Stages:  stages,
 			Facts: func() agentd.Facts {
-				return agentd.Facts{BootID: g.Boot(), Uptime: time.Since(g.StartedAt()), Userspace: "running"}
+				userspace := "running"
+				if _, late := g.Fault("services"); late {
+					userspace = "starting"
+				}
+				return agentd.Facts{BootID: g.Boot(), Uptime: time.Since(g.StartedAt()), Userspace: userspace}
 			},
 			Shutdown: func(_ context.Context, reboot bool) error {
 				if reboot {

@@ -513,6 +513,11 @@ func (g *Guest) Fault(kind string) (arg string, ok bool) {
 	return g.m.driver.world.fault(g.m.spec, kind)
 }
 
+// UntilHealed waits until there is no such line about the machine in the faults file; its error is ctx's, or that it cannot be watched.
+func (g *Guest) UntilHealed(ctx context.Context, kind string) error {
+	return g.m.driver.untilHealed(ctx, g.m.spec, kind)
+}
+
 // Console appends a line to the machine's log, as a guest that prints on its serial console. It makes no log: a VMM has its own open,
 // and that of a machine that is gone may be just being removed.
 func (g *Guest) Console(line string) error { return appendLine(g.m.spec.Log, line, 0) }
