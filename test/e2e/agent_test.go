@@ -36,6 +36,7 @@ func TestAgentVerbs(t *testing.T) {
 
 	t.Run("exec", func(t *testing.T) {
 		h := h.with(t)
+		h.do("vm", "exec", name, "--", "true") // it waits for the guest's services, and says so
 		for _, c := range []struct {
 			args []string
 			want result
