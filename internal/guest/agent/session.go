@@ -205,7 +205,7 @@ func (s *Session) muxStream(ctx context.Context, h wire.Header) (net.Conn, error
 			failed <- err
 			return
 		}
-		conn := &muxConn{Stream: stream, session: s, closed: make(chan struct{})}
+		conn := &muxConn{Stream: stream, session: s, closed: make(chan struct{}), reading: make(chan struct{}, 1)}
 		if _, err := io.WriteString(conn, h.String()); err != nil {
 			failed <- errors.Join(err, conn.Close())
 			return
@@ -344,7 +344,7 @@ type muxConn struct {
 	session *Session
 	once    sync.Once
 	closed  chan struct{} // closed by Close
-	reading sync.Mutex    // held by who reads
+	reading chan struct{} // has one while somebody reads
 }
 
 // given says whether it was given up.
@@ -359,8 +359,11 @@ func (c *muxConn) given() bool {
 
 // Read implements net.Conn. It ends with Close.
 func (c *muxConn) Read(b []byte) (int, error) {
-	c.reading.Lock()
-	defer c.reading.Unlock()
+	select {
+	case c.reading <- struct{}{}:
+		defer func() { <-c.reading }()
+	case <-c.closed: // who winds it up reads for as long as the guest does not close its end
+	}
 	if c.given() {
 		return 0, net.ErrClosed
 	}
@@ -411,8 +414,8 @@ func (c *muxConn) Close() error {
 func (c *muxConn) abandon() {
 	defer func() { <-c.session.room }()
 	_ = c.Stream.Close() // fails only with the session, which ends the stream as well
-	c.reading.Lock()
-	defer c.reading.Unlock()
+	c.reading <- struct{}{}
+	defer func() { <-c.reading }()
 	_ = c.SetReadDeadline(time.Time{})
 	if cut, err := c.session.mux.OpenStream(); err == nil {
 		_, _ = io.WriteString(cut, wire.Header{Kind: wire.KindCut, Stream: c.StreamID()}.String())

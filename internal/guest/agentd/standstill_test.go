@@ -2,6 +2,7 @@ package agentd_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
@@ -290,5 +291,41 @@ func TestStandstillAgain(t *testing.T) {
 		if took := time.Since(began); took > 3*time.Second {
 			t.Fatalf("question %d took %s", i, took)
 		}
+	}
+}
+
+// TestReadAfterClose: a read of a stream that was given up ends, also one that comes while the guest, which stands still, has not
+// closed its end.
+func TestReadAfterClose(t *testing.T) {
+	port := loopback(t, func(c *net.TCPConn) { _, _ = c.Read(make([]byte, 1)) })
+	v := newValve()
+	s, err := agent.Open(within(t), valvedLink(t, true, &agentd.Guest{Stages: &agentd.Stages{}, DialTCP: agentd.DialLoopback}, v), secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	c, err := s.DialTCP(within(t), port, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.after(0)
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		ended := make(chan error, 1)
+		go func() {
+			_, err := c.Read(make([]byte, 1))
+			ended <- err
+		}()
+		select {
+		case err := <-ended:
+			if !errors.Is(err, net.ErrClosed) {
+				t.Fatalf("a read after Close: %v", err)
+			}
+		case <-time.After(5 * time.Second):
+			t.Fatal("a read after Close has not ended in 5 s")
+		}
+		time.Sleep(time.Millisecond) // the stream is wound up behind the caller's back
 	}
 }
