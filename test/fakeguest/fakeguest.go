@@ -7,6 +7,7 @@ package fakeguest
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"net"
 	"os"
 	"syscall"
@@ -38,8 +39,10 @@ func Agent(dial Dial, reports ...string) fakevmm.Agent {
 			_ = g.Console(boot.FatalLine("config", err.Error())) // the machine may be gone; then nobody reads it
 			return
 		}
-		if err := os.MkdirAll(g.Spec().RunDir+"/guest/root", 0o700); err != nil {
-			return
+		for _, dir := range []string{"/guest", "/guest/root"} { // not the run directory: the machine may be gone, and the directory with it
+			if err := os.Mkdir(g.Spec().RunDir+dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+				return
+			}
 		}
 		stages := &agentd.Stages{}
 		for i, name := range reports {
