@@ -424,6 +424,7 @@ func TestCachePrunesAndCleansUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer c.close() // its lock is a file's, which the garbage collector would close
 	for i, key := range []string{"a", "b", "c"} {
 		dir, _, err := c.get(t.Context(), "image", key, false, func(string) ([]string, error) { return nil, nil })
 		if err != nil {
