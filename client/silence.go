@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -31,20 +30,20 @@ const (
 // watch.
 func (c *Client) listen(ctx context.Context) (bounded context.Context, stop func()) {
 	bounded, cancel := context.WithCancelCause(ctx)
-	var timer atomic.Pointer[time.Timer]
-	timer.Store(time.AfterFunc(c.quiet, func() {
-		if err := c.alive(bounded); err != nil {
-			cancel(err)
-			return
+	go func() {
+		for {
+			select {
+			case <-time.After(c.quiet):
+			case <-bounded.Done():
+				return
+			}
+			if err := c.alive(bounded); err != nil {
+				cancel(err)
+				return
+			}
 		}
-		if t := timer.Load(); t != nil && bounded.Err() == nil {
-			t.Reset(c.quiet)
-		}
-	}))
-	return bounded, func() {
-		cancel(nil)
-		timer.Swap(nil).Stop()
-	}
+	}()
+	return bounded, func() { cancel(nil) }
 }
 
 // alive asks the daemon for its status over a connection of its own. fault.Unavailable if it takes the connection and does not

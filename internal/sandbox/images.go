@@ -371,9 +371,6 @@ func (im *images) makeKernel(ctx context.Context, files bootFiles) (ownKernel, e
 	if exists(own.initrd) { // written last
 		return own, nil
 	}
-	if err := os.MkdirAll(out, 0o700); err != nil {
-		return own, uncached(err, out)
-	}
 	if err := writeCache(own.vmlinux, vmlinux); err != nil {
 		return own, err
 	}
