@@ -221,11 +221,10 @@ func watched(m *bangerv1.WatchResponse, id string) (now *bangerv1.VM, gone bool)
 const servicesTime = time.Minute
 
 // settle waits until the services of a guest that was started just now have started, so that a command finds what it asks for:
-// the agent takes commands long before systemd, D-Bus and Docker do. What else is wrong with the VM is the command's to find out.
+// the agent takes commands long before systemd, D-Bus and Docker do. A VM that is stopped or deleted meanwhile is an error.
 func (a *app) settle(ctx context.Context, c *client.Client, v *bangerv1.VM) error {
 	settled := func(v *bangerv1.VM) bool {
-		return v.GetState() != "running" && v.GetState() != "starting" ||
-			slices.ContainsFunc(v.GetBoot(), func(s *bangerv1.Stage) bool { return s.GetName() == "userspace" })
+		return slices.ContainsFunc(v.GetBoot(), func(s *bangerv1.Stage) bool { return s.GetName() == "userspace" })
 	}
 	most := servicesTime - a.now().Sub(v.GetStartedAt().AsTime())
 	if settled(v) || most <= 0 {
@@ -242,8 +241,15 @@ func (a *app) settle(ctx context.Context, c *client.Client, v *bangerv1.VM) erro
 	}
 	defer stream.Close()
 	for stream.Receive() {
-		if now, gone := watched(stream.Msg(), v.GetId()); gone || now != nil && settled(now) {
-			break
+		now, gone := watched(stream.Msg(), v.GetId())
+		switch {
+		case gone:
+			return fault.New(fault.NotFound, v.GetName(), "was deleted")
+		case now == nil:
+			continue
+		}
+		if err := enterable(now); err != nil || settled(now) {
+			return err
 		}
 	}
 	if ctx.Err() != nil {
